@@ -1,0 +1,227 @@
+"""The numbers that define a model: `ModelConfig`, its derived sizes, and the presets.
+
+A checkpoint says what it is with a `config.json` beside `ckpt-0`; the release itself has none and is the preset
+`grok-1`. Nothing here imports JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, ClassVar
+
+from grok1.errors import ConfigError
+
+SCALE_GROUPS = 8
+"""Row groups in the scales of a matrix whose input dimension the release split over its 8 devices."""
+
+_MAX_SIZE = 2**31 - 1  # every index into an axis is an int32 on the device
+_MAX_LAYERS = 4096
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture of a Grok-1 model; the defaults are the release's.
+
+    Field names are those of the release's own config classes and the keys of `config.json`.
+
+    Raises:
+        ConfigError: on construction, if the numbers do not describe a model that can be built.
+    """
+
+    vocab_size: int = 131072
+    emb_size: int = 6144
+    key_size: int = 128
+    num_q_heads: int = 48
+    num_kv_heads: int = 8
+    num_layers: int = 64
+    widening_factor: float = 8
+    num_experts: int = 8
+    num_selected_experts: int = 2
+    sequence_len: int = 8192
+    attn_output_multiplier: float = 0.08838834764831845
+    embedding_multiplier_scale: float = 78.38367176906169
+    output_multiplier_scale: float = 0.5773502691896257
+
+    # What the architecture fixes and no config changes.
+    pad_id: ClassVar[int] = 0
+    bos_id: ClassVar[int] = 1
+    eos_id: ClassVar[int] = 2
+    unk_id: ClassVar[int] = 3
+    rms_norm_eps: ClassVar[float] = 1e-5
+    rotary_base: ClassVar[float] = 10000.0
+    attn_logit_cap: ClassVar[float] = 30.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int":
+                _check_integer(field.name, value)
+            else:
+                _check_positive_number(field.name, value)
+        if self.num_layers > _MAX_LAYERS:
+            raise ConfigError(f"num_layers is {self.num_layers}, expected at most {_MAX_LAYERS}")
+        if self.vocab_size <= self.unk_id:
+            raise ConfigError(
+                f"vocab_size is {self.vocab_size}, expected at least {self.unk_id + 1} "
+                "for the ids PAD, BOS, EOS and UNK"
+            )
+        if self.key_size % 2:
+            raise ConfigError(
+                f"key_size is {self.key_size}, expected an even number: rotary embedding turns it in two halves"
+            )
+        if self.num_q_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_q_heads is {self.num_q_heads}, expected a multiple of num_kv_heads ({self.num_kv_heads})"
+            )
+        if self.num_selected_experts > self.num_experts:
+            raise ConfigError(
+                f"num_selected_experts is {self.num_selected_experts}, "
+                f"expected no more than num_experts ({self.num_experts})"
+            )
+        if self.q_size % SCALE_GROUPS:
+            raise ConfigError(
+                f"num_q_heads * key_size is {self.q_size}, expected a multiple of {SCALE_GROUPS}, "
+                "the scale groups of the attention output"
+            )
+        if not SCALE_GROUPS <= self.ffn_size <= _MAX_SIZE:
+            raise ConfigError(
+                f"widening_factor {self.widening_factor} makes experts {self.ffn_size} wide, "
+                f"expected {SCALE_GROUPS} to {_MAX_SIZE}"
+            )
+
+    @property
+    def q_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_q_heads * self.key_size
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key (or value) heads together."""
+        return self.num_kv_heads * self.key_size
+
+    @property
+    def ffn_size(self) -> int:
+        """Width of an expert: two thirds of `widening_factor * emb_size`, up to a multiple of 8."""
+        size = int(self.widening_factor * self.emb_size) * 2 // 3
+        return size + (8 - size) % 8
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the whole model, not counting the scales of quantised ones."""
+        return self._parameters(self.num_experts)
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Weights that one token uses, not counting scales."""
+        return self._parameters(self.num_selected_experts)
+
+    def _parameters(self, experts: int) -> int:
+        attention = 2 * self.emb_size * (self.q_size + self.kv_size)
+        expert = 3 * self.emb_size * self.ffn_size
+        layer = attention + experts * expert + self.emb_size * self.num_experts + 4 * self.emb_size
+        return self.vocab_size * self.emb_size + self.num_layers * layer + self.emb_size
+
+    def to_json(self) -> str:
+        """The text of a `config.json`."""
+        return json.dumps(dataclasses.asdict(self)) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, source: str = "config.json") -> ModelConfig:
+        """Reads the text of a `config.json`.
+
+        Args:
+            text: a JSON object with every field of this class and no other key.
+            source: the file's name for messages.
+
+        Raises:
+            ConfigError: if the text is no such object or the config is impossible.
+        """
+        try:
+            values: Any = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{source} is not JSON ({error}): write it anew or restore it") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{source} holds a JSON {type(values).__name__}, expected an object of settings")
+        names = [field.name for field in dataclasses.fields(cls)]
+        missing = [name for name in names if name not in values]
+        unknown = [name for name in values if name not in names]
+        if missing:
+            raise ConfigError(f"{source} lacks {', '.join(missing)}: expected the keys {', '.join(names)}")
+        if unknown:
+            raise ConfigError(
+                f"{source} has the unknown key {unknown[0]!r}: expected only the keys {', '.join(names)}"
+            )
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+
+    @classmethod
+    def read(cls, path: Path) -> ModelConfig:
+        """Reads a `config.json` file.
+
+        Raises:
+            ConfigError: if the file cannot be read or is no config.
+        """
+        try:
+            with path.open("rb") as file:
+                text = file.read(1 << 20)
+        except OSError as error:
+            raise ConfigError(f"cannot read {path} ({error.strerror}): check its permissions") from None
+        return cls.from_json(text, str(path))
+
+
+def _check_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name} is {value!r}, expected a whole number")
+    if not 1 <= value <= _MAX_SIZE:
+        raise ConfigError(f"{name} is {value}, expected 1 to {_MAX_SIZE}")
+
+
+def _check_positive_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name} is {value!r}, expected a number")
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigError(f"{name} is {value}, expected a finite number above 0")
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "grok-1": ModelConfig(),
+    "tiny": ModelConfig(
+        vocab_size=1024,
+        emb_size=128,
+        key_size=8,
+        num_q_heads=16,
+        num_kv_heads=8,
+        num_layers=12,  # past ten, so that the order of the layers' files shows
+        widening_factor=6,
+        sequence_len=512,
+        attn_output_multiplier=8**-0.5,
+    ),
+    "bench-3b": ModelConfig(
+        vocab_size=8192,
+        emb_size=2048,
+        key_size=128,
+        num_q_heads=16,
+        num_kv_heads=8,
+        num_layers=8,
+        widening_factor=6,
+        sequence_len=1024,
+    ),
+}
+"""The configs that `grok1 init --preset` knows: the release, a model of 20 million weights, one of 3.3 billion."""
+
+
+def preset(name: str) -> ModelConfig:
+    """The preset of that name.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    try:
+        return PRESETS[name]
+    except KeyError:
+        raise ConfigError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}") from None
