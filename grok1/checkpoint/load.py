@@ -1,0 +1,312 @@
+"""Loading a checkpoint onto a mesh: each device's slices from the files' bytes to the device, and nothing else.
+
+In memory the layers of a parameter are one array with a leading axis of layers. On a CPU each device's part of it is
+read from the files straight into its final place. Elsewhere it is allocated on the device and filled layer by layer,
+with a few slices in flight on the host.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from grok1.checkpoint.layout import TensorSpec, tensor_table
+from grok1.checkpoint.reader import Checkpoint
+from grok1.config import ModelConfig
+from grok1.quantize import QuantizedWeight
+from grok1.sharding import MODEL_AXIS, AxisSplit, partition_spec, scales_split, shard_range, weight_split
+
+_READERS = 4
+_STAGING_BYTES = 1 << 30  # host memory for slices on their way to a device
+_CAST_BYTES = 32 << 20  # a slice that changes its dtype goes through a buffer of this size
+_ALIGNMENT = 64  # XLA takes a host buffer as it is if it is aligned so
+
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredLeaf:
+    """One array of the parameter tree and the files that it comes from.
+
+    Attributes:
+        module: Haiku module with the layers in one, such as `transformer/decoder_layer/moe/linear`.
+        name: the parameter's name in the module.
+        scales: whether this is the array of scales of a quantised parameter.
+        specs: the files, in order of the layers; one file for a parameter outside the layers.
+        stacked: whether there is a leading axis of layers.
+        file_shape: shape of the array in each file.
+        file_dtype: dtype of the array in each file.
+        dtype: dtype in memory.
+        split: how the array is divided over the model shards.
+    """
+
+    module: str
+    name: str
+    scales: bool
+    specs: tuple[TensorSpec, ...]
+    stacked: bool
+    file_shape: tuple[int, ...]
+    file_dtype: np.dtype
+    dtype: np.dtype
+    split: AxisSplit | None
+
+    @property
+    def partition(self) -> PartitionSpec:
+        """The partition of the array in memory."""
+        return partition_spec(self.split, len(self.file_shape) + self.stacked)
+
+    def file_key(self, shards: int, shard: int) -> tuple[slice, ...]:
+        """The part of each file's array that a model shard holds."""
+        key = [slice(0, length) for length in self.file_shape]
+        if self.split is not None:
+            axis = self.split.axis
+            key[axis] = shard_range(self.file_shape[axis], self.split.units, shards, shard)
+        return tuple(key)
+
+    def part_shape(self, shards: int) -> tuple[int, ...]:
+        """Shape of what a model shard holds of each file."""
+        return tuple(part.stop - part.start for part in self.file_key(shards, 0))
+
+    def local_shape(self, shards: int) -> tuple[int, ...]:
+        """Shape of what a model shard holds in memory."""
+        return (*((len(self.specs),) if self.stacked else ()), *self.part_shape(shards))
+
+    def global_shape(self, shards: int) -> tuple[int, ...]:
+        """Shape of the array over the whole mesh, with parts that several shards hold counted for each."""
+        shape = list(self.local_shape(shards))
+        if self.split is not None:
+            shape[self.split.axis] *= shards
+        return tuple(shape)
+
+
+def stored_leaves(config: ModelConfig, dtype: np.dtype | type = np.float32) -> tuple[StoredLeaf, ...]:
+    """All arrays of the parameter tree.
+
+    Args:
+        config: the model.
+        dtype: dtype of the embedding matrix in memory; everything else stays as it is in the files.
+    """
+    files: dict[tuple[str, str], list[TensorSpec]] = defaultdict(list)
+    for spec in tensor_table(config):
+        files[spec.layer_module, spec.name].append(spec)
+    leaves = []
+    for (module, name), unordered in files.items():
+        specs = tuple(sorted(unordered, key=lambda spec: spec.layer or 0))
+        first = specs[0]
+        leaf = StoredLeaf(
+            module=module,
+            name=name,
+            scales=False,
+            specs=specs,
+            stacked=first.layer is not None,
+            file_shape=first.shape,
+            file_dtype=first.dtype,
+            dtype=np.dtype(dtype) if name == "embeddings" else first.dtype,
+            split=weight_split(module, config),
+        )
+        leaves.append(leaf)
+        if first.scales_shape is not None:
+            bfloat16 = np.dtype(ml_dtypes.bfloat16)
+            leaves.append(
+                dataclasses.replace(
+                    leaf,
+                    scales=True,
+                    file_shape=first.scales_shape,
+                    file_dtype=bfloat16,
+                    dtype=bfloat16,
+                    split=scales_split(module, config),
+                )
+            )
+    return tuple(leaves)
+
+
+def _as_tree(leaves: tuple[StoredLeaf, ...], values: list[Any]) -> hk.Params:
+    """A parameter tree with one value for each leaf, in the leaves' order."""
+    tree: dict[str, dict[str, Any]] = defaultdict(dict)
+    for leaf, value in zip(leaves, values, strict=True):
+        held = tree[leaf.module].get(leaf.name)
+        tree[leaf.module][leaf.name] = QuantizedWeight(held, value) if leaf.scales else value
+    return dict(tree)
+
+
+def parameter_bytes(config: ModelConfig, dtype: np.dtype | type, mesh: Mesh) -> int:
+    """Bytes of all parameters that one model shard holds."""
+    shards = mesh.shape[MODEL_AXIS]
+    return sum(
+        int(np.prod(leaf.local_shape(shards))) * leaf.dtype.itemsize for leaf in stored_leaves(config, dtype)
+    )
+
+
+def load_parameters(
+    checkpoint: Checkpoint,
+    mesh: Mesh,
+    dtype: np.dtype | type = np.float32,
+    progress: Progress | None = None,
+) -> hk.Params:
+    """Reads a checkpoint onto a mesh.
+
+    Args:
+        checkpoint: an opened checkpoint, whose files have been found to be right.
+        mesh: a (data, model) mesh that the model divides over.
+        dtype: dtype of the embedding matrix in memory.
+        progress: is called with the bytes read so far and the bytes to read, from several threads in turn.
+
+    Returns:
+        the parameter tree: Haiku modules with arrays and `QuantizedWeight`s, placed by the partition rules.
+
+    Raises:
+        CheckpointError: if a file cannot be read.
+    """
+    leaves = stored_leaves(checkpoint.config, dtype)
+    on_host = all(device.platform == "cpu" for device in mesh.devices.flat)
+    fill = _fill_on_host if on_host else _fill_on_device
+    counter = _Counter(leaves, mesh.shape[MODEL_AXIS], progress)
+    arrays: list[jax.Array] = []
+    pool = concurrent.futures.ThreadPoolExecutor(_READERS, thread_name_prefix="grok1-read")
+    try:
+        for leaf in leaves:
+            arrays.append(fill(checkpoint, leaf, mesh, pool, counter))
+        jax.block_until_ready(arrays)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return _as_tree(leaves, arrays)
+
+
+class _Counter:
+    """Counts the bytes read."""
+
+    def __init__(self, leaves: tuple[StoredLeaf, ...], shards: int, progress: Progress | None):
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._done = 0
+        self._total = shards * sum(
+            len(leaf.specs) * int(np.prod(leaf.part_shape(shards))) * leaf.file_dtype.itemsize
+            for leaf in leaves
+        )
+
+    def add(self, count: int) -> None:
+        if self._progress is not None:
+            with self._lock:
+                self._done += count
+                self._progress(self._done, self._total)
+
+
+def _read_part(
+    checkpoint: Checkpoint, leaf: StoredLeaf, spec: TensorSpec, key: tuple[slice, ...], out: np.ndarray
+) -> None:
+    """Reads a part of one file's array into `out`, which may have another dtype than the file."""
+    if out.dtype == leaf.file_dtype:
+        checkpoint.read_into(spec.index, out, key, scales=leaf.scales)
+        return
+    row_bytes = int(np.prod(out.shape[1:])) * leaf.file_dtype.itemsize
+    rows = max(1, _CAST_BYTES // row_bytes)
+    for start in range(0, out.shape[0], rows):
+        piece = out[start : start + rows]
+        buffer = np.empty(piece.shape, leaf.file_dtype)
+        first = key[0].start + start
+        checkpoint.read_into(
+            spec.index, buffer, (slice(first, first + len(piece)), *key[1:]), scales=leaf.scales
+        )
+        piece[...] = buffer
+
+
+def _devices_by_shard(mesh: Mesh) -> Iterator[tuple[int, list[jax.Device]]]:
+    """Each model shard that has devices in this process, with those devices: one for each data row."""
+    for shard in range(mesh.shape[MODEL_AXIS]):
+        devices = [d for d in mesh.devices[:, shard] if d.process_index == jax.process_index()]
+        if devices:
+            yield shard, devices
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    offset = -raw.ctypes.data % _ALIGNMENT
+    return raw[offset : offset + size].view(dtype).reshape(shape)
+
+
+def _assemble(leaf: StoredLeaf, mesh: Mesh, parts: list[jax.Array]) -> jax.Array:
+    shape = leaf.global_shape(mesh.shape[MODEL_AXIS])
+    return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, leaf.partition), parts)
+
+
+def _fill_on_host(
+    checkpoint: Checkpoint,
+    leaf: StoredLeaf,
+    mesh: Mesh,
+    pool: concurrent.futures.ThreadPoolExecutor,
+    counter: _Counter,
+) -> jax.Array:
+    """Reads into host memory that the CPU devices then use as it is; data rows share it."""
+    shards = mesh.shape[MODEL_AXIS]
+    parts = []
+    for shard, devices in _devices_by_shard(mesh):
+        key = leaf.file_key(shards, shard)
+        whole = _aligned_empty(leaf.local_shape(shards), leaf.dtype)
+
+        def read(layer: int, key: tuple[slice, ...] = key, whole: np.ndarray = whole) -> None:
+            out = whole[layer] if leaf.stacked else whole
+            _read_part(checkpoint, leaf, leaf.specs[layer], key, out)
+            counter.add(out.size * leaf.file_dtype.itemsize)
+
+        for _ in pool.map(read, range(len(leaf.specs))):
+            pass
+        parts.extend(jax.device_put(whole, device, may_alias=True) for device in devices)
+    return _assemble(leaf, mesh, parts)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put_layer(stack: jax.Array, part: jax.Array, layer: jax.Array) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(stack, part, layer, 0)
+
+
+def _fill_on_device(
+    checkpoint: Checkpoint,
+    leaf: StoredLeaf,
+    mesh: Mesh,
+    pool: concurrent.futures.ThreadPoolExecutor,
+    counter: _Counter,
+) -> jax.Array:
+    """Fills arrays on the devices layer by layer; a few slices are on the host at a time."""
+    shards = mesh.shape[MODEL_AXIS]
+    part_shape = leaf.part_shape(shards)
+    part_bytes = int(np.prod(part_shape)) * leaf.file_dtype.itemsize
+    parts = []
+    for shard, devices in _devices_by_shard(mesh):
+        key = leaf.file_key(shards, shard)
+
+        def read(spec: TensorSpec, key: tuple[slice, ...] = key) -> np.ndarray:
+            part = np.empty(part_shape, leaf.dtype)
+            _read_part(checkpoint, leaf, spec, key, part)
+            counter.add(part_bytes)
+            return part
+
+        if not leaf.stacked:
+            part = read(leaf.specs[0])
+            parts.extend(jax.device_put(part, device) for device in devices)
+            continue
+        stacks = [jnp.zeros(leaf.local_shape(shards), leaf.dtype, device=device) for device in devices]
+        ahead = max(1, min(_READERS, _STAGING_BYTES // part_bytes))
+        waiting = [pool.submit(read, spec) for spec in leaf.specs[:ahead]]
+        for layer in range(len(leaf.specs)):
+            part = waiting.pop(0).result()
+            if layer + ahead < len(leaf.specs):
+                waiting.append(pool.submit(read, leaf.specs[layer + ahead]))
+            for i, device in enumerate(devices):
+                stacks[i] = _put_layer(stacks[i], jax.device_put(part, device), layer)
+            jax.block_until_ready(stacks)  # the host's slice is free again only then
+        parts.extend(stacks)
+    return _assemble(leaf, mesh, parts)

@@ -1,0 +1,482 @@
+"""The Python face: `load` a checkpoint, and a `Model` that completes and scores text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from grok1 import memory
+from grok1.checkpoint.load import load_parameters
+from grok1.checkpoint.reader import Checkpoint
+from grok1.config import ModelConfig
+from grok1.engine.compilation_cache import enable_compilation_cache
+from grok1.engine.engine import Engine
+from grok1.engine.generate import GeneratedSequence, GenerationRequest, generate
+from grok1.engine.request import FinishReason, SamplingOptions, TokenLogprobs
+from grok1.errors import RequestError, TokenizerError
+from grok1.sharding import make_mesh
+from grok1.stop_text import StopMatcher
+from grok1.tokenizer import Tokenizer
+
+DTypeName = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a long step is doing.
+
+    Attributes:
+        stage: "checking" files, "loading" weights, or "compiling" a program.
+        detail: what in particular.
+        done: bytes done; 0 where it is not known.
+        total: bytes to do; 0 where it is not known.
+    """
+
+    stage: Literal["checking", "loading", "compiling"]
+    detail: str
+    done: int = 0
+    total: int = 0
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt to complete.
+
+    Attributes:
+        prompt: text, or token ids.
+        options: how to continue it.
+        num_samples: how many completions; sample i has the seed `seed + i`.
+        truncate: whether a prompt that is too long loses its beginning, rather than being an error.
+    """
+
+    prompt: str | Sequence[int]
+    options: SamplingOptions = SamplingOptions()  # noqa: RUF009 - frozen
+    num_samples: int = 1
+    truncate: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Timings:
+    """How long a completion took, in seconds.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        completion_tokens: tokens generated.
+        prefill_seconds: reading the prompt; 0 if another sample of the same prompt has read it.
+        decode_seconds: from the first token to the last.
+        compile_seconds: compiling programs on the way; in neither of the two above.
+        time_to_first_token: from the start to the first token, compiling included.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    compile_seconds: float
+    time_to_first_token: float
+
+    @property
+    def prefill_tokens_per_second(self) -> float | None:
+        """Speed of reading the prompt; None if it took no time."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds > 0 else None
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """Speed of generating after the first token; None if there was no second."""
+        steps = self.completion_tokens - 1
+        return steps / self.decode_seconds if steps > 0 and self.decode_seconds > 0 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A finished completion.
+
+    Attributes:
+        prompt: the prompt as it was given.
+        prompt_tokens: the prompt's token ids, after truncation.
+        text: what follows the prompt, cut before a stop text; the space between the two is part of it.
+        tokens: the generated token ids, a stop text's included, without an end-of-text token that ended it.
+        finish_reason: "eos", "stop", "max_tokens" or "context".
+        stop_text: the stop text that ended it.
+        seed: repeats this completion.
+        sample: which of the request's samples it is.
+        request_index: the place of its request among those given.
+        logprobs: for each of `tokens`, if asked for.
+        timings: how long it took.
+    """
+
+    prompt: str | Sequence[int]
+    prompt_tokens: list[int]
+    text: str
+    tokens: list[int]
+    finish_reason: FinishReason
+    stop_text: str | None
+    seed: int
+    sample: int
+    request_index: int
+    logprobs: list[TokenLogprobs] | None
+    timings: Timings
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How likely a text is.
+
+    Attributes:
+        tokens: the text's token ids.
+        logprobs: for each token but the first, natural logarithms, with the likeliest tokens in its place.
+    """
+
+    tokens: list[int]
+    logprobs: list[TokenLogprobs]
+
+    @property
+    def total(self) -> float:
+        """Sum of the log-probabilities."""
+        return math.fsum(entry.logprob for entry in self.logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        """`exp` of the mean negative log-probability."""
+        return math.exp(-self.total / len(self.logprobs))
+
+
+class CompletionStream(Iterator[str]):
+    """The text of a completion, piece by piece as it is generated.
+
+    Iterate to get the pieces; they join to `completion.text`. No piece ends inside a character.
+    """
+
+    def __init__(self, events: Iterator[tuple[str, Completion | None]]):
+        self._events = events
+        self._completion: Completion | None = None
+
+    def __next__(self) -> str:
+        while True:
+            piece, completion = next(self._events)
+            self._completion = completion
+            if piece:
+                return piece
+
+    @property
+    def completion(self) -> Completion:
+        """The whole, once the stream has ended.
+
+        Raises:
+            RuntimeError: if it has not.
+        """
+        if self._completion is None:
+            raise RuntimeError("the completion is known when its stream has ended")
+        return self._completion
+
+
+def default_dtype(devices: Sequence[jax.Device]) -> DTypeName:
+    """The dtype of activations on these devices: bfloat16 on accelerators, float32 on CPUs, which it suits better."""
+    return "float32" if devices[0].platform == "cpu" else "bfloat16"
+
+
+def load(
+    checkpoint: str | Path = "checkpoints",
+    *,
+    tokenizer: str | Path | None = None,
+    mesh: tuple[int, int] | None = None,
+    dtype: DTypeName | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    progress: ProgressCallback | None = None,
+) -> Model:
+    """Loads a checkpoint onto the devices there are.
+
+        model = grok1.load("checkpoints", mesh=(1, 8))
+        print(model.complete("The answer is", max_tokens=8).text)
+
+    Args:
+        checkpoint: folder that holds `ckpt-0`, or is it.
+        tokenizer: a SentencePiece model; by default `tokenizer.model` in or beside the checkpoint. Without one the
+            model takes and gives token ids only.
+        mesh: sizes of the (data, model) axes; by default all devices on `model`, as far as the model divides.
+        dtype: of activations and the key/value cache; by default bfloat16 on accelerators, float32 on CPUs.
+        devices: the devices to use; by default all.
+        progress: is called while files are checked, weights loaded and programs compiled, also later by the model's
+            methods, from whichever thread does the work.
+
+    Raises:
+        CheckpointError: if there is no checkpoint or it is damaged.
+        ConfigError: if its `config.json` describes no possible model.
+        MeshError: if the model cannot be divided so.
+        TokenizerError: if the tokenizer cannot be read or has another vocabulary.
+    """
+
+    def report(stage: Any, detail: str, done: int = 0, total: int = 0) -> None:
+        if progress is not None:
+            progress(Progress(stage, detail, done, total))
+
+    report("checking", str(checkpoint))
+    opened = Checkpoint.open(Path(checkpoint))
+    config = opened.config
+    text = _open_tokenizer(opened, tokenizer)
+    device_mesh = make_mesh(config, mesh, devices)
+    kind = np.dtype(dtype or default_dtype(list(device_mesh.devices.flat)))
+    enable_compilation_cache()
+    params = load_parameters(
+        opened, device_mesh, kind, lambda done, total: report("loading", str(opened.directory), done, total)
+    )
+    engine = Engine(config, params, device_mesh, kind, on_compile=lambda name: report("compiling", name))
+    return Model(engine, text)
+
+
+def _open_tokenizer(checkpoint: Checkpoint, path: str | Path | None) -> Tokenizer | None:
+    folder = checkpoint.directory
+    candidates = [Path(path)] if path is not None else [folder / "tokenizer.model", folder.parent / "tokenizer.model"]
+    for candidate in candidates:
+        if path is not None or candidate.exists():
+            tokenizer = Tokenizer.read(candidate)
+            tokenizer.check_vocabulary(checkpoint.config.vocab_size)
+            return tokenizer
+    return None
+
+
+class Model:
+    """A loaded model.
+
+    Options of `complete` and `stream` are those of `SamplingOptions`; `greedy=True` stands for `temperature=0`.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None):
+        """Use `load`."""
+        self.engine = engine
+        self._tokenizer = tokenizer
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's config."""
+        return self.engine.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            TokenizerError: if the model was loaded without one.
+        """
+        if self._tokenizer is None:
+            raise TokenizerError(
+                "no tokenizer.model was found in or beside the checkpoint: name one with --tokenizer FILE or "
+                "$GROK1_TOKENIZER, or put the one that comes with the release's code there"
+            )
+        return self._tokenizer
+
+    @property
+    def mesh_shape(self) -> tuple[int, int]:
+        """Sizes of the mesh's data and model axes."""
+        data, model = self.engine.mesh.devices.shape
+        return data, model
+
+    @property
+    def peak_device_bytes(self) -> int | None:
+        """The most memory that one device has held, if the devices say."""
+        return memory.peak_device_bytes(self.engine.mesh.devices.flat)
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Next-token logits at every place of a text.
+
+        Args:
+            tokens: 1 to `sequence_len` token ids.
+
+        Returns:
+            float32 `[len(tokens), vocab]`.
+
+        Raises:
+            RequestError: if there are too few or too many tokens, or an id is none of the model's.
+        """
+        ids = self._check_ids(tokens, at_least=1, at_most=self.config.sequence_len)
+        engine = self.engine
+        cache = engine.new_cache(engine.data_rows)
+        parts = []
+        for start in range(0, len(ids), engine.max_chunk):
+            chunk = np.tile(np.asarray(ids[start : start + engine.max_chunk], np.int32), (engine.data_rows, 1))
+            logits, cache = engine.read(cache, chunk, start)
+            parts.append(np.asarray(logits[0]))
+        return np.concatenate(parts)
+
+    def complete(
+        self, prompt: str | Sequence[int], *, truncate: bool = False, greedy: bool = False, **options: Any
+    ) -> Completion:
+        """Completes one prompt.
+
+        Args:
+            prompt: text, or token ids.
+            truncate: whether a prompt that is too long loses its beginning, rather than being an error.
+            greedy: stands for `temperature=0`.
+            **options: fields of `SamplingOptions`.
+
+        Raises:
+            RequestError: if the prompt is empty or too long, or an option is out of range.
+        """
+        stream = self.stream(prompt, truncate=truncate, greedy=greedy, **options)
+        for _ in stream:
+            pass
+        return stream.completion
+
+    def stream(
+        self, prompt: str | Sequence[int], *, truncate: bool = False, greedy: bool = False, **options: Any
+    ) -> CompletionStream:
+        """Completes one prompt, giving its text while it is generated; arguments as for `complete`."""
+        if greedy:
+            options["temperature"] = 0.0
+        request = Request(prompt=prompt, options=SamplingOptions(**options), truncate=truncate)
+        tokens = self._prompt_tokens(request)  # a bad prompt is told now, not when the stream is read
+        return CompletionStream((piece, done) for piece, done in self._events([(0, request, tokens)], 1))
+
+    def complete_many(self, requests: Iterable[Request], *, batch_size: int = 8) -> Iterator[Completion]:
+        """Completes many prompts, several at a time, taking the next as soon as one has ended.
+
+        Args:
+            requests: what to complete; taken one by one.
+            batch_size: how many completions go on at a time.
+
+        Yields:
+            completions in the order in which they end; `request_index` says whose each is.
+
+        Raises:
+            RequestError: when a request's turn comes and it cannot be served.
+        """
+        prepared = ((i, request, self._prompt_tokens(request)) for i, request in enumerate(requests))
+        for _, completion in self._events(prepared, batch_size):
+            if completion is not None:
+                yield completion
+
+    def score(self, text: str | Sequence[int], *, top_logprobs: int = 0) -> Score:
+        """The log-probability of each token of a text but the first.
+
+        Args:
+            text: text, or token ids; 2 to `sequence_len` tokens.
+            top_logprobs: how many of the likeliest tokens to report at each place, up to 20.
+
+        Raises:
+            RequestError: if the text is too short or too long.
+        """
+        ids = self.tokenizer.encode(text) if isinstance(text, str) else text
+        ids = self._check_ids(ids, at_least=2, at_most=self.config.sequence_len)
+        scored = self.engine.score(ids)
+        entries = [
+            TokenLogprobs(
+                float(logprob), tuple((int(t), float(p)) for t, p in zip(best[0], best[1], strict=True))[:top_logprobs]
+            )
+            for logprob, *best in zip(scored.logprobs, scored.top_tokens, scored.top_logprobs, strict=True)
+        ]
+        return Score(ids, entries)
+
+    def _check_ids(self, tokens: Sequence[int], at_least: int, at_most: int) -> list[int]:
+        ids = [int(token) for token in tokens]
+        if not at_least <= len(ids) <= at_most:
+            raise RequestError(f"the text has {len(ids)} tokens, expected {at_least} to {at_most}")
+        wrong = next((i for i in ids if not 0 <= i < self.config.vocab_size), None)
+        if wrong is not None:
+            raise RequestError(f"token id {wrong} is none of the model's: expected 0 to {self.config.vocab_size - 1}")
+        return ids
+
+    def _prompt_tokens(self, request: Request) -> list[int]:
+        text = isinstance(request.prompt, str)
+        ids = self.tokenizer.encode(request.prompt) if isinstance(request.prompt, str) else list(request.prompt)
+        if not ids:
+            raise RequestError("the prompt is empty: give at least one character" if text else "the prompt is empty")
+        fit = self.config.sequence_len - 1  # and one to generate
+        if len(ids) > fit:
+            if not request.truncate:
+                raise RequestError(
+                    f"the prompt has {len(ids)} tokens, but {fit} fit in the model's context of "
+                    f"{self.config.sequence_len}: shorten it, or keep its last ones with --truncate"
+                )
+            # Leave room for what is to be generated, but never for more than half of the context.
+            ids = ids[-max(self.config.sequence_len - request.options.max_tokens, self.config.sequence_len // 2) :][-fit:]
+        return self._check_ids(ids, at_least=1, at_most=fit)
+
+    def _events(
+        self, prepared: Iterable[tuple[int, Request, list[int]]], slots: int
+    ) -> Iterator[tuple[str, Completion | None]]:
+        """Runs requests; gives each new piece of text, and the completion where it ended one."""
+        requests = (
+            GenerationRequest(
+                tokens=tokens,
+                options=request.options.with_seed(),
+                samples=request.num_samples,
+                tag=(i, request),
+            )
+            for i, request, tokens in prepared
+        )
+        texts: dict[GeneratedSequence, _TextOfSequence] = {}
+        for sequence in generate(self.engine, requests, slots):
+            if sequence not in texts:
+                texts[sequence] = _TextOfSequence(self._tokenizer, sequence)
+            text = texts[sequence]
+            piece = text.advance()
+            if sequence.finish_reason is None:
+                yield piece, None
+            else:
+                del texts[sequence]
+                yield piece, text.completion()
+
+
+class _TextOfSequence:
+    """The text of one growing sequence."""
+
+    def __init__(self, tokenizer: Tokenizer | None, sequence: GeneratedSequence):
+        self._sequence = sequence
+        self._stream = tokenizer.stream(sequence.request.tokens) if tokenizer is not None else None
+        self._stops = StopMatcher(sequence.request.options.stop)
+        self._read = 0
+        self._pieces: list[str] = []
+        self._stop_text: str | None = None
+
+    def advance(self) -> str:
+        """The text that has become certain since the last call; stops the sequence at a stop text."""
+        sequence = self._sequence
+        if self._stream is None:
+            return ""
+        new, self._read = sequence.tokens[self._read :], len(sequence.tokens)
+        text = "".join(self._stream.push(token) for token in new)
+        if sequence.finish_reason is not None:
+            text += self._stream.flush()
+        piece, self._stop_text = self._stops.push(text)
+        if self._stop_text is not None:
+            sequence.stop()
+        elif sequence.finish_reason is not None:
+            piece += self._stops.flush()
+        self._pieces.append(piece)
+        return piece
+
+    def completion(self) -> Completion:
+        sequence = self._sequence
+        assert sequence.finish_reason is not None
+        index, request = sequence.request.tag  # type: ignore[misc]
+        wants_logprobs = sequence.request.options.logprobs is not None
+        decoding = sequence.finished - sequence.prompt_read - sequence.decode_compile_seconds
+        return Completion(
+            prompt=request.prompt,
+            prompt_tokens=list(sequence.request.tokens),
+            text="".join(self._pieces),
+            tokens=list(sequence.tokens),
+            finish_reason=sequence.finish_reason,
+            stop_text=self._stop_text,
+            seed=sequence.seed,
+            sample=sequence.sample,
+            request_index=index,
+            logprobs=list(sequence.logprobs) if wants_logprobs else None,
+            timings=Timings(
+                prompt_tokens=len(sequence.request.tokens),
+                completion_tokens=len(sequence.tokens),
+                prefill_seconds=sequence.prefill_seconds,
+                decode_seconds=max(0.0, decoding),
+                compile_seconds=sequence.compile_seconds + sequence.decode_compile_seconds,
+                time_to_first_token=sequence.prompt_read - sequence.started,
+            ),
+        )

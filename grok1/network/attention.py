@@ -1,0 +1,57 @@
+"""Grouped-query attention over the cache."""
+
+from __future__ import annotations
+
+import haiku as hk
+import jax
+
+from grok1.network.kv_cache import KVCache
+from grok1.network.layers import QuantizedLinear, rotary_embedding
+from grok1.network.shard import ModelShard
+from grok1.ops.attention import cached_attention
+
+
+class MultiHeadAttention(hk.Module):
+    """Attention with fewer key/value heads than query heads, rotary positions and capped logits."""
+
+    def __init__(self, shard: ModelShard, name: str = "multi_head_attention"):
+        super().__init__(name=name)
+        self.shard = shard
+
+    def __call__(
+        self, x: jax.Array, cache: KVCache, layer: jax.Array | int, positions: jax.Array
+    ) -> tuple[jax.Array, KVCache]:
+        """Attends from `x` to everything in the cache up to each position, after adding `x` to the cache.
+
+        Args:
+            x: `[batch, seq, emb]`.
+            cache: the whole model's cache.
+            layer: which layer.
+            positions: int32 `[batch, seq]`, negative for padding.
+
+        Returns:
+            float32 `[batch, seq, emb]` and the cache.
+        """
+        config, shard = self.shard.config, self.shard
+        layers, emb = config.num_layers, config.emb_size
+        q_size, kv_size = shard.num_q_heads * config.key_size, shard.num_kv_heads * config.key_size
+
+        def heads(projected: jax.Array) -> jax.Array:
+            return projected.reshape(*x.shape[:2], -1, config.key_size)  # [batch, seq, heads, key]
+
+        query = heads(QuantizedLinear(layers, emb, q_size, 1, name="query")(x, layer))
+        key = heads(QuantizedLinear(layers, emb, kv_size, 1, name="key")(x, layer))
+        value = heads(QuantizedLinear(layers, emb, kv_size, 1, name="value")(x, layer))
+        cache = cache.write(layer, rotary_embedding(key, positions), value, positions)
+        attended = cached_attention(
+            rotary_embedding(query, positions),
+            cache.keys,
+            cache.values,
+            layer,
+            positions,
+            multiplier=config.attn_output_multiplier,
+            cap=config.attn_logit_cap,
+        )
+        attended = attended.reshape(*x.shape[:2], q_size).astype(shard.dtype)
+        output = QuantizedLinear(layers, q_size, emb, shard.scale_groups, name="linear")(attended, layer)
+        return shard.sum_over_shards(output), cache

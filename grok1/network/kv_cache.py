@@ -1,0 +1,41 @@
+"""Keys and values of the positions that a model has read."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys (rotated) and values of every layer.
+
+    Attributes:
+        keys: `[layers, batch, kv_heads, capacity, key]` in the activations' dtype.
+        values: the same.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+    def write(
+        self, layer: jax.Array | int, keys: jax.Array, values: jax.Array, positions: jax.Array
+    ) -> KVCache:
+        """The cache with new keys and values of one layer.
+
+        Args:
+            layer: which layer.
+            keys: `[batch, seq, kv_heads, key]`.
+            values: the same.
+            positions: int32 `[batch, seq]`; nothing is written for negative ones.
+        """
+        rows = jnp.arange(positions.shape[0])[:, None]
+        places = jnp.where(positions < 0, self.keys.shape[3], positions)  # past the end: dropped
+
+        def put(cache: jax.Array, new: jax.Array) -> jax.Array:
+            return cache.at[layer, rows, :, places].set(new.astype(cache.dtype), mode="drop")
+
+        return KVCache(put(self.keys, keys), put(self.values, values))

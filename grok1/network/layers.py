@@ -1,0 +1,81 @@
+"""The pieces that every layer is made of: RMS norm, rotary position embedding, quantised linear map."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+from grok1.config import ModelConfig
+from grok1.ops.quantized_matmul import quantized_matmul
+from grok1.quantize import QuantizedWeight
+
+
+def quantized_parameter(name: str, shape: tuple[int, ...], groups: int) -> QuantizedWeight:
+    """The current module's quantised parameter.
+
+    Args:
+        name: the parameter's name.
+        shape: shape of the weight, `[..., K, N]`.
+        groups: number of scale groups, G.
+    """
+
+    def initialise(shape: tuple[int, ...], dtype: jnp.dtype) -> QuantizedWeight:
+        scales = (*shape[:-2], groups, shape[-1])
+        return QuantizedWeight(jnp.zeros(shape, dtype), jnp.ones(scales, jnp.bfloat16))
+
+    # Haiku only asks a parameter for its shape; its annotations know arrays alone.
+    return cast(QuantizedWeight, hk.get_parameter(name, shape, jnp.int8, init=cast(Any, initialise)))
+
+
+class QuantizedLinear(hk.Module):
+    """A linear map without bias, with a stack of quantised weights, one a layer."""
+
+    def __init__(self, layers: int, input_size: int, output_size: int, groups: int, name: str):
+        super().__init__(name=name)
+        self.shape = (layers, input_size, output_size)
+        self.groups = groups
+
+    def __call__(self, x: jax.Array, layer: jax.Array | int) -> jax.Array:
+        """`[..., input]` to float32 `[..., output]`, with the weight of `layer`."""
+        weight = quantized_parameter("w", self.shape, self.groups)
+        rows = x.reshape(-1, x.shape[-1])
+        return quantized_matmul(rows, weight, (layer,)).reshape(*x.shape[:-1], self.shape[-1])
+
+
+class RMSNorm(hk.Module):
+    """Root mean square layer normalization (Zhang and Sennrich, 2019), in float32: `scale * x / rms(x)`."""
+
+    def __init__(self, size: int, layers: int | None = None, name: str = "rms_norm"):
+        """Args: `size` of the last axis; `layers` in the stack of scales, None for a norm outside the layers."""
+        super().__init__(name=name)
+        self.shape = (size,) if layers is None else (layers, size)
+
+    def __call__(self, x: jax.Array, layer: jax.Array | int | None = None) -> jax.Array:
+        """Float `[..., size]` to float32 `[..., size]`."""
+        scale = hk.get_parameter("scale", self.shape, jnp.float32, init=jnp.ones)
+        if layer is not None:
+            scale = scale[layer]
+        x = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        return scale * x * jax.lax.rsqrt(mean_square + ModelConfig.rms_norm_eps)
+
+
+def rotary_embedding(x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rotary position embedding (Su et al., 2021), turning the two halves of a head against each other.
+
+    Args:
+        x: float `[batch, seq, heads, key]`.
+        positions: int32 `[batch, seq]`.
+
+    Returns:
+        float32, shaped as `x`.
+    """
+    half = x.shape[-1] // 2
+    frequencies = ModelConfig.rotary_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None].astype(jnp.float32) * frequencies  # [batch, seq, key / 2]
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -1,0 +1,74 @@
+"""One shard of a model: the sizes that a device of the model axis holds, and the sum over that axis."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from grok1.config import SCALE_GROUPS, ModelConfig
+
+_FLOAT32 = jnp.dtype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelShard:
+    """What the modules of the network need to know about being one of several shards.
+
+    Query heads, expert width and vocabulary are split over the shards. Key/value heads and scale groups are split as
+    far as there are enough of them; beyond that each shard holds the one that it needs.
+
+    Attributes:
+        config: the whole model's config.
+        shards: number of shards, 1 for an unsharded model.
+        axis: name of the mesh axis that the shards lie on.
+        dtype: dtype of activations between modules and of the cache; norms, router, softmax and sums stay in float32.
+    """
+
+    config: ModelConfig
+    shards: int = 1
+    axis: str = "model"
+    dtype: jnp.dtype = _FLOAT32
+
+    @property
+    def num_q_heads(self) -> int:
+        """Query heads of a shard."""
+        return self.config.num_q_heads // self.shards
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key/value heads of a shard, at least 1."""
+        return max(1, self.config.num_kv_heads // self.shards)
+
+    @property
+    def ffn_size(self) -> int:
+        """Expert width of a shard."""
+        return self.config.ffn_size // self.shards
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding matrix of a shard."""
+        return self.config.vocab_size // self.shards
+
+    @property
+    def scale_groups(self) -> int:
+        """Scale groups of a shard's part of a matrix whose input dimension is split, at least 1."""
+        return max(1, SCALE_GROUPS // self.shards)
+
+    def sum_over_shards(self, x: jax.Array) -> jax.Array:
+        """The sum of every shard's float32 `x`, exchanged in the activations' dtype."""
+        if self.shards == 1:
+            return x
+        return lax.psum(x.astype(self.dtype), self.axis).astype(jnp.float32)
+
+    def first_token(self) -> jax.Array | int:
+        """The token id of the first embedding row of this shard."""
+        return 0 if self.shards == 1 else lax.axis_index(self.axis) * self.vocab_size
+
+    def gather_vocabulary(self, logits: jax.Array) -> jax.Array:
+        """Every shard's logits `[..., vocab of a shard]` side by side, `[..., vocab]`."""
+        if self.shards == 1:
+            return logits
+        return lax.all_gather(logits, self.axis, axis=logits.ndim - 1, tiled=True)

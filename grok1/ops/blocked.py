@@ -1,0 +1,75 @@
+"""Quantised products as a loop over blocks of a weight's rows, in plain JAX: runs on every platform.
+
+A product over a whole int8 matrix makes XLA write the matrix out as floats first, which costs five times the memory
+traffic and a copy as large as the weights. Here a block of rows is sliced out of the stack, converted and multiplied
+while it is in the cache, so that the weight is read once and no copy of it is ever made.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from grok1.quantize import QuantizedWeight
+
+# Up to this many rows of activations a block is multiplied as a sum of scaled weight rows, which XLA fuses with the
+# conversion; with more, a matrix product per block is faster.
+_FUSED_ROWS = 2
+_FUSED_BLOCK = 32
+_PRODUCT_BLOCK = {"cpu": 256}
+_PRODUCT_BLOCK_ACCELERATOR = 2048
+
+
+def product_precision(dtype: jnp.dtype) -> lax.Precision | None:
+    """Full precision for float32 operands, where accelerators would round them to fewer bits."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def multiply(x: jax.Array, weight: QuantizedWeight, index: tuple[jax.Array | int, ...]) -> jax.Array:
+    """`x @ weight[index]`, in float32.
+
+    Args:
+        x: float `[M, K]`.
+        weight: a stack `[..., K, N]` with its scales `[..., G, N]`.
+        index: the place of the matrix in the stack, an index for each leading axis.
+
+    Returns:
+        float32 `[M, N]`.
+    """
+    *_, inner, columns = weight.shape
+    group_rows = inner // weight.groups
+    platform = jax.default_backend()
+    fused = platform == "cpu" and x.shape[0] <= _FUSED_ROWS
+    block = _FUSED_BLOCK if fused else _PRODUCT_BLOCK.get(platform, _PRODUCT_BLOCK_ACCELERATOR)
+    block = min(block, group_rows)
+    lead = len(index)
+
+    def block_product(start: jax.Array | int, size: int, total: jax.Array) -> jax.Array:
+        rows = lax.dynamic_slice(weight.weight, (*index, start, 0), (*(1,) * lead, size, columns))
+        rows = rows.reshape(size, columns)
+        inputs = lax.dynamic_slice(x, (0, start), (x.shape[0], size))
+        if not fused:
+            return total + jnp.dot(
+                inputs,
+                rows.astype(x.dtype),
+                precision=product_precision(x.dtype),
+                preferred_element_type=jnp.float32,
+            )
+        for i in range(size):
+            total = total + inputs[:, i, None].astype(jnp.float32) * rows[i].astype(jnp.float32)
+        return total
+
+    def add_group(group: jax.Array | int, total: jax.Array) -> jax.Array:
+        first = group * group_rows
+        partial = jnp.zeros((x.shape[0], columns), jnp.float32)
+        whole_blocks, rest = divmod(group_rows, block)
+        partial = lax.fori_loop(
+            0, whole_blocks, lambda i, p: block_product(first + i * block, block, p), partial
+        )
+        if rest:
+            partial = block_product(first + whole_blocks * block, rest, partial)
+        scales = lax.dynamic_slice(weight.scales, (*index, group, 0), (*(1,) * lead, 1, columns))
+        return total + partial * scales.reshape(1, columns).astype(jnp.float32)
+
+    return lax.fori_loop(0, weight.groups, add_group, jnp.zeros((x.shape[0], columns), jnp.float32))

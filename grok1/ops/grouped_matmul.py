@@ -1,0 +1,114 @@
+"""Products of rows with the matrix of the expert that each row was sent to.
+
+Rows are sorted by expert and cut into blocks of one expert each, so that a weight is read once a block, no row is
+dropped and no row is computed for an expert that it was not sent to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from grok1.ops import blocked
+from grok1.quantize import QuantizedWeight
+
+_MAX_BLOCK_ROWS = 128
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExpertBlocks:
+    """Rows in blocks, each block of one expert.
+
+    Attributes:
+        slot: int32 `[rows]`, the place of each row among the blocks' rows; `blocks * block_rows` where a row goes to
+            no expert.
+        expert: int32 `[blocks]`, each block's expert.
+        used: int32 scalar, the number of blocks that hold rows.
+        block_rows: rows of a block.
+    """
+
+    slot: jax.Array
+    expert: jax.Array
+    used: jax.Array
+    block_rows: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_slots(self) -> int:
+        """Places in all blocks together."""
+        return int(self.expert.shape[0]) * self.block_rows
+
+
+def group_by_expert(expert: jax.Array, num_experts: int) -> ExpertBlocks:
+    """Sorts rows into blocks of one expert each, keeping the rows' order inside an expert.
+
+    Args:
+        expert: int32 `[rows]`, each row's expert; `num_experts` sends a row nowhere.
+        num_experts: how many experts there are.
+    """
+    rows = expert.shape[0]
+    block_rows = 1
+    while block_rows < min(rows / num_experts, _MAX_BLOCK_ROWS):
+        block_rows *= 2
+    # Each expert fills its last block by itself, and no expert without rows has one.
+    blocks = min(rows, (rows + min(num_experts, rows) * (block_rows - 1)) // block_rows)
+    one_hot = jax.nn.one_hot(expert, num_experts, dtype=jnp.int32)  # [rows, experts]
+    rank = jnp.cumsum(one_hot, axis=0) - one_hot  # of a row among those of each expert
+    blocks_of = -(-jnp.sum(one_hot, axis=0) // block_rows)  # [experts]
+    last_block = jnp.cumsum(blocks_of)
+    first_slot = (last_block - blocks_of) * block_rows
+    slot = jnp.sum(one_hot * (first_slot + rank), axis=1)
+    slot = jnp.where(expert < num_experts, slot, blocks * block_rows)
+    block_expert = jnp.searchsorted(last_block, jnp.arange(blocks), side="right")
+    return ExpertBlocks(
+        slot=slot.astype(jnp.int32),
+        expert=jnp.minimum(block_expert, num_experts - 1).astype(jnp.int32),
+        used=last_block[-1].astype(jnp.int32),
+        block_rows=block_rows,
+    )
+
+
+def scatter_rows(x: jax.Array, blocks: ExpertBlocks) -> jax.Array:
+    """Rows `[rows, K]` laid out in blocks, `[slots, K]`; places without a row are 0."""
+    return jnp.zeros((blocks.num_slots, x.shape[1]), x.dtype).at[blocks.slot].set(x, mode="drop")
+
+
+def gather_rows(y: jax.Array, blocks: ExpertBlocks) -> jax.Array:
+    """Rows `[rows, N]` out of their blocks `[slots, N]`; rows that went to no expert are 0."""
+    return y.at[blocks.slot].get(mode="fill", fill_value=0)
+
+
+def grouped_matmul(
+    x: jax.Array, weight: QuantizedWeight, layer: jax.Array | int, blocks: ExpertBlocks
+) -> jax.Array:
+    """Each block's rows times the matrix of the block's expert.
+
+    Args:
+        x: float `[slots, K]`, rows in blocks.
+        weight: a stack `[layers, experts, K, N]`.
+        layer: the layer's index in the stack; may be traced.
+        blocks: the blocks of `x`.
+
+    Returns:
+        float32 `[slots, N]`; blocks that hold no row are 0.
+    """
+    size = blocks.block_rows
+
+    def one_block(i: jax.Array, y: jax.Array) -> jax.Array:
+        rows = lax.dynamic_slice(x, (i * size, 0), (size, x.shape[1]))
+        product = blocked.multiply(rows, weight, (layer, blocks.expert[i]))
+        return lax.dynamic_update_slice(y, product, (i * size, 0))
+
+    y = jnp.zeros((blocks.num_slots, weight.shape[-1]), jnp.float32)
+    return lax.fori_loop(0, blocks.used, one_block, y)
+
+
+def definition(x: jax.Array, weight: QuantizedWeight, layer: jax.Array | int, expert: jax.Array) -> jax.Array:
+    """What scattering, `grouped_matmul` and gathering compute together, for rows `[rows, K]` with their experts."""
+    matrices = QuantizedWeight(weight.weight[layer], weight.scales[layer]).dequantize()  # [experts, K, N]
+    every = jnp.einsum("mk,ekn->men", x.astype(jnp.float32), matrices, precision="highest")
+    chosen = jax.nn.one_hot(expert, matrices.shape[0], dtype=jnp.float32)
+    return jnp.einsum("men,me->mn", every, chosen, precision="highest")

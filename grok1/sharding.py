@@ -1,0 +1,153 @@
+"""Meshes of any (data, model) shape, and how a model is divided over one.
+
+Sequences are split over the `data` axis and weights over the `model` axis: query heads, expert width and vocabulary
+evenly; key/value heads and scale groups evenly while there are enough of them, and beyond that each shard holds a
+copy of the one that it needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from grok1.config import SCALE_GROUPS, ModelConfig
+from grok1.errors import MeshError
+
+DATA_AXIS = "data"
+MODEL_AXIS = "model"
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisSplit:
+    """How one axis of a stored array is divided over the model shards.
+
+    Attributes:
+        axis: which axis, counted from the end (-1 is the last).
+        units: how many parts can be told apart; with more shards than units, neighbouring shards hold the same part.
+    """
+
+    axis: int
+    units: int
+
+
+def weight_split(module: str, config: ModelConfig) -> AxisSplit | None:
+    """How the array of a parameter is divided; None if every shard holds it whole.
+
+    Args:
+        module: the parameter's Haiku module, for example `transformer/decoder_layer/moe/linear_1`.
+        config: the model.
+    """
+    match module.rsplit("/", 2)[-2:]:
+        case [_, "in_out_embed"]:
+            return AxisSplit(-2, config.vocab_size)
+        case ["moe", "linear" | "linear_v"]:
+            return AxisSplit(-1, config.ffn_size)
+        case ["moe", "linear_1"]:
+            return AxisSplit(-2, config.ffn_size)
+        case ["multi_head_attention", "query"]:
+            return AxisSplit(-1, config.num_q_heads)
+        case ["multi_head_attention", "key" | "value"]:
+            return AxisSplit(-1, config.num_kv_heads)
+        case ["multi_head_attention", "linear"]:
+            return AxisSplit(-2, config.num_q_heads)
+    return None  # norms and routers
+
+
+def scales_split(module: str, config: ModelConfig) -> AxisSplit | None:
+    """How the scales of a quantised parameter are divided: as its columns, or by groups where its rows are."""
+    split = weight_split(module, config)
+    if split is not None and split.axis == -2:
+        return AxisSplit(-2, SCALE_GROUPS)
+    return split
+
+
+def shard_range(length: int, units: int, shards: int, shard: int) -> slice:
+    """The part of an axis that one shard holds.
+
+    Args:
+        length: length of the whole axis, a multiple of `units`.
+        units: as in `AxisSplit`.
+        shards: number of model shards; it divides `units`, or `units` divides it.
+        shard: which of them.
+    """
+    unit = length // units
+    if shards <= units:
+        size = units // shards * unit
+        return slice(shard * size, (shard + 1) * size)
+    first = shard * units // shards * unit
+    return slice(first, first + unit)
+
+
+def partition_spec(split: AxisSplit | None, ndim: int) -> PartitionSpec:
+    """The partition of an in-memory array of `ndim` axes."""
+    axes: list[str | None] = [None] * ndim
+    if split is not None:
+        axes[split.axis] = MODEL_AXIS
+    return PartitionSpec(*axes)
+
+
+def indivisible(config: ModelConfig, shards: int) -> str | None:
+    """Why a model cannot be divided into that many model shards; None if it can."""
+    for name, size in (
+        ("query heads", config.num_q_heads),
+        ("units of expert width", config.ffn_size),
+        ("vocabulary pieces", config.vocab_size),
+    ):
+        if size % shards:
+            return f"its {size} {name} do not divide by {shards}"
+    for name, size in (("key/value heads", config.num_kv_heads), ("scale groups", SCALE_GROUPS)):
+        if size % shards and shards % size:
+            return f"{shards} is neither a divisor nor a multiple of its {size} {name}"
+    return None
+
+
+def possible_model_shards(config: ModelConfig, most: int) -> list[int]:
+    """All numbers of model shards up to `most` that the model can be divided into, rising."""
+    return [shards for shards in range(1, most + 1) if indivisible(config, shards) is None]
+
+
+def default_mesh_shape(config: ModelConfig, num_devices: int) -> tuple[int, int]:
+    """All devices on the model axis, as far as the model divides: (1, model shards)."""
+    return 1, possible_model_shards(config, num_devices)[-1]
+
+
+def make_mesh(
+    config: ModelConfig,
+    shape: tuple[int, int] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A (data, model) mesh that the model can be divided over.
+
+    Args:
+        config: the model.
+        shape: sizes of the data and the model axis; by default all devices on the model axis, as far as they divide.
+        devices: the devices to use, the first of them if there are more than needed; by default all there are.
+
+    Raises:
+        MeshError: if there are too few devices or the model does not divide; the message names a mesh that works.
+    """
+    devices = list(jax.devices()) if devices is None else list(devices)
+    if shape is None:
+        shape = default_mesh_shape(config, len(devices))
+    data, model = shape
+    fallback = "{},{}".format(*default_mesh_shape(config, min(model, len(devices)) if model > 0 else 1))
+    if data < 1 or model < 1:
+        raise MeshError(
+            f"mesh {data},{model} has an empty axis: expected two numbers above 0, such as {fallback}"
+        )
+    reason = indivisible(config, model)
+    if reason is not None:
+        raise MeshError(
+            f"mesh {data},{model} splits the model into {model} shards, but {reason}: use --mesh {fallback}"
+        )
+    if data * model > len(devices):
+        what = "device is" if len(devices) == 1 else "devices are"
+        raise MeshError(
+            f"mesh {data},{model} needs {data * model} devices, but {len(devices)} {what} here: "
+            f"use --mesh {fallback}, or more devices"
+        )
+    return Mesh(np.asarray(devices[: data * model]).reshape(data, model), (DATA_AXIS, MODEL_AXIS))
