@@ -1,3 +1,60 @@
-"""grok1: run the released Grok-1 checkpoint, on any JAX mesh."""
+"""grok1: run the released Grok-1 checkpoint, on any JAX mesh.
+
+    import grok1
+
+    model = grok1.load("checkpoints")
+    for piece in model.stream("The answer to life, the universe and everything is"):
+        print(piece, end="", flush=True)
+
+`import grok1` alone does not import JAX; the names below do when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from grok1.config import PRESETS, ModelConfig
+from grok1.engine.request import SamplingOptions, TokenLogprobs
+from grok1.errors import (
+    CheckpointError,
+    ConfigError,
+    Grok1Error,
+    MeshError,
+    RequestError,
+    TokenizerError,
+)
+
+if TYPE_CHECKING:
+    from grok1.model import Completion, CompletionStream, Model, Progress, Request, Score, Timings, load
 
 __version__ = "0.1.0"
+
+_FROM_MODEL = ("Completion", "CompletionStream", "Model", "Progress", "Request", "Score", "Timings", "load")
+
+__all__ = [
+    "PRESETS",
+    "CheckpointError",
+    "Completion",
+    "CompletionStream",
+    "ConfigError",
+    "Grok1Error",
+    "MeshError",
+    "Model",
+    "ModelConfig",
+    "Progress",
+    "Request",
+    "RequestError",
+    "SamplingOptions",
+    "Score",
+    "Timings",
+    "TokenLogprobs",
+    "TokenizerError",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FROM_MODEL:
+        return getattr(importlib.import_module("grok1.model"), name)
+    raise AttributeError(f"module 'grok1' has no attribute {name!r}")

@@ -1,0 +1,37 @@
+# Sourced by the other scripts: makes .venv beside this repository's pyproject.toml and puts it on the PATH.
+#
+# The versions come from requirements.lock, with their hashes. PYTHON names the interpreter (3.11 or later) to start
+# from; VENV names another folder than .venv.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+VENV=${VENV:-.venv}
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python}; do
+        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return 0
+        fi
+    done
+    echo "scripts: no Python 3.11 or later with venv was found: install one, or name it with PYTHON=..." >&2
+    return 1
+}
+
+ensure_environment() {
+    local stamp="$VENV/.installed" wanted python
+    wanted=$(cat requirements.lock pyproject.toml | cksum)
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+        return 0
+    fi
+    python=$(find_python) || return 1
+    echo "setting up $VENV (a minute or two the first time)" >&2
+    rm -f "$stamp"
+    "$python" -m venv "$VENV" || return 1
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock || return 1
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable . || return 1
+    echo "$wanted" >"$stamp"
+}
+
+ensure_environment || exit 1
+PATH="$PWD/$VENV/bin:$PATH"
