@@ -1,0 +1,359 @@
+"""Finds the arrays of a tensor file in its pickle's opcodes, without unpickling it.
+
+Unpickling calls whatever the file names. This scanner calls nothing: it follows the opcodes on a stack of
+symbols, knows only those that NumPy arrays need, skips over the arrays' data and refuses everything else.
+What it holds in memory is bounded, whatever the file says.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from grok1.checkpoint.framing import BFLOAT16, FLOAT32, INT8
+from grok1.checkpoint.pickle_source import MAX_STRING, PickleSource, ScanError, open_regular
+from grok1.checkpoint.pickle_symbols import (
+    KNOWN_DTYPES,
+    KNOWN_NAMES,
+    ArraySymbol,
+    BytesSymbol,
+    DTypeSymbol,
+    Known,
+    QuantizedSymbol,
+    StoredArray,
+    describe,
+)
+
+__all__ = ["ScanError", "StoredArray", "StoredTensor", "scan"]
+
+_MAX_STACK = 256
+_MAX_MEMO = 1024
+_MAX_DIMENSIONS = 32
+_OBJECT_FLAGS = 0x07  # a dtype's flags for items that are pointers or Python objects
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a tensor file holds.
+
+    Attributes:
+        array: float32, or the int8 values of a quantised weight.
+        scales: a quantised weight's bfloat16 scales, otherwise None.
+    """
+
+    array: StoredArray
+    scales: StoredArray | None
+
+
+def scan(path: Path) -> StoredTensor:
+    """Finds the arrays of one tensor file. Nothing that the file names is imported or called.
+
+    Accepts, at pickle protocol 4, one NumPy float32 array or one `__main__.QuantizedWeight8bit` with the
+    attributes `weight` (int8) and `scales` (bfloat16), all little-endian and in C order, with any framing and
+    memo numbering.
+
+    Raises:
+        CheckpointError: if the file cannot be read or holds anything else; it says at which byte and opcode.
+    """
+    try:
+        with open_regular(path) as file:
+            return _Scanner(PickleSource(path, file)).scan()
+    except OSError as error:
+        raise ScanError(path, f"the file cannot be read ({error.strerror or error})") from None
+
+
+class _Scanner:
+    """The stack machine for one file."""
+
+    def __init__(self, source: PickleSource) -> None:
+        self._source = source
+        self._stack: list[object] = []
+        self._marks: list[int] = []
+        self._memo: dict[int, object] = {}
+
+    def scan(self) -> StoredTensor:
+        if self._source.size == 0:
+            self._refuse("the file is empty, expected a pickled array")
+        if self._source.next_opcode() != pickle.PROTO[0]:
+            self._refuse("expected PROTO first, so the file is no pickle of protocol 4")
+        version = self._source.unsigned(1)
+        if version != 4:
+            self._refuse(f"the pickle has protocol {version}, expected 4")
+        while (code := self._source.next_opcode()) != pickle.STOP[0]:
+            handler = _HANDLERS.get(code)
+            if handler is None:
+                self._refuse("no tensor file has this opcode here (nothing was run)")
+            handler(self)
+            if len(self._stack) > _MAX_STACK or len(self._marks) > _MAX_STACK or len(self._memo) > _MAX_MEMO:
+                self._refuse("the pickle nests or remembers more objects than any tensor file")
+        return self._result()
+
+    def _refuse(self, fault: str) -> NoReturn:
+        self._source.refuse(fault)
+
+    # The stack.
+
+    def _push(self, value: object) -> None:
+        self._stack.append(value)
+
+    def _top(self) -> object:
+        if len(self._stack) <= (self._marks[-1] if self._marks else 0):
+            self._refuse("the pickle takes an object from an empty stack")
+        return self._stack[-1]
+
+    def _pop(self) -> Any:
+        value = self._top()
+        self._stack.pop()
+        return value
+
+    def _pop_to_mark(self) -> list[object]:
+        if not self._marks:
+            self._refuse("there is no MARK before it")
+        mark = self._marks.pop()
+        values = self._stack[mark:]
+        del self._stack[mark:]
+        return values
+
+    # Opcodes.
+
+    def _frame(self) -> None:
+        self._source.begin_frame(self._source.unsigned(8))
+
+    def _mark(self) -> None:
+        self._marks.append(len(self._stack))
+
+    def _string(self, length_bytes: int) -> None:
+        size = self._source.unsigned(length_bytes)
+        if size > MAX_STRING:
+            self._refuse(f"a string of {size} bytes, expected at most {MAX_STRING}")
+        try:
+            self._push(self._source.take(size).decode("utf-8"))
+        except UnicodeDecodeError:
+            self._refuse("a string is not UTF-8")
+
+    def _bytes(self, length_bytes: int) -> None:
+        size = self._source.unsigned(length_bytes)
+        self._push(BytesSymbol(self._source.position, size))
+        self._source.skip(size)
+
+    def _signed(self, size: int) -> None:
+        self._push(int.from_bytes(self._source.take(size), "little", signed=True))
+
+    def _long1(self) -> None:
+        size = self._source.unsigned(1)
+        if size > 8:
+            self._refuse(f"a number of {size} bytes, expected at most 8")
+        self._signed(size)
+
+    def _tuple(self, size: int | None) -> None:
+        values = self._pop_to_mark() if size is None else [self._pop() for _ in range(size)][::-1]
+        self._push(tuple(values))
+
+    def _set_items(self, items: list[object]) -> None:
+        target = self._top()
+        if not isinstance(target, dict) or len(items) % 2:
+            self._refuse(f"items are set in {describe(target)}, expected a dict and pairs")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if not isinstance(key, str) or key in target:
+                self._refuse(f"the attribute {describe(key)} is no name or comes twice")
+            target[key] = value
+
+    def _set_item(self) -> None:
+        value, key = self._pop(), self._pop()
+        self._set_items([key, value])
+
+    def _memoize(self) -> None:
+        self._memo[len(self._memo)] = self._top()
+
+    def _put(self, size: int) -> None:
+        index = self._source.unsigned(size)
+        if index >= _MAX_MEMO:
+            self._refuse(f"memo number {index}, expected less than {_MAX_MEMO}")
+        self._memo[index] = self._top()
+
+    def _get(self, size: int) -> None:
+        index = self._source.unsigned(size)
+        if index not in self._memo:
+            self._refuse(f"memo number {index} was never set")
+        self._push(self._memo[index])
+
+    def _known(self, module: object, name: object) -> Known:
+        if not isinstance(module, str) or not isinstance(name, str):
+            self._refuse("a name that is no string")
+        known = KNOWN_NAMES.get((module, name))
+        if known is None:
+            self._refuse(
+                f"the file names {f'{module}.{name}'!a}, expected only NumPy arrays and "
+                f"{Known.QUANTIZED.value} (nothing was run)"
+            )
+        return known
+
+    def _stack_global(self) -> None:
+        name, module = self._pop(), self._pop()
+        self._push(self._known(module, name))
+
+    def _global(self) -> None:
+        self._push(self._known(self._source.line(), self._source.line()))
+
+    def _inst(self) -> None:
+        self._known(self._source.line(), self._source.line())
+        self._refuse("no tensor file makes objects this way (nothing was run)")
+
+    def _reduce(self) -> None:
+        arguments, function = self._pop(), self._pop()
+        count = len(arguments) if isinstance(arguments, tuple) else -1
+        if function is Known.DTYPE and count == 3:
+            self._push(self._new_dtype(*arguments))
+        elif function is Known.RECONSTRUCT and count == 3:
+            kind, shape, code = arguments
+            # Older and newer NumPy alike: an empty ndarray of bytes, that BUILD then gives its state.
+            if kind is not Known.NDARRAY or not _is_tuple_of_zero(shape) or not self._is_byte_b(code):
+                self._refuse('_reconstruct is called with other arguments than (numpy.ndarray, (0,), b"b")')
+            self._push(ArraySymbol())
+        else:
+            self._refuse(f"a call of {describe(function)} with these arguments (nothing was run)")
+
+    def _new_dtype(self, name: object, align: object, copy: object) -> DTypeSymbol:
+        dtype = KNOWN_DTYPES.get(name) if isinstance(name, str | Known) else None
+        if dtype is None:
+            self._refuse(f"an array has dtype {describe(name)}, expected 'f4', 'i1' or ml_dtypes.bfloat16")
+        if align is not False or copy is not True:
+            self._refuse("numpy.dtype is called with other arguments than (name, False, True)")
+        return DTypeSymbol(dtype)
+
+    def _is_byte_b(self, value: object) -> bool:
+        if not isinstance(value, BytesSymbol) or value.size != 1:
+            return False
+        return self._source.peek_behind(value.offset, 1) == b"b"
+
+    def _new_object(self) -> None:
+        arguments, kind = self._pop(), self._pop()
+        if kind is not Known.QUANTIZED or not isinstance(arguments, tuple) or arguments:
+            self._refuse(f"an object of {describe(kind)}, expected {Known.QUANTIZED.value} (nothing was run)")
+        self._push(QuantizedSymbol())
+
+    def _build(self) -> None:
+        state = self._pop()
+        target = self._top()
+        if isinstance(target, DTypeSymbol) and isinstance(state, tuple) and not target.built:
+            self._build_dtype(target, state)
+        elif isinstance(target, ArraySymbol) and isinstance(state, tuple) and target.stored is None:
+            target.stored = self._stored_array(state)
+        elif isinstance(target, QuantizedSymbol) and isinstance(state, dict) and target.attributes is None:
+            if set(state) != {"weight", "scales"}:
+                self._refuse("a quantised weight has other attributes than weight and scales")
+            target.attributes = dict(state)
+        else:
+            self._refuse(
+                f"{describe(target)} is given {describe(state)} as its state, or a state for the second time"
+            )
+
+    def _build_dtype(self, target: DTypeSymbol, state: tuple[object, ...]) -> None:
+        if len(state) != 8 or state[0] != 3:
+            self._refuse("a dtype has a state of another version, expected NumPy's version 3")
+        _, order, subarray, names, fields, itemsize, alignment, flags = state
+        expected = "|" if target.dtype.itemsize == 1 else "<"
+        if order != expected:
+            self._refuse(f"{target.dtype} has byte order {describe(order)}, expected {expected!r}")
+        if subarray is not None or names is not None or fields is not None:
+            self._refuse("a structured dtype, expected plain numbers")
+        if itemsize not in (-1, target.dtype.itemsize) or alignment not in (-1, 1, 2, 4):
+            self._refuse(
+                f"{target.dtype} has item size {describe(itemsize)} and alignment {describe(alignment)}"
+            )
+        if type(flags) is not int or flags & _OBJECT_FLAGS:
+            self._refuse(f"{target.dtype} has the flags {describe(flags)} of Python objects")
+        target.built = True
+
+    def _stored_array(self, state: tuple[object, ...]) -> StoredArray:
+        if len(state) != 5 or state[0] != 1:
+            self._refuse("an array has a state of another version, expected NumPy's version 1")
+        _, shape, dtype, fortran, data = state
+        if not isinstance(shape, tuple) or len(shape) > _MAX_DIMENSIONS:
+            self._refuse(f"an array's shape is {describe(shape)}, expected up to {_MAX_DIMENSIONS} numbers")
+        for size in shape:
+            if type(size) is not int or size < 1:
+                self._refuse(f"an array's shape has the size {describe(size)}, expected 1 or more")
+        if not isinstance(dtype, DTypeSymbol) or not dtype.built:
+            self._refuse("an array has no finished dtype")
+        if fortran is not False:
+            self._refuse("an array is stored in Fortran order, expected C order")
+        if not isinstance(data, BytesSymbol):
+            self._refuse(f"an array's data is {describe(data)}, expected bytes")
+        stored = StoredArray(dtype.dtype, shape, data.offset)
+        if stored.nbytes != data.size:
+            self._refuse(
+                f"an array of {dtype.dtype} and shape {shape} has {data.size} bytes of data, "
+                f"expected {stored.nbytes}"
+            )
+        return stored
+
+    def _result(self) -> StoredTensor:
+        if self._source.position != self._source.size:
+            rest = self._source.size - self._source.position
+            self._refuse(f"{rest} bytes follow the pickle's end, expected none")
+        if len(self._stack) != 1 or self._marks:
+            self._refuse(f"the pickle leaves {len(self._stack)} objects, expected one")
+        value = self._stack[0]
+        if isinstance(value, QuantizedSymbol) and value.attributes is not None:
+            weight = self._finished(value.attributes["weight"], INT8, "the attribute weight")
+            return StoredTensor(
+                weight, self._finished(value.attributes["scales"], BFLOAT16, "the attribute scales")
+            )
+        return StoredTensor(self._finished(value, FLOAT32, "the file's object"), None)
+
+    def _finished(self, value: object, dtype: np.dtype[Any], what: str) -> StoredArray:
+        if not isinstance(value, ArraySymbol) or value.stored is None:
+            self._refuse(f"{what} is {describe(value)}, expected a finished {dtype} array")
+        if value.stored.dtype != dtype:
+            self._refuse(f"{what} is an array of {value.stored.dtype}, expected {dtype}")
+        return value.stored
+
+
+def _is_tuple_of_zero(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 1 and type(value[0]) is int and value[0] == 0
+
+
+_HANDLERS: dict[int, Callable[[_Scanner], None]] = {
+    opcode[0]: handler
+    for opcode, handler in {
+        pickle.FRAME: _Scanner._frame,
+        pickle.MARK: _Scanner._mark,
+        pickle.SHORT_BINUNICODE: lambda scanner: scanner._string(1),
+        pickle.BINUNICODE: lambda scanner: scanner._string(4),
+        pickle.SHORT_BINBYTES: lambda scanner: scanner._bytes(1),
+        pickle.BINBYTES: lambda scanner: scanner._bytes(4),
+        pickle.BINBYTES8: lambda scanner: scanner._bytes(8),
+        pickle.BININT: lambda scanner: scanner._signed(4),
+        pickle.BININT1: lambda scanner: scanner._push(scanner._source.unsigned(1)),
+        pickle.BININT2: lambda scanner: scanner._push(scanner._source.unsigned(2)),
+        pickle.LONG1: _Scanner._long1,
+        pickle.NONE: lambda scanner: scanner._push(None),
+        pickle.NEWTRUE: lambda scanner: scanner._push(True),
+        pickle.NEWFALSE: lambda scanner: scanner._push(False),
+        pickle.EMPTY_TUPLE: lambda scanner: scanner._push(()),
+        pickle.TUPLE1: lambda scanner: scanner._tuple(1),
+        pickle.TUPLE2: lambda scanner: scanner._tuple(2),
+        pickle.TUPLE3: lambda scanner: scanner._tuple(3),
+        pickle.TUPLE: lambda scanner: scanner._tuple(None),
+        pickle.EMPTY_DICT: lambda scanner: scanner._push({}),
+        pickle.SETITEM: _Scanner._set_item,
+        pickle.SETITEMS: lambda scanner: scanner._set_items(scanner._pop_to_mark()),
+        pickle.MEMOIZE: _Scanner._memoize,
+        pickle.BINPUT: lambda scanner: scanner._put(1),
+        pickle.LONG_BINPUT: lambda scanner: scanner._put(4),
+        pickle.BINGET: lambda scanner: scanner._get(1),
+        pickle.LONG_BINGET: lambda scanner: scanner._get(4),
+        pickle.STACK_GLOBAL: _Scanner._stack_global,
+        pickle.GLOBAL: _Scanner._global,
+        pickle.INST: _Scanner._inst,
+        pickle.REDUCE: _Scanner._reduce,
+        pickle.NEWOBJ: _Scanner._new_object,
+        pickle.BUILD: _Scanner._build,
+    }.items()
+}

@@ -1,0 +1,125 @@
+"""Random values for every tensor of a checkpoint, the same bytes for the same seed on any machine.
+
+Only raw bits of a bit generator and single float32 operations are used: NumPy promises both to stay the same,
+which it does not for its distributions. The scales of the values are chosen so that a model of them is a fair
+stand-in: activations stay near 1, routers choose clearly, and the next token is neither certain nor a plain
+draw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from grok1.checkpoint.framing import BFLOAT16
+from grok1.checkpoint.layout import TensorSpec
+from grok1.config import ModelConfig
+
+EMBEDDED_STD = 0.3
+"""Of a token's embedding after the multiplier. Below 1, so that the layers decide the next token."""
+
+QUERY_GAIN = 2.0
+"""Over 1/sqrt(K): attention logits about 2 wide, so that attention is neither even nor one position's."""
+
+ROUTER_GAIN = 3.0
+"""Over 1/sqrt(K): router logits about 3 wide, so that rounding seldom changes the chosen experts."""
+
+LOGIT_STD = 2.5
+"""Of the next token's logits over the vocabulary: some hundred of the release's 131072 tokens are likely."""
+
+NORM_SPREAD = 0.2
+"""Norm scales lie within this fraction of their mean, so that a norm left out or taken for another shows."""
+
+_SQRT_3 = math.sqrt(3.0)  # a uniform variable in +-sqrt(3) has standard deviation 1
+_INT8_STD = math.sqrt(127 * 128 / 3)  # of a uniform whole number in -127..127
+_SCALE_RMS = math.sqrt(35 / 24)  # of `_scales`'s factor: mean square 7/3 of the mantissa, 5/8 of the exponent
+_CHUNK_WORDS = 1 << 17  # 64-bit words drawn at a time: 1 MiB, which stays in the processor's cache
+
+
+def random_chunks(spec: TensorSpec, config: ModelConfig, seed: int, *, scales: bool) -> Iterator[np.ndarray]:
+    """The data of one array in order, in pieces of about a megabyte.
+
+    Args:
+        spec: the tensor.
+        config: the model's config, which fixes the size of the values.
+        seed: with the tensor's index and `scales`, selects the random stream; 0 or more.
+        scales: the quantised weight's scales instead of its values.
+
+    Yields:
+        one-dimensional arrays of float32 `[n]`, int8 `[n]` or, for scales, bfloat16 `[n]`.
+    """
+    array = spec.scales if scales else spec.array
+    if array is None:
+        raise ValueError(f"{spec.file_name} has no scales")
+    bits = np.random.SFC64(np.random.SeedSequence((seed, spec.index, int(scales))))
+    remaining = array.nbytes // array.dtype.itemsize
+    per_chunk = _CHUNK_WORDS * 8 // array.dtype.itemsize
+    while remaining:
+        count = min(remaining, per_chunk)
+        words = bits.random_raw(-(-count * array.dtype.itemsize // 8)).astype("<u8", copy=False)
+        if scales:
+            yield _scales(words.view("<u2")[:count], _weight_std(spec, config))
+        elif spec.scales_shape is not None:
+            values = words.view(np.int8)[:count]
+            yield np.maximum(values, np.int8(-127), out=values)  # as in the release, -128 does not occur
+        else:
+            mean, half_width = _float_range(spec, config)
+            yield _uniform(words.view("<u4")[:count], mean, half_width)
+        remaining -= count
+
+
+def _weight_std(spec: TensorSpec, config: ModelConfig) -> float:
+    """Standard deviation of a matrix's values: keeps a vector of unit size at unit size."""
+    gain = 1.0
+    if spec.name == "w":
+        gain = {"query": QUERY_GAIN, "router": ROUTER_GAIN}.get(spec.module.rpartition("/")[2], 1.0)
+    return gain / math.sqrt(spec.shape[-2])
+
+
+def _embedding_std(config: ModelConfig) -> float:
+    return EMBEDDED_STD / config.embedding_multiplier_scale
+
+
+def _norm_mean(spec: TensorSpec, config: ModelConfig) -> float:
+    """Mean of a norm's scales."""
+    if spec.layer is None:
+        # The final norm: a logit is a sum of `emb_size` products with one embedding.
+        return LOGIT_STD / (
+            math.sqrt(config.emb_size) * _embedding_std(config) * config.output_multiplier_scale
+        )
+    if spec.module.endswith(("rms_norm_1", "rms_norm_3")):
+        # What a layer adds, twice: all layers together add a vector of unit size to the residual stream.
+        return 1.0 / math.sqrt(2 * config.num_layers)
+    return 1.0
+
+
+def _float_range(spec: TensorSpec, config: ModelConfig) -> tuple[float, float]:
+    """Mean and half the width of the uniform distribution of a float32 tensor."""
+    if spec.name == "scale":
+        mean = _norm_mean(spec, config)
+        return mean, mean * NORM_SPREAD
+    std = _embedding_std(config) if spec.name == "embeddings" else _weight_std(spec, config)
+    return 0.0, _SQRT_3 * std
+
+
+def _uniform(words: np.ndarray, mean: float, half_width: float) -> np.ndarray:
+    """Uniform float32 values of 24 random bits each; `words` is uint32 `[n]`."""
+    steps = words.view("<i4") >> 8  # -2^23 up to 2^23, exact in float32
+    values = steps.astype(np.float32)
+    values *= np.float32(half_width / 2**23)
+    values += np.float32(mean)
+    return values
+
+
+def _scales(words: np.ndarray, std: float) -> np.ndarray:
+    """Bfloat16 scales that give int8 values that standard deviation; `words` is uint16 `[n]`.
+
+    Each is the nominal scale times a factor of 0.5 to 2, roughly log-uniform, so that a scale taken from
+    another group or column shows.
+    """
+    mantissa = ((words & 0x7F) | 0x80).astype(np.float32)  # 1 up to 2, times 128
+    exponent = ((words >> 7) & 1).astype(np.float32) + np.float32(1)  # 0.5 or 1, times 2
+    nominal = np.float32(std / (_INT8_STD * _SCALE_RMS) / 256)
+    return (mantissa * exponent * nominal).astype(BFLOAT16)

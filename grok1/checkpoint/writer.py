@@ -1,0 +1,201 @@
+"""Writes a random-weight checkpoint in the release's format."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from grok1.checkpoint.framing import Payload
+from grok1.checkpoint.layout import CHECKPOINT_DIR, TensorSpec, tensor_table
+from grok1.checkpoint.random_weights import random_chunks
+from grok1.checkpoint.reader import FILE_PREFIX
+from grok1.config import ModelConfig
+from grok1.errors import CheckpointError
+
+_CONFIG = "config.json"
+_TOKENIZER = "tokenizer.model"
+_BLOCK = 4096  # what the smallest file takes on a disk
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes written so far and the bytes in all."""
+
+
+def write_checkpoint(
+    directory: Path,
+    config: ModelConfig,
+    *,
+    seed: int = 0,
+    force: bool = False,
+    tokenizer: bytes | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Writes `config.json`, `tokenizer.model` and `ckpt-0` into a folder, all or nothing.
+
+    The files grow in a hidden folder within `directory` and are moved to their names at the end, `ckpt-0`
+    last, so that no moment shows a `ckpt-0` that is unfinished or belongs to another config. If the writer
+    fails or is interrupted, the folder is left as it was; if it is killed, the hidden folder stays. Data is
+    not forced to the
+    disk: after a power cut, write the checkpoint again.
+
+    Args:
+        directory: made if it does not exist; other files in it are kept.
+        config: the model to write. At most a few megabytes of it are in memory at a time.
+        seed: 0 or more; the same seed and config give the same bytes.
+        force: replaces a checkpoint that is there, with its config and tokenizer.
+        tokenizer: content of `tokenizer.model`; None writes none.
+        progress: called about once a megabyte.
+
+    Raises:
+        CheckpointError: if there is a checkpoint already, or too little space, or a file cannot be written.
+    """
+    if seed < 0:
+        raise CheckpointError(f"the seed is {seed}, expected 0 or more: choose another")
+    directory = directory.absolute()
+    with _plain_errors(directory):
+        _check_target(directory, force)
+        table = tensor_table(config)
+        _check_space(directory, table, len(tokenizer or b""))
+        with _new_folders(directory), _scratch_folder(directory) as scratch:
+            new = scratch / "new"
+            (new / CHECKPOINT_DIR).mkdir(parents=True)
+            (new / _CONFIG).write_text(config.to_json(), encoding="utf-8")
+            if tokenizer is not None:
+                (new / _TOKENIZER).write_bytes(tokenizer)
+            _write_tensors(new / CHECKPOINT_DIR, table, config, seed, progress)
+            _check_target(directory, force)  # another writer may have come first
+            _swap(directory, scratch)
+
+
+def _existing(directory: Path) -> list[str]:
+    return [name for name in (CHECKPOINT_DIR, _CONFIG, _TOKENIZER) if os.path.lexists(directory / name)]
+
+
+def _check_target(directory: Path, force: bool) -> None:
+    if not directory.is_dir():
+        if os.path.lexists(directory):
+            raise CheckpointError(f"{directory} is a file, expected a folder: choose another name")
+        return
+    if any(entry.name.startswith(FILE_PREFIX) for entry in directory.iterdir()):
+        # A config.json written beside them would change what these files are taken for.
+        raise CheckpointError(
+            f"{directory} holds tensor files itself: choose another folder for the new checkpoint"
+        )
+    existing = _existing(directory)
+    if existing and not force:
+        raise CheckpointError(
+            f"{directory} holds {' and '.join(existing)} already: "
+            "choose another folder, or replace it with --force"
+        )
+
+
+def _check_space(directory: Path, table: tuple[TensorSpec, ...], tokenizer_bytes: int) -> None:
+    needed = sum(spec.file_bytes for spec in table) + tokenizer_bytes + _BLOCK * (len(table) + 4)
+    present = next(folder for folder in (directory, *directory.parents) if folder.exists())
+    free = shutil.disk_usage(present).free
+    if needed > free:
+        raise CheckpointError(
+            f"{directory} needs {needed / 1e9:,.2f} GB and its disk has {free / 1e9:,.2f} GB free: "
+            "make room or choose another disk"
+        )
+
+
+def _write_tensors(
+    folder: Path, table: tuple[TensorSpec, ...], config: ModelConfig, seed: int, progress: Progress | None
+) -> None:
+    done, total = 0, sum(spec.file_bytes for spec in table)
+    for spec in table:
+        with (folder / spec.file_name).open("wb", buffering=0) as file:
+            for piece in spec.pieces():
+                for block in _blocks(piece, spec, config, seed):
+                    rest = block
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                    done += len(block)
+                    if progress and isinstance(piece, Payload):
+                        progress(done, total)
+    if progress:
+        progress(done, total)
+
+
+def _blocks(piece: bytes | Payload, spec: TensorSpec, config: ModelConfig, seed: int) -> Iterator[memoryview]:
+    if isinstance(piece, bytes):
+        yield memoryview(piece)
+        return
+    for chunk in random_chunks(spec, config, seed, scales=piece.array == 1):
+        yield chunk.view("u1").data
+
+
+def _swap(directory: Path, scratch: Path) -> None:
+    """Moves the old checkpoint into the scratch folder and the new one out of it, or nothing at all."""
+    old, new = scratch / "old", scratch / "new"
+    old.mkdir()
+    moves = [(directory / name, old / name) for name in _existing(directory)]  # ckpt-0 is the first to go
+    moves += [(new / name, directory / name) for name in (_CONFIG, _TOKENIZER) if (new / name).exists()]
+    moves.append((new / CHECKPOINT_DIR, directory / CHECKPOINT_DIR))
+    try:
+        for source, target in moves:
+            os.rename(source, target)
+    except BaseException:
+        _undo(moves, old)
+        raise
+
+
+def _undo(moves: list[tuple[Path, Path]], old: Path) -> None:
+    try:
+        for source, target in reversed(moves):
+            if os.path.lexists(target) and not os.path.lexists(source):
+                os.rename(target, source)
+    except OSError as error:
+        raise CheckpointError(
+            f"the new checkpoint could not take the old one's place, nor be undone ({error.strerror}): "
+            f"the old one is in {old}, move it back by hand"
+        ) from None
+
+
+@contextlib.contextmanager
+def _scratch_folder(directory: Path) -> Iterator[Path]:
+    """A hidden folder within `directory`, removed at the end unless it still holds what was there before."""
+    scratch = Path(tempfile.mkdtemp(prefix=".grok1-init-", dir=directory))
+    try:
+        yield scratch
+    except BaseException:
+        shutil.rmtree(scratch / "new", ignore_errors=True)
+        for folder in (scratch / "old", scratch):  # stays if the old checkpoint could not be moved back
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _new_folders(directory: Path) -> Iterator[None]:
+    """Makes the folder and its parents; if the block fails, removes those that it made."""
+    missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _plain_errors(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        name = error.filename or directory
+        if error.errno == errno.ENOSPC:
+            advice = "the disk is full: make room or choose another disk"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            advice = f"{error.strerror}: choose a folder that you may write to"
+        else:
+            advice = f"{error.strerror or error}: choose another folder"
+        raise CheckpointError(f"cannot write {name}: {advice}") from None

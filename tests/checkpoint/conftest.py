@@ -1,0 +1,122 @@
+import io
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from grok1.checkpoint.writer import write_checkpoint
+from grok1.config import ModelConfig
+
+SHARED = Path(__file__).parents[3] / "shared"
+
+
+class QuantizedWeight8bit:
+    """Stands in for the class of the release's own code, under the name that its files have."""
+
+    def __init__(self, weight, scales):
+        self.weight = weight
+        self.scales = scales
+
+
+QuantizedWeight8bit.__module__ = "__main__"
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if (module, name) == ("__main__", "QuantizedWeight8bit"):
+            return QuantizedWeight8bit
+        assert module.split(".")[0] in ("numpy", "ml_dtypes")
+        return super().find_class(module, name)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The folder of a sample checkpoint that NumPy 1.26 wrote."""
+    if not (SHARED / "golden").is_dir():
+        pytest.skip("the golden checkpoint is not here")
+    return SHARED / "golden"
+
+
+@pytest.fixture(scope="session")
+def release_table():
+    """The table of the release's files."""
+    path = SHARED / "release" / "tensors.tsv"
+    if not path.is_file():
+        pytest.skip("the table of the release is not here")
+    return path
+
+
+@pytest.fixture(scope="session")
+def dump():
+    """`pickle.dumps` at protocol 4 of an array or, given scales, of a quantised weight; C or Python pickler."""
+
+    def dump(array, scales=None, *, python=False):
+        value = array if scales is None else QuantizedWeight8bit(array, scales)
+        main = __import__("__main__")
+        main.QuantizedWeight8bit = QuantizedWeight8bit  # a pickler checks that the name leads to the class
+        try:
+            file = io.BytesIO()
+            pickler = pickle._Pickler if python else pickle.Pickler
+            pickler(file, 4).dump(value)
+            return file.getvalue()
+        finally:
+            del main.QuantizedWeight8bit
+
+    return dump
+
+
+@pytest.fixture(scope="session")
+def unpickle():
+    """What Python's own unpickler makes of a tensor file: the array, and the scales or None."""
+
+    def unpickle(path):
+        with open(path, "rb") as file:
+            value = _Unpickler(file).load()
+        if isinstance(value, np.ndarray):
+            return SimpleNamespace(array=value, scales=None)
+        return SimpleNamespace(array=value.weight, scales=value.scales)
+
+    return unpickle
+
+
+@pytest.fixture(scope="session")
+def small_config():
+    """A model of 11 layers, so that the order of the layers' files shows, and of 30 thousand weights."""
+    return ModelConfig(
+        vocab_size=24,
+        emb_size=16,
+        key_size=2,
+        num_q_heads=8,
+        num_kv_heads=4,
+        num_layers=11,
+        widening_factor=1,
+        num_experts=3,
+        sequence_len=32,
+    )
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory, small_config):
+    """A checkpoint by our writer; tests must not change it."""
+    directory = tmp_path_factory.mktemp("written") / "model"
+    write_checkpoint(directory, small_config, seed=3, tokenizer=b"pieces")
+    return directory
+
+
+@pytest.fixture
+def checkpoint_copy(tmp_path, written):
+    """A copy of `written` to damage."""
+    import shutil
+
+    return Path(shutil.copytree(written, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def small_quantized(dump):
+    """The bytes of a small quantised file, 460 of them."""
+    weight = np.arange(-12, 12, dtype=np.int8).reshape(6, 4)
+    scales = np.arange(8).reshape(2, 4).astype(ml_dtypes.bfloat16)
+    return dump(weight, scales)
