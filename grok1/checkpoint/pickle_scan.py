@@ -34,7 +34,9 @@ __all__ = ["ScanError", "StoredArray", "StoredTensor", "scan"]
 _MAX_STACK = 256
 _MAX_MEMO = 1024
 _MAX_DIMENSIONS = 32
-_OBJECT_FLAGS = 0x07  # a dtype's flags for items that are pointers or Python objects
+# Flags of a dtype that say how Python gets and sets its items, which ml_dtypes has changed between versions.
+# The others say that items are pointers or Python objects.
+_ACCESS_FLAGS = 0x70
 
 
 @dataclass(frozen=True)
@@ -266,8 +268,8 @@ class _Scanner:
             self._refuse(
                 f"{target.dtype} has item size {describe(itemsize)} and alignment {describe(alignment)}"
             )
-        if type(flags) is not int or flags & _OBJECT_FLAGS:
-            self._refuse(f"{target.dtype} has the flags {describe(flags)} of Python objects")
+        if type(flags) is not int or flags & ~_ACCESS_FLAGS:
+            self._refuse(f"{target.dtype} has the flags {describe(flags)}, expected those of plain numbers")
         target.built = True
 
     def _stored_array(self, state: tuple[object, ...]) -> StoredArray:

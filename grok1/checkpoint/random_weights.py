@@ -17,8 +17,9 @@ from grok1.checkpoint.framing import BFLOAT16
 from grok1.checkpoint.layout import TensorSpec
 from grok1.config import ModelConfig
 
-EMBEDDED_STD = 0.3
-"""Of a token's embedding after the multiplier. Below 1, so that the layers decide the next token."""
+EMBEDDED_NORM = 1.0
+"""Length of a token's embedding after the multiplier. As the logits come from the same matrix, a longer one
+would make every token its own likeliest successor; so the layers decide the next token."""
 
 QUERY_GAIN = 2.0
 """Over 1/sqrt(K): attention logits about 2 wide, so that attention is neither even nor one position's."""
@@ -79,7 +80,7 @@ def _weight_std(spec: TensorSpec, config: ModelConfig) -> float:
 
 
 def _embedding_std(config: ModelConfig) -> float:
-    return EMBEDDED_STD / config.embedding_multiplier_scale
+    return EMBEDDED_NORM / math.sqrt(config.emb_size) / config.embedding_multiplier_scale
 
 
 def _norm_mean(spec: TensorSpec, config: ModelConfig) -> float:

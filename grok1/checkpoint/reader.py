@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
+import re
 import threading
 import weakref
 from dataclasses import dataclass, field
@@ -18,8 +20,8 @@ from grok1.checkpoint.pickle_source import ScanError
 from grok1.config import PRESETS, ModelConfig
 from grok1.errors import CheckpointError
 
-FILE_PREFIX = "tensor"
-"""Only files whose names begin so belong to a checkpoint; others in its folder are not looked at."""
+_FILE_PREFIX = "tensor"  # only such files belong to a checkpoint; others in its folder are not looked at
+_FILE_NAME = re.compile(r"tensor\d+_\d+")
 
 _FAULTS_TOLD = 3
 _MAPPED_RUN = 64 * 1024
@@ -36,7 +38,7 @@ def find_checkpoint(path: Path) -> Path:
         inner = path / CHECKPOINT_DIR
         if inner.is_dir():
             return inner
-        if path.is_dir() and any(entry.name.startswith(FILE_PREFIX) for entry in path.iterdir()):
+        if path.is_dir() and holds_tensor_files(path):
             return path
         found = f"{path} holds no {CHECKPOINT_DIR}" if path.exists() else f"{path} does not exist"
     except OSError as error:
@@ -46,6 +48,15 @@ def find_checkpoint(path: Path) -> Path:
         "get the release as checkpoints/README.md says, or make random weights with "
         "`grok1 init DIR --preset tiny`"
     )
+
+
+def holds_tensor_files(directory: Path) -> bool:
+    """Whether a folder has files named like a checkpoint's.
+
+    Raises:
+        OSError: if it cannot be listed.
+    """
+    return any(_FILE_NAME.fullmatch(name) for name in os.listdir(directory))
 
 
 def read_config(directory: Path) -> ModelConfig | None:
@@ -107,12 +118,7 @@ class Checkpoint:
         stated = read_config(directory)
         config = stated or PRESETS["grok-1"]
         table = tensor_table(config)
-        try:
-            names = {entry.name for entry in directory.iterdir() if entry.name.startswith(FILE_PREFIX)}
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot list {directory} ({error.strerror}): check its permissions"
-            ) from None
+        names = _tensor_names(directory)
         tensors: list[StoredTensor] = []
         faults: list[str] = []
         for spec in table:
@@ -248,6 +254,15 @@ class Checkpoint:
             raise CheckpointError(
                 f"cannot read {path} ({error.strerror}): check the file and its disk"
             ) from None
+
+
+def _tensor_names(directory: Path) -> set[str]:
+    """Everything in the folder that is named as if it were a tensor file."""
+    try:
+        with os.scandir(directory) as entries:
+            return {entry.name for entry in entries if entry.name.startswith(_FILE_PREFIX)}
+    except OSError as error:
+        raise CheckpointError(f"cannot list {directory} ({error.strerror}): check its permissions") from None
 
 
 class _Mismatch(Exception):

@@ -13,7 +13,7 @@ from pathlib import Path
 from grok1.checkpoint.framing import Payload
 from grok1.checkpoint.layout import CHECKPOINT_DIR, TensorSpec, tensor_table
 from grok1.checkpoint.random_weights import random_chunks
-from grok1.checkpoint.reader import FILE_PREFIX
+from grok1.checkpoint.reader import holds_tensor_files
 from grok1.config import ModelConfig
 from grok1.errors import CheckpointError
 
@@ -80,7 +80,7 @@ def _check_target(directory: Path, force: bool) -> None:
         if os.path.lexists(directory):
             raise CheckpointError(f"{directory} is a file, expected a folder: choose another name")
         return
-    if any(entry.name.startswith(FILE_PREFIX) for entry in directory.iterdir()):
+    if holds_tensor_files(directory):
         # A config.json written beside them would change what these files are taken for.
         raise CheckpointError(
             f"{directory} holds tensor files itself: choose another folder for the new checkpoint"
