@@ -19,5 +19,9 @@ def peak_resident_bytes() -> int | None:
 
 def peak_device_bytes(devices: Iterable[Any]) -> int | None:
     """The most memory that any of these JAX devices has held; None if they do not say, as CPUs do not."""
-    peaks = [stats["peak_bytes_in_use"] for d in devices if (stats := d.memory_stats() or {}) and "peak_bytes_in_use" in stats]
+    peaks = [
+        stats["peak_bytes_in_use"]
+        for d in devices
+        if (stats := d.memory_stats() or {}) and "peak_bytes_in_use" in stats
+    ]
     return max(peaks, default=None)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import numpy as np
@@ -19,10 +19,11 @@ from grok1.engine.compilation_cache import enable_compilation_cache
 from grok1.engine.engine import Engine
 from grok1.engine.generate import GeneratedSequence, GenerationRequest, generate
 from grok1.engine.request import FinishReason, SamplingOptions, TokenLogprobs
-from grok1.errors import RequestError, TokenizerError
+from grok1.prompt import Request as Request
+from grok1.prompt import check_token_ids, encode_prompt, encode_scored, required
 from grok1.sharding import make_mesh
 from grok1.stop_text import StopMatcher
-from grok1.tokenizer import Tokenizer
+from grok1.tokenizer import Tokenizer, find_tokenizer
 
 DTypeName = Literal["float32", "bfloat16"]
 
@@ -45,23 +46,6 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], None]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """A prompt to complete.
-
-    Attributes:
-        prompt: text, or token ids.
-        options: how to continue it.
-        num_samples: how many completions; sample i has the seed `seed + i`.
-        truncate: whether a prompt that is too long loses its beginning, rather than being an error.
-    """
-
-    prompt: str | Sequence[int]
-    options: SamplingOptions = SamplingOptions()  # noqa: RUF009 - frozen
-    num_samples: int = 1
-    truncate: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,15 +217,13 @@ def load(
     return Model(engine, text)
 
 
-def _open_tokenizer(checkpoint: Checkpoint, path: str | Path | None) -> Tokenizer | None:
-    folder = checkpoint.directory
-    candidates = [Path(path)] if path is not None else [folder / "tokenizer.model", folder.parent / "tokenizer.model"]
-    for candidate in candidates:
-        if path is not None or candidate.exists():
-            tokenizer = Tokenizer.read(candidate)
-            tokenizer.check_vocabulary(checkpoint.config.vocab_size)
-            return tokenizer
-    return None
+def _open_tokenizer(checkpoint: Checkpoint, given: str | Path | None) -> Tokenizer | None:
+    path = find_tokenizer(checkpoint.directory, None if given is None else Path(given))
+    if path is None:
+        return None
+    tokenizer = Tokenizer.read(path)
+    tokenizer.check_vocabulary(checkpoint.config.vocab_size)
+    return tokenizer
 
 
 class Model:
@@ -267,12 +249,7 @@ class Model:
         Raises:
             TokenizerError: if the model was loaded without one.
         """
-        if self._tokenizer is None:
-            raise TokenizerError(
-                "no tokenizer.model was found in or beside the checkpoint: name one with --tokenizer FILE or "
-                "$GROK1_TOKENIZER, or put the one that comes with the release's code there"
-            )
-        return self._tokenizer
+        return required(self._tokenizer)
 
     @property
     def mesh_shape(self) -> tuple[int, int]:
@@ -297,7 +274,7 @@ class Model:
         Raises:
             RequestError: if there are too few or too many tokens, or an id is none of the model's.
         """
-        ids = self._check_ids(tokens, at_least=1, at_most=self.config.sequence_len)
+        ids = check_token_ids(tokens, self.config, at_least=1, at_most=self.config.sequence_len)
         engine = self.engine
         cache = engine.new_cache(engine.data_rows)
         parts = []
@@ -333,7 +310,8 @@ class Model:
         if greedy:
             options["temperature"] = 0.0
         request = Request(prompt=prompt, options=SamplingOptions(**options), truncate=truncate)
-        tokens = self._prompt_tokens(request)  # a bad prompt is told now, not when the stream is read
+        # A bad prompt is told now, not when the stream is read.
+        tokens = encode_prompt(request, self._tokenizer, self.config)
         return CompletionStream((piece, done) for piece, done in self._events([(0, request, tokens)], 1))
 
     def complete_many(self, requests: Iterable[Request], *, batch_size: int = 8) -> Iterator[Completion]:
@@ -349,7 +327,9 @@ class Model:
         Raises:
             RequestError: when a request's turn comes and it cannot be served.
         """
-        prepared = ((i, request, self._prompt_tokens(request)) for i, request in enumerate(requests))
+        prepared = (
+            (i, request, encode_prompt(request, self._tokenizer, self.config)) for i, request in enumerate(requests)
+        )
         for _, completion in self._events(prepared, batch_size):
             if completion is not None:
                 yield completion
@@ -364,8 +344,7 @@ class Model:
         Raises:
             RequestError: if the text is too short or too long.
         """
-        ids = self.tokenizer.encode(text) if isinstance(text, str) else text
-        ids = self._check_ids(ids, at_least=2, at_most=self.config.sequence_len)
+        ids = encode_scored(text, self._tokenizer, self.config)
         scored = self.engine.score(ids)
         entries = [
             TokenLogprobs(
@@ -374,31 +353,6 @@ class Model:
             for logprob, *best in zip(scored.logprobs, scored.top_tokens, scored.top_logprobs, strict=True)
         ]
         return Score(ids, entries)
-
-    def _check_ids(self, tokens: Sequence[int], at_least: int, at_most: int) -> list[int]:
-        ids = [int(token) for token in tokens]
-        if not at_least <= len(ids) <= at_most:
-            raise RequestError(f"the text has {len(ids)} tokens, expected {at_least} to {at_most}")
-        wrong = next((i for i in ids if not 0 <= i < self.config.vocab_size), None)
-        if wrong is not None:
-            raise RequestError(f"token id {wrong} is none of the model's: expected 0 to {self.config.vocab_size - 1}")
-        return ids
-
-    def _prompt_tokens(self, request: Request) -> list[int]:
-        text = isinstance(request.prompt, str)
-        ids = self.tokenizer.encode(request.prompt) if isinstance(request.prompt, str) else list(request.prompt)
-        if not ids:
-            raise RequestError("the prompt is empty: give at least one character" if text else "the prompt is empty")
-        fit = self.config.sequence_len - 1  # and one to generate
-        if len(ids) > fit:
-            if not request.truncate:
-                raise RequestError(
-                    f"the prompt has {len(ids)} tokens, but {fit} fit in the model's context of "
-                    f"{self.config.sequence_len}: shorten it, or keep its last ones with --truncate"
-                )
-            # Leave room for what is to be generated, but never for more than half of the context.
-            ids = ids[-max(self.config.sequence_len - request.options.max_tokens, self.config.sequence_len // 2) :][-fit:]
-        return self._check_ids(ids, at_least=1, at_most=fit)
 
     def _events(
         self, prepared: Iterable[tuple[int, Request, list[int]]], slots: int
@@ -457,7 +411,7 @@ class _TextOfSequence:
     def completion(self) -> Completion:
         sequence = self._sequence
         assert sequence.finish_reason is not None
-        index, request = sequence.request.tag  # type: ignore[misc]
+        index, request = cast(tuple[int, Request], sequence.request.tag)
         wants_logprobs = sequence.request.options.logprobs is not None
         decoding = sequence.finished - sequence.prompt_read - sequence.decode_compile_seconds
         return Completion(

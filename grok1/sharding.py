@@ -136,9 +136,7 @@ def make_mesh(
     data, model = shape
     fallback = "{},{}".format(*default_mesh_shape(config, min(model, len(devices)) if model > 0 else 1))
     if data < 1 or model < 1:
-        raise MeshError(
-            f"mesh {data},{model} has an empty axis: expected two numbers above 0, such as {fallback}"
-        )
+        raise MeshError(f"mesh {data},{model} has an empty axis: expected two numbers above 0, such as {fallback}")
     reason = indivisible(config, model)
     if reason is not None:
         raise MeshError(

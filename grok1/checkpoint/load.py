@@ -137,17 +137,15 @@ def _as_tree(leaves: tuple[StoredLeaf, ...], values: list[Any]) -> hk.Params:
     """A parameter tree with one value for each leaf, in the leaves' order."""
     tree: dict[str, dict[str, Any]] = defaultdict(dict)
     for leaf, value in zip(leaves, values, strict=True):
-        held = tree[leaf.module].get(leaf.name)
-        tree[leaf.module][leaf.name] = QuantizedWeight(held, value) if leaf.scales else value
+        parameters = tree[leaf.module]
+        parameters[leaf.name] = QuantizedWeight(parameters[leaf.name], value) if leaf.scales else value
     return dict(tree)
 
 
 def parameter_bytes(config: ModelConfig, dtype: np.dtype | type, mesh: Mesh) -> int:
     """Bytes of all parameters that one model shard holds."""
     shards = mesh.shape[MODEL_AXIS]
-    return sum(
-        int(np.prod(leaf.local_shape(shards))) * leaf.dtype.itemsize for leaf in stored_leaves(config, dtype)
-    )
+    return sum(int(np.prod(leaf.local_shape(shards))) * leaf.dtype.itemsize for leaf in stored_leaves(config, dtype))
 
 
 def load_parameters(
@@ -193,8 +191,7 @@ class _Counter:
         self._lock = threading.Lock()
         self._done = 0
         self._total = shards * sum(
-            len(leaf.specs) * int(np.prod(leaf.part_shape(shards))) * leaf.file_dtype.itemsize
-            for leaf in leaves
+            len(leaf.specs) * int(np.prod(leaf.part_shape(shards))) * leaf.file_dtype.itemsize for leaf in leaves
         )
 
     def add(self, count: int) -> None:
@@ -217,9 +214,7 @@ def _read_part(
         piece = out[start : start + rows]
         buffer = np.empty(piece.shape, leaf.file_dtype)
         first = key[0].start + start
-        checkpoint.read_into(
-            spec.index, buffer, (slice(first, first + len(piece)), *key[1:]), scales=leaf.scales
-        )
+        checkpoint.read_into(spec.index, buffer, (slice(first, first + len(piece)), *key[1:]), scales=leaf.scales)
         piece[...] = buffer
 
 
@@ -252,7 +247,7 @@ def _fill_on_host(
 ) -> jax.Array:
     """Reads into host memory that the CPU devices then use as it is; data rows share it."""
     shards = mesh.shape[MODEL_AXIS]
-    parts = []
+    parts: list[jax.Array] = []
     for shard, devices in _devices_by_shard(mesh):
         key = leaf.file_key(shards, shard)
         whole = _aligned_empty(leaf.local_shape(shards), leaf.dtype)
@@ -284,7 +279,7 @@ def _fill_on_device(
     shards = mesh.shape[MODEL_AXIS]
     part_shape = leaf.part_shape(shards)
     part_bytes = int(np.prod(part_shape)) * leaf.file_dtype.itemsize
-    parts = []
+    parts: list[jax.Array] = []
     for shard, devices in _devices_by_shard(mesh):
         key = leaf.file_key(shards, shard)
 

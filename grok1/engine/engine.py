@@ -164,9 +164,7 @@ class Engine:
             padded = np.zeros(logits.shape[1], np.int32)
             padded[: len(chunk)] = targets
             key = ("score", logits.shape[1])
-            scored = jax.device_get(
-                self._run(key, "scoring", lambda: jax.jit(self._score_step), logits, padded)
-            )
+            scored = jax.device_get(self._run(key, "scoring", lambda: jax.jit(self._score_step), logits, padded))
             parts.append(jax.tree.map(lambda x, n=len(chunk): x[:n], scored))
         return jax.tree.map(lambda *pieces: np.concatenate(pieces), *parts)
 
@@ -294,9 +292,7 @@ class Engine:
         )
         return joined, first
 
-    def decode(
-        self, state: BatchState, active: np.ndarray, logprobs: bool = False
-    ) -> tuple[BatchState, SampledTokens]:
+    def decode(self, state: BatchState, active: np.ndarray, logprobs: bool = False) -> tuple[BatchState, SampledTokens]:
         """Reads each active sequence's last token and draws its next.
 
         Returns at once; the arrays are ready when the devices are.
@@ -328,9 +324,7 @@ class Engine:
         self, params: hk.Params, state: BatchState, active: jax.Array, top_logprobs: int
     ) -> tuple[BatchState, SampledTokens]:
         positions = jnp.where(active, state.positions, -1)
-        logits, cache = self._network.apply(
-            params, state.tokens[:, None], positions[:, None], state.cache, False
-        )
+        logits, cache = self._network.apply(params, state.tokens[:, None], positions[:, None], state.cache, False)
         following = state.positions + 1
         sampled = sample(logits, state.sampling, following, top_logprobs)
         tokens = jnp.where(active, sampled.tokens, state.tokens)
@@ -342,9 +336,7 @@ class Engine:
     def _top_logprobs(self, wanted: bool) -> int:
         return min(MAX_LOGPROBS, self.config.vocab_size) if wanted else 0
 
-    def _over_mesh(
-        self, step: Callable[..., Any], specs: tuple, results: tuple, donate: tuple[int, ...]
-    ) -> Any:
+    def _over_mesh(self, step: Callable[..., Any], specs: tuple, results: tuple, donate: tuple[int, ...]) -> Any:
         """A jitted program that runs `step` on every device's part of its arguments."""
         mapped = jax.shard_map(step, mesh=self.mesh, in_specs=specs, out_specs=results, check_vma=False)
         placed = jax.tree.map(

@@ -88,9 +88,7 @@ class _Dispatched:
     sequences: list[tuple[int, GeneratedSequence]]
 
 
-def generate(
-    engine: Engine, requests: Iterable[GenerationRequest], slots: int
-) -> Iterator[GeneratedSequence]:
+def generate(engine: Engine, requests: Iterable[GenerationRequest], slots: int) -> Iterator[GeneratedSequence]:
     """Continues prompts, as many at a time as there are slots.
 
     Args:
@@ -144,15 +142,16 @@ class _Loop:
             yield from self._read(_Dispatched(first, [(0, sequence)]))
 
     def _read_prompt(self, request: GenerationRequest) -> None:
+        limit = min(request.options.max_tokens, self._engine.capacity - len(request.tokens))
+        seed = request.options.seed
+        if limit < 1 or not request.tokens or seed is None:
+            raise ValueError("a request needs a seed, and a prompt that leaves room for a token")
         started, before = time.perf_counter(), self._engine.compile_seconds
         self._prompt = None  # its memory is free for the next
         self._prompt = self._engine.prefill(request.tokens)
         jax.block_until_ready(self._prompt.logits)
         compiling = self._engine.compile_seconds - before
         seconds = time.perf_counter() - started - compiling
-        seed = request.options.seed
-        assert seed is not None
-        limit = min(request.options.max_tokens, self._engine.capacity - len(request.tokens))
         for sample in range(request.samples):
             self._waiting.append(
                 GeneratedSequence(

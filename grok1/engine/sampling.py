@@ -95,9 +95,7 @@ def sample(logits: jax.Array, state: SamplingState, positions: jax.Array, top_lo
         warmed = lax.cond(
             filtered, lambda: filter_logits(warmed, state.top_k, state.top_p, state.min_p), lambda: warmed
         )
-        keys = jax.vmap(jax.random.fold_in)(
-            jax.random.wrap_key_data(state.seed, impl="threefry2x32"), positions
-        )
+        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.seed, impl="threefry2x32"), positions)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
         return jnp.argmax(warmed + noise, axis=-1).astype(jnp.int32)
 

@@ -21,9 +21,7 @@ class KVCache:
     keys: jax.Array
     values: jax.Array
 
-    def write(
-        self, layer: jax.Array | int, keys: jax.Array, values: jax.Array, positions: jax.Array
-    ) -> KVCache:
+    def write(self, layer: jax.Array | int, keys: jax.Array, values: jax.Array, positions: jax.Array) -> KVCache:
         """The cache with new keys and values of one layer.
 
         Args:

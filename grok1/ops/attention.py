@@ -49,13 +49,9 @@ def cached_attention(
         weighted, mass = totals
         start = jnp.minimum(i * block, capacity - block)  # the last block may reach back over the one before
         key_positions = start + jnp.arange(block)
-        logits = jnp.einsum(
-            "bkqd,bksd->bkqs", grouped, slice_block(keys, start), preferred_element_type=jnp.float32
-        )
+        logits = jnp.einsum("bkqd,bksd->bkqs", grouped, slice_block(keys, start), preferred_element_type=jnp.float32)
         logits = cap * jnp.tanh(logits * (multiplier / cap))
-        visible = (key_positions <= positions[:, :, None]) & (
-            key_positions >= i * block
-        )  # [batch, seq, block]
+        visible = (key_positions <= positions[:, :, None]) & (key_positions >= i * block)  # [batch, seq, block]
         logits = logits.reshape(batch, kv_heads, -1, seq, block)
         weights = jnp.where(visible[:, None, None], jnp.exp(logits - cap), 0.0)
         weights = weights.reshape(batch, kv_heads, -1, block)
@@ -85,9 +81,7 @@ def definition(
 ) -> jax.Array:
     """What `cached_attention` computes, with all logits and the mask built whole."""
     heads, kv_heads, capacity = query.shape[2], keys.shape[2], keys.shape[3]
-    spread = [
-        jnp.repeat(cache[layer], heads // kv_heads, axis=1).astype(jnp.float32) for cache in (keys, values)
-    ]
+    spread = [jnp.repeat(cache[layer], heads // kv_heads, axis=1).astype(jnp.float32) for cache in (keys, values)]
     logits = jnp.einsum("bqhd,bhsd->bhqs", query.astype(jnp.float32), spread[0], precision="highest")
     logits = cap * jnp.tanh(logits * multiplier / cap)
     mask = (jnp.arange(capacity) <= positions[..., None])[:, None]

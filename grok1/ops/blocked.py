@@ -64,9 +64,7 @@ def multiply(x: jax.Array, weight: QuantizedWeight, index: tuple[jax.Array | int
         first = group * group_rows
         partial = jnp.zeros((x.shape[0], columns), jnp.float32)
         whole_blocks, rest = divmod(group_rows, block)
-        partial = lax.fori_loop(
-            0, whole_blocks, lambda i, p: block_product(first + i * block, block, p), partial
-        )
+        partial = lax.fori_loop(0, whole_blocks, lambda i, p: block_product(first + i * block, block, p), partial)
         if rest:
             partial = block_product(first + whole_blocks * block, rest, partial)
         scales = lax.dynamic_slice(weight.scales, (*index, group, 0), (*(1,) * lead, 1, columns))

@@ -81,9 +81,7 @@ def gather_rows(y: jax.Array, blocks: ExpertBlocks) -> jax.Array:
     return y.at[blocks.slot].get(mode="fill", fill_value=0)
 
 
-def grouped_matmul(
-    x: jax.Array, weight: QuantizedWeight, layer: jax.Array | int, blocks: ExpertBlocks
-) -> jax.Array:
+def grouped_matmul(x: jax.Array, weight: QuantizedWeight, layer: jax.Array | int, blocks: ExpertBlocks) -> jax.Array:
     """Each block's rows times the matrix of the block's expert.
 
     Args:

@@ -1,0 +1,98 @@
+"""A prompt to complete or a text to score, and its token ids. Nothing here imports JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from grok1.config import ModelConfig
+from grok1.engine.request import SamplingOptions
+from grok1.errors import RequestError, TokenizerError
+from grok1.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt to complete.
+
+    Attributes:
+        prompt: text, or token ids.
+        options: how to continue it.
+        num_samples: how many completions; sample i has the seed `seed + i`.
+        truncate: whether a prompt that is too long loses its beginning, rather than being an error.
+    """
+
+    prompt: str | Sequence[int]
+    options: SamplingOptions = SamplingOptions()  # noqa: RUF009 - frozen
+    num_samples: int = 1
+    truncate: bool = False
+
+
+def required(tokenizer: Tokenizer | None) -> Tokenizer:
+    """The tokenizer.
+
+    Raises:
+        TokenizerError: if there is none.
+    """
+    if tokenizer is None:
+        raise TokenizerError(
+            "no tokenizer.model was found in or beside the checkpoint: name one with --tokenizer FILE or "
+            "$GROK1_TOKENIZER, or put the one that comes with the release's code there"
+        )
+    return tokenizer
+
+
+def encode_prompt(request: Request, tokenizer: Tokenizer | None, config: ModelConfig) -> list[int]:
+    """The token ids of a request's prompt, cut to the model's context if it may be.
+
+    Raises:
+        RequestError: if the prompt is empty or too long, or an id is none of the model's.
+        TokenizerError: if the prompt is a text and there is no tokenizer.
+    """
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        ids = required(tokenizer).encode(prompt)
+    else:
+        ids = list(prompt)
+    if not ids:
+        advice = ": give at least one character" if isinstance(prompt, str) else ""
+        raise RequestError(f"the prompt is empty{advice}")
+    context = config.sequence_len
+    fit = context - 1  # and one to generate
+    if len(ids) > fit:
+        if not request.truncate:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens, but {fit} fit in the model's context of {context}: "
+                "shorten it, or keep its last ones with --truncate"
+            )
+        # Leave room for what is to be generated, but never for more than half of the context.
+        ids = ids[-max(context - request.options.max_tokens, context // 2) :][-fit:]
+    return check_token_ids(ids, config, at_least=1, at_most=fit)
+
+
+def encode_scored(text: str | Sequence[int], tokenizer: Tokenizer | None, config: ModelConfig) -> list[int]:
+    """The token ids of a text to score.
+
+    Raises:
+        RequestError: if it has fewer than two tokens or does not fit in the context, or an id is none of the model's.
+        TokenizerError: if it is a text and there is no tokenizer.
+    """
+    ids = required(tokenizer).encode(text) if isinstance(text, str) else text
+    return check_token_ids(ids, config, at_least=2, at_most=config.sequence_len)
+
+
+def check_token_ids(
+    tokens: Sequence[int], config: ModelConfig, *, at_least: int, at_most: int
+) -> list[int]:
+    """The same ids as integers.
+
+    Raises:
+        RequestError: if there are too few or too many, or one is none of the model's.
+    """
+    ids = [int(token) for token in tokens]
+    if not at_least <= len(ids) <= at_most:
+        raise RequestError(f"the text has {len(ids)} tokens, expected {at_least} to {at_most}")
+    wrong = next((i for i in ids if not 0 <= i < config.vocab_size), None)
+    if wrong is not None:
+        raise RequestError(f"token id {wrong} is none of the model's: expected 0 to {config.vocab_size - 1}")
+    return ids

@@ -1,0 +1,80 @@
+"""Stop texts: cutting a stream of text before the first of several given texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from grok1.errors import RequestError
+
+
+class StopMatcher:
+    """Cuts a stream of text before the first of several stop texts, also where one spans several pieces.
+
+    The first is the one whose last character comes first; of several that end there, the longest. So the result is the
+    same however the text is split into pieces, and generation can end with the token that completes a stop text.
+
+        matcher = StopMatcher(["\\n\\n", "END"])
+        text, stop = matcher.push("Yes.\\n")  # "Yes.", None: the newline could begin a stop text
+        text, stop = matcher.push("\\nNo.")  # "", "\\n\\n"
+
+    Args:
+        stops: the stop texts; without any, all text passes through.
+
+    Raises:
+        RequestError: if a stop text is empty.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if any(not stop for stop in stops):
+            raise RequestError("a stop text is empty, expected at least one character: leave it out")
+        # Longest first: where several end together, the first found is the one that cuts most.
+        self._stops = [_Stop(text) for text in sorted(set(stops), key=lambda text: (-len(text), text))]
+        self._held = ""
+        self._found: str | None = None
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """Takes the next piece of the text.
+
+        Returns:
+            The text that now certainly stands before any stop text, and the stop text if one is complete. After a stop
+            text everything is ignored: no text, and the same stop text again.
+        """
+        if self._found is not None:
+            return "", self._found
+        text, start = self._held + text, len(self._held)
+        for end in range(start + 1, len(text) + 1):
+            complete = [stop for stop in self._stops if stop.advance(text[end - 1])]
+            if complete:
+                self._held = ""
+                self._found = complete[0].text
+                return text[: end - len(self._found)], self._found
+        certain = len(text) - max((stop.matched for stop in self._stops), default=0)
+        self._held = text[certain:]
+        return text[:certain], None
+
+    def flush(self) -> str:
+        """The text held back at the end of the stream: the beginning of a stop text that did not come."""
+        held, self._held = self._held, ""
+        return held
+
+
+class _Stop:
+    """One stop text and how much of it the text so far ends with, after Knuth, Morris and Pratt (1977)."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.matched = 0
+        # _border[n]: the longest proper prefix of text that text[:n] ends with.
+        self._border = [0, 0]
+        for end in range(1, len(text)):
+            length = self._border[end]
+            while length and text[end] != text[length]:
+                length = self._border[length]
+            self._border.append(length + (text[end] == text[length]))
+
+    def advance(self, character: str) -> bool:
+        """Takes the next character; True if the stop text is complete with it."""
+        while self.matched and character != self.text[self.matched]:
+            self.matched = self._border[self.matched]
+        self.matched += character == self.text[self.matched]
+        return self.matched == len(self.text)
