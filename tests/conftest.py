@@ -1,0 +1,148 @@
+# ruff: noqa: E402 - the environment is set before JAX is imported
+import os
+from pathlib import Path
+
+_ROOT = Path(__file__).parents[1]
+
+# Before JAX is imported: 16 devices on any machine, and compiled programs kept from one run to the next.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=16".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".pytest_cache" / "compiled"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+
+import functools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import reference
+
+from grok1.checkpoint.load import load_parameters
+from grok1.checkpoint.reader import Checkpoint
+from grok1.checkpoint.writer import write_checkpoint
+from grok1.config import ModelConfig
+from grok1.engine.engine import Engine
+from grok1.model import Model
+from grok1.sharding import make_mesh
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The folder of a sample checkpoint in the release's format, with logits of the release's own code."""
+    folder = _ROOT.parent / "shared" / "golden"
+    if not folder.is_dir():
+        pytest.skip("the golden checkpoint is not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_sequences(golden):
+    """The sample's five sequences."""
+    with np.load(golden / "logits.npz") as stored:
+        return [
+            SimpleNamespace(
+                tokens=stored[f"tokens_{i}"],
+                upstream=stored[f"upstream_logits_{i}"].astype(np.float64),
+                float64=stored[f"float64_logits_{i}"].astype(np.float64),
+            )
+            for i in range(5)
+        ]
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory):
+    """The folder of a random checkpoint of a config; tests must not change it."""
+
+    @functools.cache
+    def make_checkpoint(config, seed=0):
+        folder = tmp_path_factory.mktemp("checkpoint") / "model"
+        write_checkpoint(folder, config, seed=seed)
+        return folder
+
+    return make_checkpoint
+
+
+@pytest.fixture(scope="session")
+def make_engine():
+    """The engine of a checkpoint folder on a mesh; all tests share it and what it has compiled."""
+
+    @functools.cache
+    def make_engine(folder, mesh=(1, 1), dtype="float32"):
+        checkpoint = Checkpoint.open(folder)
+        device_mesh = make_mesh(checkpoint.config, mesh)
+        kind = np.dtype(dtype)
+        return Engine(checkpoint.config, load_parameters(checkpoint, device_mesh, kind), device_mesh, kind)
+
+    return make_engine
+
+
+@pytest.fixture(scope="session")
+def make_reference():
+    """The float64 model of a checkpoint folder: tokens to logits `[T, vocab]` and margins `[T]`."""
+
+    @functools.cache
+    def make_reference(folder):
+        return functools.partial(reference.logits, reference.read_config(folder), reference.read_arrays(folder))
+
+    return make_reference
+
+
+@pytest.fixture(scope="session")
+def clear_sequences(make_reference):
+    """Sequences whose selected experts no rounding changes, `[count, length]`, and their logits."""
+
+    @functools.cache
+    def clear_sequences(folder, count, length, seed=0):
+        rng = np.random.default_rng(seed)
+        vocabulary = reference.read_config(folder)["vocab_size"]
+        tokens, expected = [], []
+        for _ in range(50 * count):
+            candidate = rng.integers(0, vocabulary, length)
+            logits, margins = make_reference(folder)(candidate)
+            if margins.min() > 1e-5:
+                tokens.append(candidate)
+                expected.append(logits)
+            if len(tokens) == count:
+                return np.asarray(tokens), np.asarray(expected)
+        raise AssertionError("hardly a sequence has clear margins")
+
+    return clear_sequences
+
+
+@pytest.fixture(scope="session")
+def small_config():
+    """Two layers and a context longer than the largest chunk of a prompt."""
+    return ModelConfig(
+        vocab_size=64,
+        emb_size=48,
+        key_size=4,
+        num_q_heads=8,
+        num_kv_heads=4,
+        num_layers=2,
+        widening_factor=2,
+        num_experts=4,
+        sequence_len=1100,
+        attn_output_multiplier=0.5,
+    )
+
+
+@pytest.fixture(scope="session")
+def small_model(make_checkpoint, make_engine, small_config):
+    """A model of `small_config` without a tokenizer, on the mesh given."""
+
+    @functools.cache
+    def small_model(mesh=(1, 1)):
+        return Model(make_engine(make_checkpoint(small_config), mesh), None)
+
+    return small_model
+
+
+def relative_error(found, expected):
+    """Norm of the difference over the norm of what is expected."""
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+@pytest.fixture(name="relative_error", scope="session")
+def _relative_error():
+    return relative_error

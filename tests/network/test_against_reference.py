@@ -1,0 +1,117 @@
+"""The network of models unlike the release against float64, on many meshes."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from grok1.config import ModelConfig
+
+FLOAT32_ERROR = 3e-5  # about 2e-6 is usual
+LENGTH = 20
+
+CONFIGS = {
+    # A key/value head for each query head, four experts of eight, 11 layers, experts 88 wide.
+    "own-heads": ModelConfig(
+        vocab_size=72,
+        emb_size=48,
+        key_size=4,
+        num_q_heads=8,
+        num_kv_heads=8,
+        num_layers=11,
+        widening_factor=2.75,
+        num_experts=8,
+        num_selected_experts=4,
+        sequence_len=40,
+        attn_output_multiplier=0.5,
+    ),
+    # Six query heads a key/value head, 12 layers, experts 1000 wide in groups of 125 rows, a key of 6.
+    "six-to-one": ModelConfig(
+        vocab_size=100,
+        emb_size=60,
+        key_size=6,
+        num_q_heads=12,
+        num_kv_heads=2,
+        num_layers=12,
+        widening_factor=25,
+        num_experts=3,
+        sequence_len=24,
+        attn_output_multiplier=0.3,
+        embedding_multiplier_scale=10,
+        output_multiplier_scale=2,
+    ),
+    # Divides into 16 shards, which then share key/value heads and scale groups; 13 layers.
+    "wide": ModelConfig(
+        vocab_size=96,
+        emb_size=48,
+        key_size=4,
+        num_q_heads=16,
+        num_kv_heads=8,
+        num_layers=13,
+        widening_factor=4.5,  # experts 144 wide: 9 columns a shard, groups of 18 rows
+        num_experts=8,
+        sequence_len=64,
+        attn_output_multiplier=0.5,
+    ),
+    # The least of everything: one key/value head, one expert, one layer.
+    "least": ModelConfig(
+        vocab_size=40,
+        emb_size=16,
+        key_size=2,
+        num_q_heads=8,
+        num_kv_heads=1,
+        num_layers=1,
+        widening_factor=1,
+        num_experts=1,
+        num_selected_experts=1,
+        sequence_len=20,
+        attn_output_multiplier=1,
+    ),
+}
+
+CASES = [
+    ("own-heads", (1, 1)),
+    ("own-heads", (1, 8)),
+    ("six-to-one", (1, 1)),
+    ("six-to-one", (1, 4)),
+    ("least", (1, 1)),
+    ("least", (1, 8)),
+    ("wide", (1, 1)),
+    ("wide", (1, 2)),
+    ("wide", (1, 8)),
+    ("wide", (1, 16)),
+    ("wide", (2, 8)),
+    ("wide", (4, 2)),
+    ("wide", (8, 1)),
+]
+
+
+@pytest.mark.parametrize(("name", "mesh"), CASES)
+def test_logits_are_those_of_the_float64_pass(
+    name, mesh, make_checkpoint, make_engine, clear_sequences, relative_error
+):
+    folder = make_checkpoint(CONFIGS[name])
+    engine = make_engine(folder, mesh)
+    tokens, expected = clear_sequences(folder, mesh[0], LENGTH)
+    rows = engine.data_rows  # another sequence on each
+    logits, _ = engine.read(engine.new_cache(rows), tokens.astype(np.int32), 0)
+    for row in range(rows):
+        assert relative_error(logits[row], expected[row]) < FLOAT32_ERROR
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 8)])
+def test_bfloat16_differs_by_rounding_only(mesh, make_checkpoint, make_engine, clear_sequences, relative_error):
+    # All experts are selected: where rounding picks another, as in any model, it is no small difference.
+    folder = make_checkpoint(dataclasses.replace(CONFIGS["wide"], num_experts=2))
+    engine = make_engine(folder, mesh, "bfloat16")
+    tokens, expected = clear_sequences(folder, mesh[0], LENGTH)
+    rows = engine.data_rows
+    logits, cache = engine.read(engine.new_cache(rows), tokens.astype(np.int32), 0)
+    assert cache.keys.dtype == "bfloat16"
+    assert logits.dtype == np.float32
+    error = relative_error(logits, expected)
+    assert FLOAT32_ERROR < error < 0.1  # about 4 % is usual
+    alone = make_engine(folder, (1, 1), "bfloat16")
+    for row in range(rows):
+        single, _ = alone.read(alone.new_cache(1), tokens[row : row + 1].astype(np.int32), 0)
+        assert relative_error(logits[row], np.asarray(single[0])) < 0.1

@@ -1,0 +1,86 @@
+"""The tree of parameters that the network asks for is the tree that a checkpoint is loaded into."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grok1.checkpoint.layout import tensor_table
+from grok1.checkpoint.load import load_parameters
+from grok1.checkpoint.reader import Checkpoint
+from grok1.config import ModelConfig
+from grok1.network import KVCache, ModelShard, network
+from grok1.sharding import make_mesh
+
+CONFIG = ModelConfig(
+    vocab_size=32,
+    emb_size=16,
+    key_size=2,
+    num_q_heads=16,
+    num_kv_heads=4,
+    num_layers=3,
+    widening_factor=3,
+    num_experts=3,
+    sequence_len=8,
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_checkpoint):
+    return Checkpoint.open(make_checkpoint(CONFIG))
+
+
+def initialise(shard):
+    """The network's own parameters of one shard."""
+    config = shard.config
+    cache = jnp.zeros((config.num_layers, 1, shard.num_kv_heads, config.sequence_len, config.key_size), shard.dtype)
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return network(shard).init(None, tokens, tokens, KVCache(cache, cache), False)
+
+
+def describe(tree):
+    return jax.tree.map(lambda array: (array.shape, array.dtype), tree)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_network_asks_for_what_is_loaded(dtype, checkpoint):
+    asked = jax.eval_shape(functools.partial(initialise, ModelShard(CONFIG, dtype=jnp.dtype(dtype))))
+    loaded = load_parameters(checkpoint, make_mesh(CONFIG, (1, 1)), np.dtype(dtype))
+    assert jax.tree.structure(asked) == jax.tree.structure(loaded)
+    assert describe(asked) == describe(loaded)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 8), (1, 16)])
+def test_each_shard_asks_for_its_part_of_what_is_loaded(shape, checkpoint):
+    mesh = make_mesh(CONFIG, shape)
+    loaded = load_parameters(checkpoint, mesh)
+    specs = jax.tree.map(lambda array: array.sharding.spec, loaded)
+    shard = ModelShard(CONFIG, shape[1])
+    asked = jax.eval_shape(
+        jax.shard_map(functools.partial(initialise, shard), mesh=mesh, in_specs=(), out_specs=specs, check_vma=False)
+    )
+    assert describe(asked) == describe(loaded)
+
+
+def test_modules_and_parameters_have_the_releases_names():
+    asked = jax.eval_shape(functools.partial(initialise, ModelShard(CONFIG)))
+    names = {f"{module}/{name}" for module, parameters in asked.items() for name in parameters}
+    assert names == {f"{spec.layer_module}/{spec.name}" for spec in tensor_table(CONFIG)}
+    assert names == {
+        "language_model/in_out_embed/embeddings",
+        "language_model/rms_norm/scale",
+        "transformer/decoder_layer/moe/linear/w",
+        "transformer/decoder_layer/moe/linear_1/w",
+        "transformer/decoder_layer/moe/linear_v/w",
+        "transformer/decoder_layer/multi_head_attention/key/w",
+        "transformer/decoder_layer/multi_head_attention/linear/w",
+        "transformer/decoder_layer/multi_head_attention/query/w",
+        "transformer/decoder_layer/multi_head_attention/value/w",
+        "transformer/decoder_layer/rms_norm/scale",
+        "transformer/decoder_layer/rms_norm_1/scale",
+        "transformer/decoder_layer/rms_norm_2/scale",
+        "transformer/decoder_layer/rms_norm_3/scale",
+        "transformer/decoder_layer/router/w",
+    }

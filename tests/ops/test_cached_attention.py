@@ -1,0 +1,95 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from grok1.ops.attention import cached_attention, definition
+
+CAP = 30.0
+
+
+@functools.partial(jax.jit, static_argnames="multiplier")
+def attend(query, keys, values, layer, positions, multiplier):
+    return cached_attention(query, keys, values, layer, positions, multiplier=multiplier, cap=CAP)
+
+
+def exact(query, keys, values, positions, multiplier):
+    """Attention in float64, query by query; `keys` and `values` are of one layer."""
+    query, keys, values = (array.astype(np.float64) for array in (query, keys, values))
+    out = np.zeros(query.shape)
+    batch, seq, heads, _ = query.shape
+    for b, s, h in np.ndindex(batch, seq, heads):
+        seen = positions[b, s] + 1
+        if seen > 0:
+            kv_head = h * keys.shape[1] // heads
+            logits = keys[b, kv_head, :seen] @ query[b, s, h] * multiplier
+            weights = np.exp(CAP * np.tanh(logits / CAP))
+            out[b, s, h] = weights @ values[b, kv_head, :seen] / np.sum(weights)
+    return out
+
+
+def random_case(batch, seq, heads, kv_heads, capacity, size, dtype=np.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    query = rng.standard_normal((batch, seq, heads, size)).astype(dtype)
+    keys = rng.standard_normal((2, batch, kv_heads, capacity, size)).astype(dtype)
+    values = rng.standard_normal((2, batch, kv_heads, capacity, size)).astype(dtype)
+    return query, keys, values
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "capacity", "size", "positions"),
+    [
+        (1, 1, 1, 2, [[0]]),
+        (4, 2, 16, 6, [[0], [15], [7]]),
+        (6, 1, 257, 4, [[255], [256], [0], [-1]]),
+        (6, 3, 300, 4, [[299], [255], [256], [3]]),
+        (8, 8, 600, 4, [[511], [512], [599], [40]]),
+        (2, 2, 300, 8, [[0, 1, 2, 3, 4], [10, 11, 12, -1, -1], [295, 296, 297, 298, 299]]),
+        (4, 2, 600, 4, [[254, 255, 256, 257], [-1, -1, -1, -1], [597, 598, 599, -1]]),
+    ],
+)
+def test_each_query_sees_the_cache_up_to_its_position(heads, kv_heads, capacity, size, positions):
+    positions = np.asarray(positions, np.int32)
+    batch, seq = positions.shape
+    query, keys, values = random_case(batch, seq, heads, kv_heads, capacity, size)
+    for row in range(batch):  # what an earlier sequence left behind its end
+        keys[:, row, :, positions[row].max() + 1 :] = 50
+        values[:, row, :, positions[row].max() + 1 :] = 1e4
+    expected = exact(query, keys[1], values[1], positions, size**-0.5)
+    found = attend(query, keys, values, 1, positions, size**-0.5)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    stacks = jnp.asarray(keys), jnp.asarray(values)
+    plain = definition(query, *stacks, 1, jnp.asarray(positions), multiplier=size**-0.5, cap=CAP)
+    np.testing.assert_allclose(plain, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_logits_at_the_cap(sign):
+    """With all logits at +30 or -30 the attention is even over what is seen."""
+    query = np.ones((1, 1, 2, 4), np.float32)
+    keys = np.full((1, 1, 1, 300, 4), sign * 100, np.float32)
+    values = random_case(1, 1, 2, 1, 300, 4)[2][:1]
+    found = attend(query, keys, values, 0, np.asarray([[279]], np.int32), 1.0)
+    np.testing.assert_allclose(found[0, 0, 1], values[0, 0, 0, :280].mean(axis=0), atol=1e-5)
+
+
+def test_one_key_at_the_cap_wins_against_all_others():
+    query = np.ones((1, 1, 1, 4), np.float32)
+    keys = np.full((1, 1, 1, 300, 4), -100, np.float32)
+    keys[0, 0, 0, 3] = 100
+    values = random_case(1, 1, 1, 1, 300, 4)[2][:1]
+    found = attend(query, keys, values, 0, np.asarray([[299]], np.int32), 1.0)
+    np.testing.assert_allclose(found[0, 0, 0], values[0, 0, 0, 3], atol=1e-5)
+
+
+def test_bfloat16_cache():
+    positions = np.asarray([[299], [120]], np.int32)
+    query, keys, values = random_case(2, 1, 4, 2, 300, 8, ml_dtypes.bfloat16)
+    found = attend(query, keys, values, 1, positions, 8**-0.5)
+    assert found.dtype == jnp.float32
+    # Only the weights are rounded, by up to 1/256 of each.
+    np.testing.assert_allclose(found, exact(query, keys[1], values[1], positions, 8**-0.5), atol=4e-3)

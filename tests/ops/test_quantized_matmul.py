@@ -1,0 +1,60 @@
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import reference
+
+from grok1.ops.quantized_matmul import definition, quantized_matmul
+from grok1.quantize import QuantizedWeight
+
+jitted = jax.jit(quantized_matmul)
+
+
+def random_case(rows, inner, columns, groups, lead, dtype=np.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    weight = rng.integers(-127, 128, (*lead, inner, columns)).astype(np.int8)
+    scales = rng.uniform(0.5, 2, (*lead, groups, columns)).astype(ml_dtypes.bfloat16)
+    x = rng.standard_normal((rows, inner)).astype(dtype)
+    return x, weight, scales
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns", "groups"),
+    [
+        (1, 1, 1, 1),
+        (1, 8, 3, 8),
+        (1, 40, 7, 1),  # one block and a rest
+        (1, 344, 33, 8),  # groups of 43 rows
+        (2, 600, 5, 1),
+        (3, 24, 9, 8),
+        (3, 600, 20, 1),  # two blocks and a rest
+        (7, 344, 16, 8),
+        (16, 256, 16, 1),
+        (17, 72, 31, 8),
+        (40, 1000, 6, 8),
+        (40, 1032, 6, 2),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_product_with_a_matrix_of_a_stack(rows, inner, columns, groups, dtype):
+    x, weight, scales = random_case(rows, inner, columns, groups, (3,), dtype)
+    quantized = QuantizedWeight(jnp.asarray(weight), jnp.asarray(scales))
+    found = jitted(jnp.asarray(x), quantized, (1,))
+    assert found.dtype == jnp.float32
+    matrix = reference.dequantised(weight[1], scales[1])
+    exact = x.astype(np.float64) @ matrix
+    # Rounding of float32 sums is far below this part of the terms' size; a row left out is far above.
+    bound = 1e-5 * (np.abs(x.astype(np.float64)) @ np.abs(matrix))
+    assert np.all(np.abs(found - exact) <= bound)
+    assert np.all(np.abs(definition(jnp.asarray(x), quantized, (1,)) - exact) <= bound)
+
+
+def test_index_may_be_traced_and_of_several_axes():
+    x, weight, scales = random_case(4, 48, 10, 8, (2, 3))
+    quantized = QuantizedWeight(jnp.asarray(weight), jnp.asarray(scales))
+    for layer in range(2):
+        for expert in range(3):
+            found = jitted(x, quantized, (jnp.int32(layer), jnp.int32(expert)))
+            exact = x.astype(np.float64) @ reference.dequantised(weight[layer, expert], scales[layer, expert])
+            np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-2)
