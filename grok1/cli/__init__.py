@@ -1,0 +1,130 @@
+"""The command line: `main` runs one command and turns whatever goes wrong into one sentence and an exit code.
+
+Commands are imported when they are used, and import JAX, NumPy, rich and prompt_toolkit when they run, so that help
+comes at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+import grok1
+from grok1.cli.terminal import Terminal
+from grok1.errors import Grok1Error
+
+DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+_COMMANDS = ("run", "score", "init", "tokenize", "detokenize", "smoke")
+"""Each is the object `command` of the module of its name in this package."""
+
+
+class _LazyGroup(click.Group):
+    """A group that imports a command's module when the command is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command = importlib.import_module(f"grok1.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(grok1.__version__, prog_name="grok1", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Run the released Grok-1 model from the command line.
+
+    Results go to standard output. Progress and statistics go to standard error, and only if that is a terminal.
+
+    Exit codes: 0 done, 1 failed with one line that says why, 2 wrong usage, 130 interrupted.
+
+    \b
+    To see it work on a small model with random weights:
+      grok1 init demo --preset tiny
+      grok1 run -c demo "The answer is"
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code.
+
+    Args:
+        arguments: what follows `grok1`; by default the process's.
+    """
+    terminal = Terminal()
+    if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
+    try:
+        code = cli.main(
+            args=None if arguments is None else list(arguments),
+            prog_name="grok1",
+            standalone_mode=False,
+            obj=terminal,
+        )
+        terminal.flush()
+        return code if isinstance(code, int) else DONE
+    except BrokenPipeError:
+        _abandon_stdout()  # whoever read the results has seen enough
+        return DONE
+    except (KeyboardInterrupt, click.Abort):
+        if terminal.verbose:
+            traceback.print_exc()
+        terminal.end_line()
+        return INTERRUPTED
+    except click.ClickException as error:
+        terminal.end_line()
+        error.show()
+        return error.exit_code
+    except Exception as error:
+        terminal.end_line()
+        if terminal.verbose:
+            traceback.print_exc()
+        terminal.error(_sentence(error))
+        _abandon_stdout()  # it may be what failed
+        return FAILED
+    finally:
+        terminal.clear()
+
+
+def _sentence(error: Exception) -> str:
+    """What the user reads about an error."""
+    if isinstance(error, Grok1Error):
+        return str(error)
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        return (
+            f"out of memory ({_shortened(text) or 'the system gave no more'}): use more devices with --mesh, fewer "
+            "samples or sequences at a time, or --dtype bfloat16"
+        )
+    if isinstance(error, RuntimeError) and ("initialize backend" in text or "Unknown backend" in text):
+        platforms = os.environ.get("JAX_PLATFORMS")
+        advice = f"JAX_PLATFORMS is {platforms!r}; " if platforms else ""
+        return (
+            f"JAX could not start its devices ({_shortened(text)}): {advice}set JAX_PLATFORMS=cpu to run on the "
+            "processor, or unset it to use what there is"
+        )
+    told = f"internal error: {type(error).__name__}: {text}"
+    return f"{told} (run again with --verbose for the traceback)"
+
+
+def _shortened(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else text[:most] + " …"
+
+
+def _abandon_stdout() -> None:
+    """Lets Python end without complaining about what could not be written."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+    except (OSError, AttributeError, ValueError):
+        pass  # there is no stdout, or it is not a file

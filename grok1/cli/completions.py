@@ -1,0 +1,213 @@
+"""Printing completions: as text while they are generated, or as JSON, with one line of statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from grok1 import memory
+from grok1.cli.terminal import Terminal
+from grok1.engine.request import TokenLogprobs
+
+if TYPE_CHECKING:
+    from grok1.model import Completion, Model, Request
+
+_MOST_AT_A_TIME = 16  # samples that are generated together
+
+_ENDED = {
+    "eos": "end of text",
+    "stop": "stop text",
+    "max_tokens": "--max-tokens reached",
+    "context": "context full",
+}
+
+
+@dataclasses.dataclass
+class CompletionPrinter:
+    """Completes prompts with one model and prints the results.
+
+    Attributes:
+        terminal: where to.
+        model: the model.
+        load_seconds: how long it took to load.
+        as_json: whether to print JSON, an object a sample, rather than text.
+        echo: whether to print the prompt before its text.
+    """
+
+    terminal: Terminal
+    model: Model
+    load_seconds: float
+    as_json: bool
+    echo: bool
+    _compiled: bool = dataclasses.field(default=False, init=False)
+
+    def run(self, request: Request) -> None:
+        """Completes a prompt and prints all its samples."""
+        if request.num_samples > 1:
+            self._print_samples(request)
+        else:
+            self._print_stream(request)
+
+    def _print_stream(self, request: Request) -> None:
+        terminal = self.terminal
+        stream = self.model.stream(
+            request.prompt, truncate=request.truncate, **_fields(request.options)
+        )
+        if self.as_json:
+            for count, _ in enumerate(stream, 1):
+                terminal.show_status(f"generating, {count} pieces of text so far")
+            terminal.write(self._json_line(stream.completion))
+        else:
+            before = str(request.prompt) if self.echo else ""
+            for piece in self._after_compiling(stream):
+                terminal.write(before + piece)
+                before = ""
+            terminal.write(before)
+            self._end_text()
+        terminal.note(self._statistics([stream.completion]))
+
+    def _print_samples(self, request: Request) -> None:
+        terminal, count = self.terminal, request.num_samples
+        finished: dict[int, Completion] = {}
+        completions: list[Completion] = []
+        terminal.show_status(f"generating {count} samples")
+        for completion in self.model.complete_many([request], batch_size=min(count, _MOST_AT_A_TIME)):
+            finished[completion.sample] = completion
+            while len(completions) in finished:
+                completions.append(finished.pop(len(completions)))
+                self._print_sample(completions[-1], count)
+            done = len(completions) + len(finished)
+            if done < count:
+                terminal.show_status(f"generating {count} samples, {done} done")
+        terminal.note(self._statistics(completions))
+
+    def _print_sample(self, completion: Completion, count: int) -> None:
+        if self.as_json:
+            self.terminal.write(self._json_line(completion))
+            return
+        self.terminal.write(f"--- sample {completion.sample + 1} of {count}, seed {completion.seed} ---\n")
+        if self.echo:
+            self.terminal.write(str(completion.prompt))
+        self.terminal.write(completion.text)
+        self._end_text()
+
+    def _after_compiling(self, pieces: Iterator[str]) -> Iterator[str]:
+        """The pieces; the model's first waits for the second, because decoding is compiled between the two.
+
+        The line that tells of compiling would stand in the text.
+        """
+        if not self._compiled and self.terminal.shows:
+            yield next(pieces, "") + next(pieces, "")
+        self._compiled = True
+        yield from pieces
+
+    def _end_text(self) -> None:
+        """Ends a printed text: on a terminal at the start of a line, elsewhere with exactly one more newline."""
+        if self.terminal.shows_results:
+            self.terminal.end_line()
+        else:
+            self.terminal.write("\n")
+
+    def _json_line(self, completion: Completion) -> str:
+        return json_line(completion_object(completion) | self._run_object())
+
+    def _run_object(self) -> dict[str, Any]:
+        return {
+            "load_seconds": self.load_seconds,
+            "peak_memory_bytes": memory.peak_resident_bytes(),
+            "peak_device_memory_bytes": self.model.peak_device_bytes,
+            "mesh": list(self.model.mesh_shape),
+        }
+
+    def _statistics(self, completions: Sequence[Completion]) -> str:
+        first = completions[0]
+        tokens_out = sum(completion.timings.completion_tokens for completion in completions)
+        seconds = max(completion.timings.decode_seconds for completion in completions)
+        steps = sum(max(0, completion.timings.completion_tokens - 1) for completion in completions)
+        decode = steps / seconds if steps and seconds > 0 else None
+        parts = [
+            f"{first.timings.prompt_tokens} tokens in{_rate(first.timings.prefill_tokens_per_second)}",
+            f"{tokens_out} out{_rate(decode)}",
+            f"first after {first.timings.time_to_first_token:.2f} s",
+        ]
+        compiling = sum(completion.timings.compile_seconds for completion in completions[:1])
+        if compiling >= 0.1:
+            parts.append(f"compiled for {compiling:.1f} s")
+        peaks = [
+            f"{_gigabytes(peak)}{where}"
+            for peak, where in (
+                (memory.peak_resident_bytes(), ""),
+                (self.model.peak_device_bytes, " a device"),
+            )
+            if peak is not None
+        ]
+        if peaks:
+            parts.append(f"peak memory {', '.join(peaks)}")
+        reasons = dict.fromkeys(_ENDED[completion.finish_reason] for completion in completions)
+        parts.append(", ".join(reasons))
+        last = f" to {completions[-1].seed}" if len(completions) > 1 else ""
+        parts.append(f"seed {first.seed}{last}")
+        return "[" + " · ".join(parts) + "]"
+
+
+def completion_object(completion: Completion) -> dict[str, Any]:
+    """What JSON says about a completion; times in seconds."""
+    timings = completion.timings
+    told: dict[str, Any] = {
+        "prompt": completion.prompt,
+        "prompt_token_ids": completion.prompt_tokens,
+        "text": completion.text,
+        "token_ids": completion.tokens,
+        "finish_reason": completion.finish_reason,
+        "stop_text": completion.stop_text,
+        "seed": completion.seed,
+        "sample": completion.sample,
+    }
+    if completion.logprobs is not None:
+        told["logprobs"] = [
+            {"token_id": token} | logprobs_object(entry)
+            for token, entry in zip(completion.tokens, completion.logprobs, strict=True)
+        ]
+    return told | {
+        "prefill_seconds": timings.prefill_seconds,
+        "decode_seconds": timings.decode_seconds,
+        "compile_seconds": timings.compile_seconds,
+        "time_to_first_token_seconds": timings.time_to_first_token,
+        "prefill_tokens_per_second": timings.prefill_tokens_per_second,
+        "decode_tokens_per_second": timings.decode_tokens_per_second,
+    }
+
+
+def logprobs_object(entry: TokenLogprobs) -> dict[str, Any]:
+    """What JSON says about the log-probabilities at one place."""
+    return {"logprob": finite(entry.logprob), "top": top_object(entry)}
+
+
+def top_object(entry: TokenLogprobs) -> list[dict[str, Any]]:
+    """What JSON says about the likeliest tokens at one place."""
+    return [{"token_id": token, "logprob": finite(logprob)} for token, logprob in entry.top]
+
+
+def finite(value: float) -> float | None:
+    """The same number, or None for one that JSON does not have."""
+    return value if math.isfinite(value) else None
+
+
+def json_line(value: object) -> str:
+    """One line of JSON."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _fields(options: Any) -> dict[str, Any]:
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+
+
+def _rate(tokens_per_second: float | None) -> str:
+    return "" if tokens_per_second is None else f" ({tokens_per_second:.1f}/s)"
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"

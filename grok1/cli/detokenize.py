@@ -1,0 +1,83 @@
+"""`grok1 detokenize`: token ids to text."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from grok1.cli.completions import json_line
+from grok1.cli.options import ModelChoice, output_options, tokenizer_choice_options
+from grok1.cli.terminal import Terminal, pass_terminal
+from grok1.cli.text_input import decoded, read_stdin, stdin_is_terminal
+from grok1.errors import RequestError
+
+
+@click.command("detokenize", short_help="Turn token ids into text.")
+@click.argument("ids", nargs=-1)
+@tokenizer_choice_options
+@output_options
+@pass_terminal
+def command(terminal: Terminal, ids: tuple[str, ...], choice: ModelChoice, as_json: bool) -> None:
+    """Print the text of the token IDS, and a newline after it.
+
+    Without IDS, or if they are "-", they are what comes through a pipe. Between ids there may be spaces, newlines or
+    commas; a JSON list is good too.
+
+    \b
+    grok1 detokenize 422 3033 356
+    grok1 tokenize "The answer" | grok1 detokenize
+    """
+    if ids and ids != ("-",):
+        numbers = parsed_ids(" ".join(ids))
+    elif ids or not stdin_is_terminal():
+        numbers = parsed_ids(decoded(read_stdin(), "standard input"))
+    else:
+        raise click.UsageError("there are no ids: give IDS, or pipe them in.")
+
+    from grok1.cli.loading import read_tokenizer
+
+    text = read_tokenizer(choice).decode(numbers)
+    terminal.write(json_line({"text": text}) if as_json else text + "\n")
+
+
+def parsed_ids(text: str) -> list[int]:
+    """Token ids of a JSON list, or with spaces, newlines or commas between.
+
+    Raises:
+        RequestError: if something else is among them.
+    """
+    if text.lstrip().startswith("["):
+        return json_ids(text, "the list")
+    numbers = []
+    for word in text.replace(",", " ").split():
+        if not (word.isascii() and word.isdigit()):
+            raise RequestError(f"{word!r} is no token id: expected whole numbers from 0 on")
+        numbers.append(_integer(word))
+    return numbers
+
+
+def json_ids(text: str, source: str) -> list[int]:
+    """Token ids of a JSON list.
+
+    Raises:
+        RequestError: if the text is no such list.
+    """
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{source} is not JSON ({error}): expected a list of token ids") from None
+    if not isinstance(values, list):
+        raise RequestError(
+            f"{source} holds a JSON {type(values).__name__}, expected a list of token ids such as [422, 3033]"
+        )
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise RequestError(f"{value!r} in {source} is no token id: expected whole numbers from 0 on")
+    return values
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 18:
+        raise RequestError(f"{digits[:18]}… is no token id: it has {len(digits)} digits")
+    return int(digits)

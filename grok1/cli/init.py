@@ -1,0 +1,120 @@
+"""`grok1 init`: writes a random-weight checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+
+import click
+
+from grok1.cli.completions import json_line
+from grok1.cli.options import output_options
+from grok1.cli.terminal import Terminal, pass_terminal
+from grok1.config import PRESETS, ModelConfig
+
+_RELEASE = "grok-1"
+"""The one preset whose tokenizer exists already, with the release's code."""
+
+
+@click.command("init", short_help="Write a checkpoint of random weights.")
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--preset",
+    required=True,
+    type=click.Choice(list(PRESETS)),
+    help="Which model: tiny has 20 million weights and runs anywhere, bench-3b has 3.3 billion, grok-1 is as large "
+    "as the release (318 GB).",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Of the random weights: the same seed gives the same files.",
+)
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write this SentencePiece model beside the weights, and make the vocabulary as large as its own.  "
+    "[default: a small tokenizer is trained; none for grok-1]",
+)
+@click.option("--force", is_flag=True, help="Replace a checkpoint that is there.")
+@output_options
+@pass_terminal
+def command(
+    terminal: Terminal,
+    directory: Path,
+    preset: str,
+    seed: int,
+    tokenizer: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write a checkpoint of random weights into DIR, in the format of the release.
+
+    DIR gets ckpt-0, config.json and tokenizer.model. The text that such a model writes means nothing, but everything
+    else is as with the release: commands, files, memory and speed for the model's size.
+
+    \b
+    grok1 init demo --preset tiny
+    grok1 run -c demo "The answer is"
+    """
+    from grok1.checkpoint.reader import find_checkpoint
+    from grok1.checkpoint.writer import write_checkpoint
+
+    config = PRESETS[preset]
+    config, tokenizer_model = _tokenizer(terminal, config, preset, tokenizer)
+    write_checkpoint(
+        directory,
+        config,
+        seed=seed,
+        force=force,
+        tokenizer=tokenizer_model,
+        progress=lambda done, total: terminal.show_bytes("writing weights", done, total),
+    )
+    terminal.clear()
+    written = [path for path in find_checkpoint(directory).iterdir() if path.is_file()]
+    written += [path for name in ("config.json", "tokenizer.model") if (path := directory / name).is_file()]
+    size = sum(path.stat().st_size for path in written)
+    if as_json:
+        terminal.write(
+            json_line(
+                {
+                    "directory": str(directory),
+                    "preset": preset,
+                    "seed": seed,
+                    "files": len(written),
+                    "bytes": size,
+                    "parameters": config.num_parameters,
+                    "vocab_size": config.vocab_size,
+                }
+            )
+        )
+    terminal.note(
+        f"Wrote {len(written)} files, {size / 1e9:,.3f} GB, {config.num_parameters:,} parameters, to {directory}."
+    )
+    if tokenizer_model is None:
+        terminal.note(
+            "No tokenizer was written: put the release's tokenizer.model, which comes with its code, there."
+        )
+    terminal.note(f'Try: grok1 run -c {shlex.quote(str(directory))} "The answer is"')
+
+
+def _tokenizer(
+    terminal: Terminal, config: ModelConfig, preset: str, file: Path | None
+) -> tuple[ModelConfig, bytes | None]:
+    """The config with the vocabulary of the tokenizer to write, and that tokenizer."""
+    if file is not None:
+        from grok1.tokenizer import Tokenizer
+
+        size = Tokenizer.read(file).vocab_size
+        return dataclasses.replace(config, vocab_size=size), file.read_bytes()
+    if preset == _RELEASE:
+        return config, None
+    from grok1.small_tokenizer import train_small_tokenizer
+
+    terminal.show_status("training a tokenizer")
+    return config, train_small_tokenizer(config.vocab_size)

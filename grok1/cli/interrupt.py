@@ -1,0 +1,65 @@
+"""Ctrl-C while the main thread is deep in XLA and Python's own handler has to wait."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+_GRACE_SECONDS = 0.7
+_BLOCK_LEFT = b"\0"
+
+
+@contextlib.contextmanager
+def interrupts_end_within_a_second(
+    *, patient: bool, hint: Callable[[], None], leave: Callable[[], None]
+) -> Iterator[None]:
+    """Ends the process with status 130 if the block is not left within a second after SIGINT.
+
+    Python raises KeyboardInterrupt only between two bytecodes of the main thread. A compilation is one bytecode. So
+    a thread waits for the signal beside it, and ends the process where the exception does not come through.
+
+    Args:
+        patient: whether the first signal only gives the hint.
+        hint: says that a second signal ends the process.
+        leave: leaves the terminal as it should be; called from another thread.
+    """
+    if threading.current_thread() is not threading.main_thread() or os.name != "posix":
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    watcher = threading.Thread(
+        target=_watch, args=(reader, patient, hint, leave), name="grok1-interrupt", daemon=True
+    )
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.write(writer, _BLOCK_LEFT)
+        watcher.join()
+        os.close(writer)
+        os.close(reader)
+
+
+def _watch(reader: int, patient: bool, hint: Callable[[], None], leave: Callable[[], None]) -> None:
+    signals, timeout = 0, None
+    while True:
+        if not select.select([reader], [], [], timeout)[0]:
+            if patient and signals == 1:
+                hint()
+                timeout = None
+                continue
+            leave()
+            os._exit(130)
+        for byte in os.read(reader, 64):
+            if byte == _BLOCK_LEFT[0]:
+                return
+            if byte == signal.SIGINT:
+                signals += 1
+                timeout = _GRACE_SECONDS

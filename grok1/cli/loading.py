@@ -1,0 +1,68 @@
+"""From a `ModelChoice` to its config, its tokenizer, and the loaded model."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+from grok1.cli.options import ModelChoice
+from grok1.cli.terminal import Terminal
+from grok1.config import PRESETS, ModelConfig
+
+if TYPE_CHECKING:
+    from grok1.model import Model
+    from grok1.tokenizer import Tokenizer
+
+
+def read_config(choice: ModelChoice) -> ModelConfig:
+    """The config of the chosen checkpoint, without looking at its tensors.
+
+    Raises:
+        CheckpointError: if there is no checkpoint.
+        ConfigError: if its config is none.
+    """
+    from grok1.checkpoint import reader
+
+    return reader.read_config(reader.find_checkpoint(choice.checkpoint)) or PRESETS["grok-1"]
+
+
+def read_tokenizer(choice: ModelChoice) -> Tokenizer:
+    """The chosen checkpoint's tokenizer.
+
+    Raises:
+        TokenizerError: if there is none or it cannot be read.
+    """
+    from grok1.prompt import required
+    from grok1.tokenizer import Tokenizer, find_tokenizer
+
+    path = find_tokenizer(choice.checkpoint, choice.tokenizer)
+    return required(None if path is None else Tokenizer.read(path))
+
+
+def prepare_jax(terminal: Terminal) -> None:
+    """Keeps XLA from logging to stderr, unless the user wants that; comes before JAX is imported."""
+    if not terminal.verbose:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def load_model(choice: ModelChoice, terminal: Terminal) -> tuple[Model, float]:
+    """Loads the chosen model and shows progress.
+
+    Returns:
+        the model, and how many seconds it took, JAX's own start included.
+    """
+    start = time.perf_counter()
+    terminal.show_status("starting JAX")
+    prepare_jax(terminal)
+    from grok1.model import load
+
+    model = load(
+        choice.checkpoint,
+        tokenizer=choice.tokenizer,
+        mesh=choice.mesh,
+        dtype=choice.dtype,  # type: ignore[arg-type]
+        progress=terminal.progress,
+    )
+    terminal.clear()
+    return model, time.perf_counter() - start

@@ -1,0 +1,262 @@
+"""Options that several commands share, as decorators."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from grok1.cli.terminal import Terminal
+from grok1.engine.request import MAX_LOGPROBS, MAX_SEED, SamplingOptions
+from grok1.errors import RequestError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_DEFAULT = {field.name: field.default for field in dataclasses.fields(SamplingOptions)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelChoice:
+    """Which model to load, and how.
+
+    Attributes:
+        checkpoint: folder that holds `ckpt-0`, or is it.
+        tokenizer: a SentencePiece model; None looks in and beside the checkpoint.
+        mesh: sizes of the data and the model axis; None uses all devices.
+        dtype: of activations and the key/value cache; None chooses by device.
+    """
+
+    checkpoint: Path
+    tokenizer: Path | None
+    mesh: tuple[int, int] | None = None
+    dtype: str | None = None
+
+
+class _MeshType(click.ParamType):
+    name = "DATA,MODEL"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        try:
+            data, model = (int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not two whole numbers with a comma between, such as 1,8", param, ctx)
+        if data < 1 or model < 1:
+            self.fail(f"{value!r} has an empty axis: expected two numbers above 0, such as 1,8", param, ctx)
+        return data, model
+
+
+CHECKPOINT = click.option(
+    "-c",
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    default="checkpoints",
+    show_default=True,
+    envvar="GROK1_CHECKPOINT",
+    show_envvar=True,
+    metavar="DIR",
+    help="The folder that holds ckpt-0, or is it.",
+)
+TOKENIZER = click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    envvar="GROK1_TOKENIZER",
+    show_envvar=True,
+    metavar="FILE",
+    help="The SentencePiece model of the checkpoint.  [default: tokenizer.model in or beside the checkpoint]",
+)
+_MESH = click.option(
+    "--mesh",
+    type=_MeshType(),
+    metavar="DATA,MODEL",
+    help="How many devices to split sequences and weights over: 2,4 holds the model twice, each time on four "
+    "devices.  [default: all devices on MODEL, as far as the model divides]",
+)
+_DTYPE = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="The type of activations and of the key/value cache.  [default: bfloat16 on accelerators, float32 on "
+    "processors]",
+)
+
+
+def tokenizer_choice_options(command: Command) -> Command:
+    """Adds `--checkpoint` and `--tokenizer`; the command gets a `ModelChoice` as `choice`."""
+
+    @functools.wraps(command)
+    def with_choice(*args: Any, checkpoint: Path, tokenizer: Path | None, **rest: Any) -> Any:
+        return command(*args, choice=ModelChoice(checkpoint, tokenizer), **rest)
+
+    return CHECKPOINT(TOKENIZER(with_choice))  # type: ignore[return-value]
+
+
+def model_options(command: Command) -> Command:
+    """Adds the options that say which model to load; the command gets a `ModelChoice` as `choice`."""
+
+    @functools.wraps(command)
+    def with_choice(
+        *args: Any,
+        checkpoint: Path,
+        tokenizer: Path | None,
+        mesh: tuple[int, int] | None,
+        dtype: str | None,
+        **rest: Any,
+    ) -> Any:
+        return command(*args, choice=ModelChoice(checkpoint, tokenizer, mesh, dtype), **rest)
+
+    return CHECKPOINT(TOKENIZER(_MESH(_DTYPE(with_choice))))  # type: ignore[return-value]
+
+
+def _set_on_terminal(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        assert param.name is not None
+        setattr(ctx.ensure_object(Terminal), param.name, True)
+
+
+_OUTPUT = [
+    click.option(
+        "--json", "as_json", is_flag=True, help="Print JSON instead of text: one object a line, for programs."
+    ),
+    click.option(
+        "--quiet",
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=_set_on_terminal,
+        help="Show no progress and no statistics, even on a terminal.",
+    ),
+    click.option(
+        "--verbose",
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=_set_on_terminal,
+        help="Show the traceback of an error, and what JAX logs.",
+    ),
+]
+
+
+def output_options(command: Command) -> Command:
+    """Adds `--json` (the command gets `as_json`), `--quiet` and `--verbose` (which set up the `Terminal`)."""
+    for option in reversed(_OUTPUT):
+        command = option(command)
+    return command
+
+
+_SAMPLING = [
+    click.option(
+        "-n",
+        "--max-tokens",
+        type=int,
+        default=_DEFAULT["max_tokens"],
+        show_default=True,
+        metavar="N",
+        help="Generate at most this many tokens.",
+    ),
+    click.option(
+        "-t",
+        "--temperature",
+        "--temp",
+        "temperature",
+        type=float,
+        default=_DEFAULT["temperature"],
+        show_default=True,
+        metavar="T",
+        help="Divide the logits by this before sampling: 0 always takes the likeliest token, 1 draws from the "
+        "model's own distribution, more is more varied.",
+    ),
+    click.option(
+        "--greedy", is_flag=True, help="Always take the likeliest token: the same as --temperature 0."
+    ),
+    click.option(
+        "--top-p",
+        type=float,
+        default=_DEFAULT["top_p"],
+        show_default=True,
+        metavar="P",
+        help="Draw from the smallest set of likeliest tokens whose probability reaches P, above 0 and at most 1; "
+        "1 is off.",
+    ),
+    click.option(
+        "--top-k",
+        type=int,
+        default=_DEFAULT["top_k"],
+        show_default=True,
+        metavar="K",
+        help="Draw from the K likeliest tokens; 0 is off.",
+    ),
+    click.option(
+        "--min-p",
+        type=float,
+        default=_DEFAULT["min_p"],
+        show_default=True,
+        metavar="P",
+        help="Draw from tokens that are at least P times as likely as the likeliest, 0 to 1; 0 is off.",
+    ),
+    click.option(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="Start the random stream here, to repeat a completion.  [default: a fresh one, which is reported]",
+    ),
+    click.option(
+        "--stop",
+        multiple=True,
+        metavar="TEXT",
+        help="End a completion before this text; give the option again for more texts.",
+    ),
+    click.option("--ignore-eos", is_flag=True, help="Go on after the model's end-of-text token."),
+    click.option(
+        "--logprobs",
+        type=int,
+        metavar="K",
+        help="Report the log-probability of each token and of the K likeliest in its place, 0 to "
+        f"{MAX_LOGPROBS}; needs --json.",
+    ),
+    click.option(
+        "--num-samples",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="Complete the prompt this many times; sample i, counted from 0, has the seed SEED + i.",
+    ),
+]
+
+
+def sampling_options(command: Command) -> Command:
+    """Adds the sampling options; the command gets `SamplingOptions` as `sampling`, and `num_samples`."""
+
+    @functools.wraps(command)
+    def with_sampling(*args: Any, greedy: bool, num_samples: int, **given: Any) -> Any:
+        context = click.get_current_context()
+        values = {name: given.pop(name) for name in _DEFAULT}
+        if values["logprobs"] is not None and not given.get("as_json", True):
+            raise click.UsageError("--logprobs needs --json: log-probabilities have no place in plain text.")
+        if greedy:
+            explicit = context.get_parameter_source("temperature") is not ParameterSource.DEFAULT
+            if explicit and values["temperature"] != 0:
+                raise click.UsageError(
+                    f"--greedy contradicts --temperature {values['temperature']:g}: give one of them."
+                )
+            values["temperature"] = 0.0
+        try:
+            sampling = SamplingOptions(**values)
+        except RequestError as error:
+            raise click.UsageError(f"{error}.") from None
+        if sampling.seed is not None and sampling.seed > MAX_SEED - (num_samples - 1):
+            raise click.UsageError(
+                f"the last of {num_samples} samples would have the seed {sampling.seed + num_samples - 1}, "
+                f"expected at most {MAX_SEED}."
+            )
+        return command(*args, sampling=sampling, num_samples=num_samples, **given)
+
+    for option in reversed(_SAMPLING):
+        with_sampling = option(with_sampling)
+    return with_sampling  # type: ignore[return-value]

@@ -1,0 +1,95 @@
+"""`grok1 run`: completes a prompt, or prompts as they are typed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from grok1.cli.options import ModelChoice, model_options, output_options, sampling_options
+from grok1.cli.terminal import Terminal, pass_terminal
+from grok1.cli.text_input import given_text
+from grok1.engine.request import SamplingOptions
+
+if TYPE_CHECKING:
+    from grok1.cli.completions import CompletionPrinter
+
+
+@click.command("run", short_help="Complete a prompt, or prompts as they are typed.")
+@click.argument("prompt", required=False)
+@click.option(
+    "--prompt-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Take the prompt from this file, which is UTF-8 text.",
+)
+@click.option(
+    "--truncate",
+    is_flag=True,
+    help="Keep only the last tokens of a prompt that is longer than the model's context, rather than refuse it.",
+)
+@click.option(
+    "--echo", is_flag=True, help="Print the prompt before its completion. (JSON has both in any case.)"
+)
+@sampling_options
+@model_options
+@output_options
+@pass_terminal
+def command(
+    terminal: Terminal,
+    prompt: str | None,
+    prompt_file: Path | None,
+    truncate: bool,
+    echo: bool,
+    choice: ModelChoice,
+    sampling: SamplingOptions,
+    num_samples: int,
+    as_json: bool,
+) -> None:
+    """Complete PROMPT and print the text while it is generated.
+
+    Without PROMPT, or if it is "-", the prompt is what comes through a pipe; one newline at the very end of a file
+    or pipe is not part of it. With no prompt at all on a terminal, a session begins: each line that you type is a
+    prompt of its own, Ctrl-C stops a completion, Ctrl-D ends the session. A prompt's text is never interpreted; put
+    "--" before one that begins with a dash.
+
+    Only what follows the prompt is printed, and a newline after it. With --num-samples, a line such as
+    "--- sample 1 of 3, seed 7 ---" comes before each. On a terminal, control characters are shown as symbols.
+
+    \b
+    grok1 run -c demo "The answer to life" --seed 7
+    git log -1 | grok1 run - --greedy -n 40
+    grok1 run --prompt-file story.txt --num-samples 3 --json | jq .text
+    """
+    text = given_text(prompt, prompt_file, argument_name="PROMPT", file_option="--prompt-file")
+
+    from grok1.cli.loading import read_config, read_tokenizer
+    from grok1.prompt import Request, encode_prompt
+
+    # What can be wrong with the prompt is told before hundreds of gigabytes are loaded.
+    config = read_config(choice)
+    tokenizer = read_tokenizer(choice)
+    tokenizer.check_vocabulary(config.vocab_size)
+
+    def request(prompt: str) -> Request:
+        return Request(prompt=prompt, options=sampling, num_samples=num_samples, truncate=truncate)
+
+    if text is not None:
+        encode_prompt(request(text), tokenizer, config)
+        with terminal.interruptible():
+            _printer(terminal, choice, as_json, echo).run(request(text))
+    else:
+        from grok1.cli.session import run_session
+
+        with terminal.interruptible():
+            printer = _printer(terminal, choice, as_json, echo)
+        run_session(printer, request)
+
+
+def _printer(terminal: Terminal, choice: ModelChoice, as_json: bool, echo: bool) -> CompletionPrinter:
+    from grok1.cli.completions import CompletionPrinter
+    from grok1.cli.loading import load_model
+
+    model, load_seconds = load_model(choice, terminal)
+    return CompletionPrinter(terminal, model, load_seconds, as_json, echo)

@@ -1,0 +1,85 @@
+"""The interactive session of `grok1 run`: a line is a prompt."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import platformdirs
+from prompt_toolkit import PromptSession
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.output import create_output
+
+from grok1.cli.completions import CompletionPrinter
+from grok1.errors import RequestError
+from grok1.prompt import Request
+
+
+class PrivateHistory(FileHistory):
+    """Prompts of earlier sessions in a file that only the user can read, made when the first prompt is entered.
+
+    Where it cannot be read or written, the session goes on without.
+    """
+
+    def __init__(self, path: Path):
+        """`path` need not exist."""
+        super().__init__(str(path))
+        self._path = path
+
+    def load_history_strings(self) -> Iterable[str]:
+        """The prompts, latest first."""
+        try:
+            return list(super().load_history_strings())
+        except OSError:
+            return []
+
+    def store_string(self, string: str) -> None:
+        """Adds a prompt."""
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+            super().store_string(string)
+
+
+def _history() -> History:
+    try:
+        return PrivateHistory(platformdirs.user_state_path("grok1", appauthor=False) / "history")
+    except (OSError, RuntimeError):  # there is no home
+        return InMemoryHistory()
+
+
+def run_session(printer: CompletionPrinter, request: Callable[[str], Request]) -> None:
+    """Reads prompts and prints their completions until Ctrl-D, or Ctrl-C at an empty prompt.
+
+    Args:
+        printer: completes and prints.
+        request: what to ask for a prompt.
+    """
+    terminal = printer.terminal
+    # Results may go to a file while the prompt stays on the terminal.
+    output = create_output(stdout=None if terminal.shows_results else sys.stderr)
+    session: PromptSession[str] = PromptSession(history=_history(), output=output)
+    terminal.note("Each line is a prompt. Ctrl-C stops a completion, Ctrl-D ends the session.")
+    while True:
+        try:
+            prompt = session.prompt("> ")
+        except KeyboardInterrupt:
+            if session.default_buffer.text:
+                continue
+            return
+        except EOFError:
+            return
+        if not prompt:
+            continue
+        try:
+            with terminal.interruptible(patient=True):
+                printer.run(request(prompt))
+        except KeyboardInterrupt:
+            terminal.end_line()
+            terminal.note("[stopped]")
+        except RequestError as error:
+            terminal.end_line()
+            terminal.error(str(error))

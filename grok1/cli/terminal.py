@@ -1,0 +1,212 @@
+"""What the user sees: results on stdout; progress, notes and errors on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from grok1.cli.interrupt import interrupts_end_within_a_second
+from grok1.errors import Grok1Error
+
+if TYPE_CHECKING:
+    from grok1.model import Progress
+
+_CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
+_CONTROL |= {0x7F: "\u2421"} | {code: "\ufffd" for code in range(0x80, 0xA0)}
+
+
+class OutputError(Grok1Error):
+    """Results that cannot be written to standard output."""
+
+
+class Terminal:
+    """The two output streams of a command.
+
+    Attributes:
+        quiet: whether stderr stays silent even if it is a terminal; errors are told all the same.
+        verbose: whether errors come with tracebacks, and libraries may log.
+    """
+
+    def __init__(self) -> None:
+        """Options set the attributes later."""
+        self.quiet = False
+        self.verbose = False
+        self._live: Any = None
+        self._shown: str | None = None
+        self._task: Any = None
+        self._mid_line = False
+
+    @property
+    def shows(self) -> bool:
+        """Whether anybody sees progress and notes."""
+        return not self.quiet and _is_terminal(sys.stderr)
+
+    @property
+    def shows_results(self) -> bool:
+        """Whether stdout is a terminal."""
+        return _is_terminal(sys.stdout)
+
+    # Results
+
+    def write(self, text: str) -> None:
+        """Writes a part of the results to stdout at once.
+
+        On a terminal control characters other than newline and tab are shown as symbols, so that a text cannot
+        operate the terminal; elsewhere the text is written exactly.
+
+        Raises:
+            OutputError: if it cannot be written.
+            BrokenPipeError: if nobody reads it any more.
+        """
+        if not text:
+            return
+        self.clear()
+        if self.shows_results:
+            text = text.translate(_CONTROL)
+        if sys.stdout is None:
+            raise OutputError("standard output is closed: open it, or send it to a file with `>`")
+        with _output_errors():
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        self._mid_line = not text.endswith("\n")
+
+    def flush(self) -> None:
+        """Writes what a library may have left in the buffer of stdout."""
+        if sys.stdout is not None:
+            with _output_errors():
+                sys.stdout.flush()
+
+    def end_line(self) -> None:
+        """Takes progress away, and on a terminal ends a line of results that is not whole."""
+        self.clear()
+        if self._mid_line and self.shows_results:
+            self._mid_line = False
+            with contextlib.suppress(OSError):
+                sys.stdout.write("\n")
+                sys.stdout.flush()
+
+    # Everything else
+
+    def note(self, text: str) -> None:
+        """Says something on stderr, if that is a terminal."""
+        if self.shows:
+            self.end_line()
+            with contextlib.suppress(OSError):
+                click.echo(text.translate(_CONTROL), err=True)
+
+    def error(self, sentence: str) -> None:
+        """Says on stderr what went wrong, in one line."""
+        with contextlib.suppress(OSError):
+            click.echo(f"grok1: error: {' '.join(sentence.split())}", err=True)
+
+    def progress(self, progress: Progress) -> None:
+        """Shows what a model reports of its loading and compiling; may be called from any thread."""
+        if progress.stage == "loading":
+            self.show_bytes("loading weights", progress.done, progress.total)
+        elif progress.stage == "compiling":
+            self.show_status(f"compiling the {progress.detail} program")
+        else:
+            self.show_status(f"{progress.stage} files")
+
+    def show_status(self, text: str) -> None:
+        """Shows a line with the time that this takes, until `clear` or the next line."""
+        self._show(text, counts_bytes=False)
+
+    def show_bytes(self, text: str, done: int, total: int) -> None:
+        """Shows a bar of bytes with their rate and the time left, until `clear` or the next line."""
+        self._show(text, counts_bytes=True)
+        if self._live is not None:
+            self._live.update(self._task, completed=done, total=total)
+
+    def clear(self) -> None:
+        """Takes away whatever progress is shown."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = self._task = self._shown = None
+
+    def _show(self, text: str, *, counts_bytes: bool) -> None:
+        if not self.shows or self._shown == text or (self._mid_line and self.shows_results):
+            return
+        self.clear()
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        name = TextColumn("{task.description}", markup=False)
+        columns: list[Any] = [SpinnerColumn(), name, TimeElapsedColumn()]
+        if counts_bytes:
+            columns = [
+                name,
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(compact=True),
+            ]
+        self._live = Progress(
+            *columns, console=Console(stderr=True), transient=True, redirect_stdout=False, expand=False
+        )
+        self._task = self._live.add_task(text, total=None)
+        self._shown = text
+        self._live.start()
+
+    @contextlib.contextmanager
+    def interruptible(self, *, patient: bool = False) -> Iterator[None]:
+        """Within this block Ctrl-C ends the process within a second, even while XLA compiles.
+
+        Args:
+            patient: if the block does not react, the first Ctrl-C only says so and the second ends the process.
+        """
+        with interrupts_end_within_a_second(
+            patient=patient, hint=self._hint_at_patience, leave=self._leave_terminal
+        ):
+            yield
+
+    def _hint_at_patience(self) -> None:
+        if self.shows:
+            self._raw_to_stderr(b"\r\nstopping after the running step; Ctrl-C again ends grok1\r\n")
+
+    def _leave_terminal(self) -> None:
+        # The main thread may hold any lock: nothing here takes one.
+        if _is_terminal(sys.stderr):
+            self._raw_to_stderr(b"\r\x1b[2K\x1b[?25h" if self._live is not None else b"\r\n")
+
+    @staticmethod
+    def _raw_to_stderr(text: bytes) -> None:
+        with contextlib.suppress(OSError):
+            os.write(sys.stderr.fileno(), text)
+
+
+pass_terminal = click.make_pass_decorator(Terminal, ensure=True)
+"""Decorator that gives a command the `Terminal` as its first argument."""
+
+
+def _is_terminal(stream: Any) -> bool:
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:  # it has been closed
+        return False
+
+
+@contextlib.contextmanager
+def _output_errors() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to standard output ({error.strerror}): make room, or send it elsewhere"
+        ) from None

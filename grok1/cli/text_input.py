@@ -1,0 +1,91 @@
+"""Texts that come from an argument, a file or standard input."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from grok1.errors import RequestError
+
+
+def stdin_is_terminal() -> bool:
+    """Whether a person could type on stdin; also if there is no stdin, so that nothing is read from it."""
+    return sys.stdin is None or sys.stdin.isatty()
+
+
+def given_text(argument: str | None, file: Path | None, *, argument_name: str, file_option: str) -> str | None:
+    """The text of an argument, a file, or stdin; None if there is no argument, no file, and stdin is a terminal.
+
+    From a file or stdin, one newline at the very end is not part of the text.
+
+    Args:
+        argument: the text itself, or "-" for stdin.
+        file: a file to read.
+        argument_name: what the argument is called in messages.
+        file_option: what the option of the file is called in messages.
+
+    Raises:
+        RequestError: if the text cannot be read or is not UTF-8.
+    """
+    if argument is not None and file is not None:
+        raise click.UsageError(f"{argument_name} and {file_option} are both given: give one of them.")
+    if file is not None:
+        return decoded(read_file(file), str(file)).removesuffix("\n")
+    if argument == "-" or (argument is None and not stdin_is_terminal()):
+        return decoded(read_stdin(), "standard input").removesuffix("\n")
+    if argument is not None:
+        return checked_argument(argument, argument_name)
+    return None
+
+
+def checked_argument(text: str, name: str) -> str:
+    """The same text, if it was UTF-8 on the command line.
+
+    Raises:
+        RequestError: if it was not.
+    """
+    return decoded(text.encode("utf-8", "surrogateescape"), name)
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a file; "-" is stdin.
+
+    Raises:
+        RequestError: if it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RequestError(f"cannot read {path} ({error.strerror}): check its name and permissions") from None
+
+
+def read_stdin() -> bytes:
+    """All of standard input.
+
+    Raises:
+        RequestError: if there is none or it cannot be read.
+    """
+    if sys.stdin is None:
+        raise RequestError("standard input is closed: give the text as an argument or in a file")
+    try:
+        return sys.stdin.buffer.read()
+    except OSError as error:
+        raise RequestError(f"cannot read standard input ({error.strerror})") from None
+
+
+def decoded(data: bytes, source: str) -> str:
+    """UTF-8 text.
+
+    Raises:
+        RequestError: if it is not; the message tells the offset of the first wrong byte.
+    """
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{source} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start} is no part of a "
+            "character; convert it to UTF-8"
+        ) from None
+

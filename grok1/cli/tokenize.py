@@ -1,0 +1,69 @@
+"""`grok1 tokenize`: text to token ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from grok1.cli.completions import json_line
+from grok1.cli.options import ModelChoice, output_options, tokenizer_choice_options
+from grok1.cli.terminal import Terminal, pass_terminal
+from grok1.cli.text_input import given_text
+
+
+@click.command("tokenize", short_help="Turn text into token ids.")
+@click.argument("text", required=False)
+@click.option(
+    "--file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Take the text from this file, which is UTF-8.",
+)
+@click.option(
+    "--pieces",
+    is_flag=True,
+    help="Print a line for each token: its id, a tab, and its piece of text, with ▁ for a space.",
+)
+@tokenizer_choice_options
+@output_options
+@pass_terminal
+def command(
+    terminal: Terminal, text: str | None, file: Path | None, pieces: bool, choice: ModelChoice, as_json: bool
+) -> None:
+    """Print the token ids of TEXT, with spaces between.
+
+    Without TEXT, or if it is "-", the text is what comes through a pipe; one newline at the very end of a file or
+    pipe is not part of it. No BOS is put before the text, as the model expects none.
+
+    \b
+    grok1 tokenize "The answer to life"
+    grok1 tokenize --pieces --file story.txt
+    """
+    given = given_text(text, file, argument_name="TEXT", file_option="--file")
+    if given is None:
+        raise click.UsageError("there is no text: give TEXT, --file FILE, or pipe it in.")
+    if as_json and pieces:
+        raise click.UsageError("--pieces and --json are both given: JSON has the pieces in any case.")
+
+    from grok1.cli.loading import read_tokenizer
+
+    tokenizer = read_tokenizer(choice)
+    ids = tokenizer.encode(given)
+    if as_json:
+        terminal.write(json_line({"token_ids": ids, "pieces": tokenizer.pieces(ids)}))
+    elif pieces:
+        lines = zip(ids, tokenizer.pieces(ids), strict=True)
+        terminal.write("".join(f"{token}\t{in_one_line(piece)}\n" for token, piece in lines))
+    else:
+        terminal.write(" ".join(map(str, ids)) + "\n")
+
+
+def in_one_line(piece: str) -> str:
+    """A piece with backslash, newline and other characters that do not print written as escapes."""
+    return "".join(
+        character
+        if character.isprintable() and character != "\\"
+        else character.encode("unicode_escape").decode()
+        for character in piece
+    )
