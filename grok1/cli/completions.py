@@ -53,9 +53,7 @@ class CompletionPrinter:
 
     def _print_stream(self, request: Request) -> None:
         terminal = self.terminal
-        stream = self.model.stream(
-            request.prompt, truncate=request.truncate, **_fields(request.options)
-        )
+        stream = self.model.stream(request.prompt, truncate=request.truncate, **_fields(request.options))
         if self.as_json:
             for count, _ in enumerate(stream, 1):
                 terminal.show_status(f"generating, {count} pieces of text so far")

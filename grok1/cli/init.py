@@ -97,9 +97,7 @@ def command(
         f"Wrote {len(written)} files, {size / 1e9:,.3f} GB, {config.num_parameters:,} parameters, to {directory}."
     )
     if tokenizer_model is None:
-        terminal.note(
-            "No tokenizer was written: put the release's tokenizer.model, which comes with its code, there."
-        )
+        terminal.note("No tokenizer was written: put the release's tokenizer.model, which comes with its code, there.")
     terminal.note(f'Try: grok1 run -c {shlex.quote(str(directory))} "The answer is"')
 
 

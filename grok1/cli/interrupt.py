@@ -33,9 +33,7 @@ def interrupts_end_within_a_second(
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    watcher = threading.Thread(
-        target=_watch, args=(reader, patient, hint, leave), name="grok1-interrupt", daemon=True
-    )
+    watcher = threading.Thread(target=_watch, args=(reader, patient, hint, leave), name="grok1-interrupt", daemon=True)
     watcher.start()
     try:
         yield

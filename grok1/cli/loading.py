@@ -27,17 +27,25 @@ def read_config(choice: ModelChoice) -> ModelConfig:
     return reader.read_config(reader.find_checkpoint(choice.checkpoint)) or PRESETS["grok-1"]
 
 
-def read_tokenizer(choice: ModelChoice) -> Tokenizer:
-    """The chosen checkpoint's tokenizer.
+def read_tokenizer(choice: ModelChoice, config: ModelConfig | None = None) -> Tokenizer | None:
+    """The chosen checkpoint's tokenizer; None if there is none.
+
+    Args:
+        choice: whose.
+        config: what the vocabulary has to fit, if that matters.
 
     Raises:
-        TokenizerError: if there is none or it cannot be read.
+        TokenizerError: if it cannot be read or has another vocabulary.
     """
-    from grok1.prompt import required
     from grok1.tokenizer import Tokenizer, find_tokenizer
 
     path = find_tokenizer(choice.checkpoint, choice.tokenizer)
-    return required(None if path is None else Tokenizer.read(path))
+    if path is None:
+        return None
+    tokenizer = Tokenizer.read(path)
+    if config is not None:
+        tokenizer.check_vocabulary(config.vocab_size)
+    return tokenizer
 
 
 def prepare_jax(terminal: Terminal) -> None:

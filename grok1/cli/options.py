@@ -40,9 +40,7 @@ class ModelChoice:
 class _MeshType(click.ParamType):
     name = "DATA,MODEL"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         try:
             data, model = (int(part) for part in value.split(","))
         except ValueError:
@@ -171,9 +169,7 @@ _SAMPLING = [
         help="Divide the logits by this before sampling: 0 always takes the likeliest token, 1 draws from the "
         "model's own distribution, more is more varied.",
     ),
-    click.option(
-        "--greedy", is_flag=True, help="Always take the likeliest token: the same as --temperature 0."
-    ),
+    click.option("--greedy", is_flag=True, help="Always take the likeliest token: the same as --temperature 0."),
     click.option(
         "--top-p",
         type=float,

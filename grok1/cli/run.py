@@ -29,9 +29,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Keep only the last tokens of a prompt that is longer than the model's context, rather than refuse it.",
 )
-@click.option(
-    "--echo", is_flag=True, help="Print the prompt before its completion. (JSON has both in any case.)"
-)
+@click.option("--echo", is_flag=True, help="Print the prompt before its completion. (JSON has both in any case.)")
 @sampling_options
 @model_options
 @output_options
@@ -65,12 +63,11 @@ def command(
     text = given_text(prompt, prompt_file, argument_name="PROMPT", file_option="--prompt-file")
 
     from grok1.cli.loading import read_config, read_tokenizer
-    from grok1.prompt import Request, encode_prompt
+    from grok1.prompt import Request, encode_prompt, required
 
     # What can be wrong with the prompt is told before hundreds of gigabytes are loaded.
     config = read_config(choice)
-    tokenizer = read_tokenizer(choice)
-    tokenizer.check_vocabulary(config.vocab_size)
+    tokenizer = required(read_tokenizer(choice, config))
 
     def request(prompt: str) -> Request:
         return Request(prompt=prompt, options=sampling, num_samples=num_samples, truncate=truncate)

@@ -14,7 +14,6 @@ from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.cli.text_input import checked_argument, decoded, read_file, read_stdin, stdin_is_terminal
 from grok1.cli.tokenize import in_one_line
 from grok1.engine.request import MAX_LOGPROBS
-from grok1.errors import TokenizerError
 
 if TYPE_CHECKING:
     from grok1.model import Score
@@ -24,9 +23,7 @@ if TYPE_CHECKING:
 @click.command("score", short_help="Tell how likely the model finds a text.")
 @click.argument("input_file", metavar="[INPUT]", required=False, type=click.Path(path_type=Path))
 @click.option("--text", metavar="TEXT", help="Score this text instead of a file.")
-@click.option(
-    "--ids", is_flag=True, help="Take the input for token ids, whatever its name; no tokenizer is needed."
-)
+@click.option("--ids", is_flag=True, help="Take the input for token ids, whatever its name; no tokenizer is needed.")
 @click.option(
     "--top",
     type=click.IntRange(0, MAX_LOGPROBS),
@@ -62,14 +59,7 @@ def command(
     from grok1.prompt import encode_scored
 
     config = read_config(choice)
-    tokenizer: Tokenizer | None = None
-    try:
-        tokenizer = read_tokenizer(choice)
-        tokenizer.check_vocabulary(config.vocab_size)
-    except TokenizerError:
-        if isinstance(scored, str) or choice.tokenizer is not None:
-            raise
-        tokenizer = None  # ids can be scored without
+    tokenizer = read_tokenizer(choice, config)  # ids can be scored without one
     encode_scored(scored, tokenizer, config)
     with terminal.interruptible():
         model, load_seconds = load_model(choice, terminal)
@@ -97,9 +87,7 @@ def _scored_input(file: Path | None, text: str | None, ids: bool) -> str | list[
     return parsed_ids(content) if ids else content
 
 
-def _score_object(
-    score: Score, pieces: list[str] | None, top: int | None, load_seconds: float
-) -> dict[str, object]:
+def _score_object(score: Score, pieces: list[str] | None, top: int | None, load_seconds: float) -> dict[str, object]:
     told: dict[str, object] = {
         "token_ids": score.tokens,
         "pieces": pieces,
@@ -124,9 +112,7 @@ def _table(score: Score, pieces: list[str] | None, tokenizer: Tokenizer | None) 
         logprob = f"{entry.logprob:10.4f}" if entry else f"{'-':>10}"
         line = f"{index:>6}  {token:>7}  {piece:<{width}}  {logprob}"
         if entry is not None and entry.top:
-            line += "  " + "  ".join(
-                f"{_named(likely, tokenizer)} {value:.4f}" for likely, value in entry.top
-            )
+            line += "  " + "  ".join(f"{_named(likely, tokenizer)} {value:.4f}" for likely, value in entry.top)
         lines.append(line)
     lines += [
         "",

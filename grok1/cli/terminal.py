@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from grok1.model import Progress
 
 _CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
-_CONTROL |= {0x7F: "\u2421"} | {code: "\ufffd" for code in range(0x80, 0xA0)}
+_CONTROL |= {0x7F: "\u2421"} | dict.fromkeys(range(128, 160), "�")
 
 
 class OutputError(Grok1Error):
@@ -169,9 +169,7 @@ class Terminal:
         Args:
             patient: if the block does not react, the first Ctrl-C only says so and the second ends the process.
         """
-        with interrupts_end_within_a_second(
-            patient=patient, hint=self._hint_at_patience, leave=self._leave_terminal
-        ):
+        with interrupts_end_within_a_second(patient=patient, hint=self._hint_at_patience, leave=self._leave_terminal):
             yield
 
     def _hint_at_patience(self) -> None:

@@ -88,4 +88,3 @@ def decoded(data: bytes, source: str) -> str:
             f"{source} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start} is no part of a "
             "character; convert it to UTF-8"
         ) from None
-

@@ -47,8 +47,9 @@ def command(
         raise click.UsageError("--pieces and --json are both given: JSON has the pieces in any case.")
 
     from grok1.cli.loading import read_tokenizer
+    from grok1.prompt import required
 
-    tokenizer = read_tokenizer(choice)
+    tokenizer = required(read_tokenizer(choice))
     ids = tokenizer.encode(given)
     if as_json:
         terminal.write(json_line({"token_ids": ids, "pieces": tokenizer.pieces(ids)}))
@@ -62,8 +63,6 @@ def command(
 def in_one_line(piece: str) -> str:
     """A piece with backslash, newline and other characters that do not print written as escapes."""
     return "".join(
-        character
-        if character.isprintable() and character != "\\"
-        else character.encode("unicode_escape").decode()
+        character if character.isprintable() and character != "\\" else character.encode("unicode_escape").decode()
         for character in piece
     )

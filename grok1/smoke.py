@@ -1,0 +1,261 @@
+"""The whole path on a tiny model: write, read, load, shard, generate, each step checked against another way.
+
+for check in run_smoke(Path("somewhere")):
+    print(check.result, check.name, check.measured)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from grok1.checkpoint.reader import Checkpoint
+from grok1.checkpoint.writer import write_checkpoint
+from grok1.config import PRESETS
+from grok1.small_tokenizer import train_small_tokenizer
+from grok1.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from grok1.model import Completion, Model
+
+_VIRTUAL_DEVICES = 8
+_PROMPT = "The answer to life, the universe and everything is of course"
+_UNICODE = "Füße, naïve café; 東京 and Москва; 👩‍🚀 — tabs\tand\n\nlines, 1234567890"
+_NEW_TOKENS = 24
+LOGITS_TOLERANCE = 1e-3
+"""Largest difference of two logits, as a part of the largest logit. Both come from float32 sums in other orders."""
+LOGPROB_TOLERANCE = 1e-3
+"""Largest difference of two log-probabilities."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What one step found.
+
+    Attributes:
+        name: what is checked.
+        result: "ok", "FAILED", or "skipped" where the machine has nothing to compare with.
+        measured: what was found, or why it failed.
+        seconds: how long it took.
+    """
+
+    name: str
+    result: Literal["ok", "FAILED", "skipped"]
+    measured: str
+    seconds: float
+
+
+class _Failed(Exception):
+    """A check that found something wrong; the text tells what."""
+
+
+class _Skipped(Exception):
+    """A check that this machine cannot do; the text tells why."""
+
+
+def run_smoke(folder: Path, starting: Callable[[str], None] = lambda name: None) -> Iterator[Check]:
+    """Runs all checks, one after the other; one that fails does not keep the others from running.
+
+    On a machine without accelerators the processor plays 8 devices, unless JAX has started or the user has chosen a
+    number with `JAX_NUM_CPU_DEVICES` or `XLA_FLAGS`.
+
+    Args:
+        folder: where the checkpoint is written; it must not hold one.
+        starting: is called with the name of each check before it runs.
+    """
+    path = _Path(folder)
+    for name, step in (
+        ("write random weights", path.write),
+        ("verify every file", path.verify),
+        ("slices equal mapped bytes", path.read_slices),
+        ("tokenizer round trip", path.round_trip),
+        ("load on one device", path.load_whole),
+        ("load on all devices", path.load_sharded),
+        ("logits, one and all devices", path.compare_logits),
+        ("prefill against decode", path.compare_prefill_with_decode),
+        ("greedy text, one and all", path.compare_greedy_text),
+        ("streamed text, decoded tokens", path.compare_stream),
+    ):
+        starting(name)
+        start = time.perf_counter()
+        result: Literal["ok", "FAILED", "skipped"] = "ok"
+        try:
+            measured = step()
+        except _Skipped as reason:
+            result, measured = "skipped", str(reason)
+        except Exception as error:
+            result = "FAILED"
+            measured = str(error) if isinstance(error, _Failed) else f"{type(error).__name__}: {error}"
+        yield Check(name, result, " ".join(measured.split()), time.perf_counter() - start)
+
+
+class _Path:
+    """The steps, and what they hand on."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._written = False  # what else lies in the folder is nothing to load
+        self._opened: Checkpoint | None = None
+        self._models: dict[str, Model] = {}
+        self._greedy: Completion | None = None
+        self._alone = False  # whether there is only one device, so that "all" means the same as "one"
+
+    def write(self) -> str:
+        config = PRESETS["tiny"]
+        tokenizer = train_small_tokenizer(config.vocab_size)
+        write_checkpoint(self._folder, config, seed=0, tokenizer=tokenizer)
+        self._written = True
+        return f"{config.num_parameters / 1e6:.1f} million parameters"
+
+    def verify(self) -> str:
+        if not self._written:
+            raise _Failed("no checkpoint was written")
+        self._opened = Checkpoint.open(self._folder)
+        return f"{len(self._opened.table)} files, {self._opened.total_bytes / 1e6:.1f} MB"
+
+    def read_slices(self) -> str:
+        checkpoint = self._checkpoint()
+        count = 0
+        for index in range(len(checkpoint.table)):
+            mapped = checkpoint.weight_view(index)
+            key = tuple(slice(size // 3, max(size // 3 + 1, size * 2 // 3)) for size in mapped.shape)
+            part = np.empty(mapped[key].shape, mapped.dtype)
+            checkpoint.read_into(index, part, key)
+            if part.tobytes() != mapped[key].tobytes():
+                raise _Failed(f"{checkpoint.table[index].file_name} differs")
+            count += part.nbytes
+        return f"{count / 1e6:.1f} MB of {len(checkpoint.table)} files"
+
+    def round_trip(self) -> str:
+        self._checkpoint()
+        tokenizer = Tokenizer.read(self._folder / "tokenizer.model")
+        ids = tokenizer.encode(_UNICODE)
+        text = tokenizer.decode(ids)
+        if text != _UNICODE:
+            raise _Failed(f"{text!r} is not {_UNICODE!r}")
+        return f"{len(_UNICODE)} characters, {len(ids)} tokens"
+
+    def load_whole(self) -> str:
+        jax = _started_jax()
+        devices = jax.devices()
+        if len(devices) == 1 and devices[0].platform != "cpu":
+            devices = jax.devices("cpu")  # the accelerator is "all", the processor "one"
+        return self._load("one", (1, 1), devices[:1])
+
+    def load_sharded(self) -> str:
+        from grok1.sharding import default_mesh_shape
+
+        devices = _started_jax().devices()
+        shape = default_mesh_shape(self._checkpoint().config, len(devices))
+        if shape == (1, 1) and devices[0].platform == "cpu":
+            self._alone = True
+            raise _Skipped("there is one device")
+        return self._load("all", shape, devices)
+
+    def compare_logits(self) -> str:
+        one, other = self._model("one"), self._model("all")
+        tokens = one.tokenizer.encode(_PROMPT)
+        with _full_precision():
+            expected, found = one.logits(tokens), other.logits(tokens)
+        scale = float(np.abs(expected).max())
+        difference = float(np.abs(found - expected).max()) / scale
+        return _within(difference, LOGITS_TOLERANCE, f"of the largest logit, {scale:.1f}")
+
+    def compare_prefill_with_decode(self) -> str:
+        completion = self._greedy_completion()
+        assert completion.logprobs is not None
+        with _full_precision():
+            score = self._model("one").score([*completion.prompt_tokens, *completion.tokens])
+        read = [entry.logprob for entry in score.logprobs[len(completion.prompt_tokens) - 1 :]]
+        decoded = [entry.logprob for entry in completion.logprobs]
+        difference = float(np.abs(np.subtract(read, decoded)).max())
+        return _within(difference, LOGPROB_TOLERANCE, f"in {len(decoded)} log-probabilities")
+
+    def compare_greedy_text(self) -> str:
+        other = self._model("all")
+        expected = self._greedy_completion()
+        with _full_precision():
+            found = _complete_greedily(other)
+        if found.text == expected.text:
+            return f"{len(expected.tokens)} tokens, the same text"
+        place = next(i for i, pair in enumerate(zip(expected.tokens, found.tokens, strict=True)) if pair[0] != pair[1])
+        assert expected.logprobs is not None
+        (_, first), (_, second) = expected.logprobs[place].top
+        if first - second <= LOGPROB_TOLERANCE:  # rounding decides between two tokens that are as likely
+            return f"the same up to token {place}, where two are equally likely"
+        raise _Failed(f"token {place} is {found.tokens[place]}, expected {expected.tokens[place]}")
+
+    def compare_stream(self) -> str:
+        model = self._model("one")
+        stream = model.stream(_PROMPT, max_tokens=_NEW_TOKENS, temperature=1.0, seed=1, ignore_eos=True)
+        pieces = list(stream)
+        completion = stream.completion
+        prompt, tokenizer = completion.prompt_tokens, model.tokenizer
+        decoded = tokenizer.decode([*prompt, *completion.tokens])
+        expected = decoded.removeprefix(tokenizer.decode(prompt))
+        if "".join(pieces) != expected:
+            raise _Failed(f"{''.join(pieces)!r} is not {expected!r}")
+        return f"{len(pieces)} pieces of {len(completion.tokens)} tokens"
+
+    def _checkpoint(self) -> Checkpoint:
+        if self._opened is None:
+            raise _Failed("there is no checkpoint to work on")
+        return self._opened
+
+    def _load(self, name: str, shape: tuple[int, int], devices: list) -> str:
+        from grok1.model import load
+
+        self._checkpoint()
+        with _full_precision():
+            self._models[name] = load(self._folder, mesh=shape, dtype="float32", devices=devices)
+        return f"{devices[0].platform}, mesh {shape[0]},{shape[1]}"
+
+    def _model(self, name: str) -> Model:
+        if name == "all" and self._alone:
+            raise _Skipped("there is one device")
+        if name not in self._models:
+            raise _Failed(f"the model is not loaded on {'one device' if name == 'one' else 'all devices'}")
+        return self._models[name]
+
+    def _greedy_completion(self) -> Completion:
+        """The greedy completion of the model on one device, made once."""
+        if self._greedy is None:
+            with _full_precision():
+                self._greedy = _complete_greedily(self._model("one"))
+        return self._greedy
+
+
+def _complete_greedily(model: Model) -> Completion:
+    return model.complete(_PROMPT, greedy=True, max_tokens=_NEW_TOKENS, logprobs=2, ignore_eos=True)
+
+
+def _within(difference: float, tolerance: float, of_what: str) -> str:
+    measured = f"differ by {difference:.1e} {of_what}; {tolerance:.0e} is allowed"
+    if not difference <= tolerance:  # also if it is not a number
+        raise _Failed(measured)
+    return measured
+
+
+def _started_jax():  # type: ignore[no-untyped-def]
+    """JAX with its devices, of which the processor has 8 if nobody has chosen otherwise."""
+    import jax
+
+    chosen = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not chosen:
+        with contextlib.suppress(RuntimeError):  # the backend has started: its devices are what there is
+            jax.config.update("jax_num_cpu_devices", _VIRTUAL_DEVICES)
+    return jax
+
+
+def _full_precision() -> contextlib.AbstractContextManager:
+    """Within it, float32 products are float32 also on accelerators that would round their factors."""
+    import jax
+
+    return jax.default_matmul_precision("highest")
