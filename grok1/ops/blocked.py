@@ -15,8 +15,8 @@ from grok1.quantize import QuantizedWeight
 
 # Up to this many rows of activations a block is multiplied as a sum of scaled weight rows, which XLA fuses with the
 # conversion; with more, a matrix product per block is faster.
-_FUSED_ROWS = 2
-_FUSED_BLOCK = 32
+_FUSED_ROWS = 4
+_FUSED_BLOCK_BYTES = 1 << 18
 _PRODUCT_BLOCK = {"cpu": 256}
 _PRODUCT_BLOCK_ACCELERATOR = 2048
 
@@ -41,23 +41,28 @@ def multiply(x: jax.Array, weight: QuantizedWeight, index: tuple[jax.Array | int
     group_rows = inner // weight.groups
     platform = jax.default_backend()
     fused = platform == "cpu" and x.shape[0] <= _FUSED_ROWS
-    block = _FUSED_BLOCK if fused else _PRODUCT_BLOCK.get(platform, _PRODUCT_BLOCK_ACCELERATOR)
+    if fused:
+        block = min(64, max(32, _FUSED_BLOCK_BYTES // columns))
+    else:
+        block = _PRODUCT_BLOCK.get(platform, _PRODUCT_BLOCK_ACCELERATOR)
     block = min(block, group_rows)
     lead = len(index)
 
-    def block_product(start: jax.Array | int, size: int, total: jax.Array) -> jax.Array:
+    def slice_rows(start: jax.Array | int, size: int) -> jax.Array:
         rows = lax.dynamic_slice(weight.weight, (*index, start, 0), (*(1,) * lead, size, columns))
-        rows = rows.reshape(size, columns)
+        return rows.reshape(size, columns)
+
+    def block_product(start: jax.Array | int, size: int, total: jax.Array) -> jax.Array:
         inputs = lax.dynamic_slice(x, (0, start), (x.shape[0], size))
         if not fused:
             return total + jnp.dot(
                 inputs,
-                rows.astype(x.dtype),
+                slice_rows(start, size).astype(x.dtype),
                 precision=product_precision(x.dtype),
                 preferred_element_type=jnp.float32,
             )
-        for i in range(size):
-            total = total + inputs[:, i, None].astype(jnp.float32) * rows[i].astype(jnp.float32)
+        for i in range(size):  # each row sliced by itself: XLA would copy a block of several uses out of the stack
+            total += inputs[:, i, None].astype(jnp.float32) * slice_rows(start + i, 1).astype(jnp.float32)
         return total
 
     def add_group(group: jax.Array | int, total: jax.Array) -> jax.Array:

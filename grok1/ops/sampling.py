@@ -32,7 +32,8 @@ def filter_logits(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: 
     ones = jnp.ones_like(logits)
     kept = (top_k[:, None] <= 0) | _likeliest(keys, ones, jnp.maximum(top_k, 1).astype(jnp.float32))
     probabilities = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
-    nucleus = _likeliest(keys, probabilities, top_p)
+    # A top_p that is 0 in float32 still keeps the likeliest.
+    nucleus = _likeliest(keys, probabilities, jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny))
     kept &= (top_p[:, None] >= 1) | nucleus
     kept &= probabilities >= min_p[:, None] * jnp.max(probabilities, axis=-1, keepdims=True)
     return jnp.where(kept, logits, -jnp.inf)
