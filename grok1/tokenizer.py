@@ -8,13 +8,15 @@ Four properties of SentencePiece show in what users see:
 
 - A text is encoded as if a space stood before it. Decoding takes one space off the first piece that shows anything.
 - In its pieces the space is written U+2581 (`▁`), so that this character in a text comes back as a space.
-- The names of control pieces (`[EOS]`) in a text are plain characters and never become control tokens. Symbols that a
-  model's makers defined as pieces of their own (digits, runs of newlines, `<|separator|>`) do become those pieces.
+- The names of control pieces (`[EOS]`) in a text are plain characters and never become control tokens. Symbols that
+  the release defines as pieces of their own (digits, runs of newlines, `<|separator|>`) do become those pieces; they
+  decode to the same characters.
 - Bytes that form no UTF-8 character decode to U+FFFD, one for each byte.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -27,7 +29,7 @@ SPACE = "\u2581"
 """How SentencePiece writes a space inside a piece."""
 
 _REPLACEMENT = "\ufffd"
-_MAX_FILE_BYTES = 256 << 20  # the release's file has 2 MB: a larger one than this is a tensor, not a tokenizer
+_MAX_FILE_BYTES = 64 << 20  # the release has 2 MB; what is larger than this is a tensor, not a tokenizer
 _REMEDY = (
     "name the right file with --tokenizer FILE or $GROK1_TOKENIZER "
     "(tokenizer.model comes with the release's code, not with its weights)"
@@ -49,6 +51,7 @@ class Tokenizer:
         self._processor = processor
         self.vocab_size: int = processor.GetPieceSize()
         self.source = source
+        self._pieces: list[str] = processor.IdToPiece(list(range(self.vocab_size)))
 
     @classmethod
     def read(cls, path: Path) -> Tokenizer:
@@ -89,11 +92,12 @@ class Tokenizer:
         processor = sentencepiece.SentencePieceProcessor()
         try:
             processor.LoadFromSerializedProto(data)
-        except RuntimeError:  # its message is a line of SentencePiece's C++ code
+            return cls(processor, source)
+        except (RuntimeError, UnicodeDecodeError):
+            # The first one's message is a line of SentencePiece's C++ code; the second is a piece that is no text.
             raise TokenizerError(
                 f"{source} has {len(data)} bytes that are no SentencePiece model, or only a part of one: {_REMEDY}"
             ) from None
-        return cls(processor, source)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Checks that this tokenizer's ids are those of a model.
@@ -127,13 +131,13 @@ class Tokenizer:
             RequestError: if the text holds half of a surrogate pair, which has no UTF-8 encoding.
         """
         try:
-            data = text.encode()
+            text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(
                 f"the text has the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, "
                 "expected Unicode text: give it as valid UTF-8"
             ) from None
-        ids: list[int] = self._processor.EncodeAsIds(data.decode())
+        ids: list[int] = self._processor.EncodeAsIds(text)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -151,7 +155,7 @@ class Tokenizer:
         Raises:
             RequestError: if an id is not one of this tokenizer's.
         """
-        return [self._processor.IdToPiece(token) for token in self._checked(ids)]
+        return [self._pieces[token] for token in self._checked(ids)]
 
     def token_bytes(self, token: int) -> bytes:
         """What a token adds in the middle of a text, in UTF-8: nothing for control pieces, a byte for byte pieces.
@@ -172,7 +176,7 @@ class Tokenizer:
         return TextStream(self, prompt)
 
     def _checked(self, ids: Iterable[int]) -> list[int]:
-        checked = [int(token) for token in ids]  # NumPy's integers too
+        checked = [operator.index(token) for token in ids]  # SentencePiece takes no integers of NumPy
         for token in checked:
             if not 0 <= token < self.vocab_size:
                 raise RequestError(
@@ -184,7 +188,7 @@ class Tokenizer:
         """The byte of a byte piece, None for other pieces."""
         if not self._processor.IsByte(token):
             return None
-        return bytes([int(self._processor.IdToPiece(token)[1:-1], 16)])  # <0x0A>
+        return bytes([int(self._pieces[token][1:-1], 16)])  # <0x0A>
 
     def _piece_text(self, token: int) -> str:
         """What a piece other than a byte piece shows, its leading space included."""
@@ -197,8 +201,7 @@ class Tokenizer:
         if self._processor.IsUnknown(token):
             surface: str = self._processor.DecodeIds([token])
             return surface
-        piece: str = self._processor.IdToPiece(token)
-        return piece
+        return self._pieces[token]
 
 
 class TextStream:
