@@ -19,6 +19,7 @@ from grok1.engine.compilation_cache import enable_compilation_cache
 from grok1.engine.engine import Engine
 from grok1.engine.generate import GeneratedSequence, GenerationRequest, generate
 from grok1.engine.request import FinishReason, SamplingOptions, TokenLogprobs
+from grok1.errors import RequestError
 from grok1.prompt import Request as Request
 from grok1.prompt import check_token_ids, encode_prompt, encode_scored, required
 from grok1.sharding import make_mesh
@@ -325,8 +326,10 @@ class Model:
             completions in the order in which they end; `request_index` says whose each is.
 
         Raises:
-            RequestError: when a request's turn comes and it cannot be served.
+            RequestError: when a request's turn comes and it cannot be served, or if there is no place for any.
         """
+        if batch_size < 1:
+            raise RequestError(f"batch_size is {batch_size}, expected at least 1")
         prepared = (
             (i, request, encode_prompt(request, self._tokenizer, self.config)) for i, request in enumerate(requests)
         )

@@ -20,12 +20,19 @@ class Request:
         options: how to continue it.
         num_samples: how many completions; sample i has the seed `seed + i`.
         truncate: whether a prompt that is too long loses its beginning, rather than being an error.
+
+    Raises:
+        RequestError: on construction, if no completion is wanted.
     """
 
     prompt: str | Sequence[int]
     options: SamplingOptions = SamplingOptions()  # noqa: RUF009 - frozen
     num_samples: int = 1
     truncate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise RequestError(f"num_samples is {self.num_samples}, expected at least 1")
 
 
 def required(tokenizer: Tokenizer | None) -> Tokenizer:
@@ -81,9 +88,7 @@ def encode_scored(text: str | Sequence[int], tokenizer: Tokenizer | None, config
     return check_token_ids(ids, config, at_least=2, at_most=config.sequence_len)
 
 
-def check_token_ids(
-    tokens: Sequence[int], config: ModelConfig, *, at_least: int, at_most: int
-) -> list[int]:
+def check_token_ids(tokens: Sequence[int], config: ModelConfig, *, at_least: int, at_most: int) -> list[int]:
     """The same ids as integers.
 
     Raises:

@@ -112,7 +112,7 @@ def clear_sequences(make_reference):
 
 @pytest.fixture(scope="session")
 def small_config():
-    """Two layers and a context longer than the largest chunk of a prompt."""
+    """Two layers and a short context."""
     return ModelConfig(
         vocab_size=64,
         emb_size=48,
@@ -122,7 +122,7 @@ def small_config():
         num_layers=2,
         widening_factor=2,
         num_experts=4,
-        sequence_len=1100,
+        sequence_len=48,
         attn_output_multiplier=0.5,
     )
 

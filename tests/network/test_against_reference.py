@@ -87,9 +87,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "mesh"), CASES)
-def test_logits_are_those_of_the_float64_pass(
-    name, mesh, make_checkpoint, make_engine, clear_sequences, relative_error
-):
+def test_logits_are_those_of_float64(name, mesh, make_checkpoint, make_engine, clear_sequences, relative_error):
     folder = make_checkpoint(CONFIGS[name])
     engine = make_engine(folder, mesh)
     tokens, expected = clear_sequences(folder, mesh[0], LENGTH)

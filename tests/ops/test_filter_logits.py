@@ -88,6 +88,7 @@ def test_a_mass_of_exactly_p_is_enough():
 def test_the_likeliest_token_always_stays():
     logits = np.linspace(0, 1, VOCAB)
     assert kept(logits, top_p=1e-6) == {VOCAB - 1}
+    assert kept(logits, top_p=1e-50) == {VOCAB - 1}  # 0 in float32
     assert kept(logits, min_p=1.0) == {VOCAB - 1}
     assert kept([2.0] * VOCAB, min_p=1.0) == set(range(VOCAB))  # all of them are
 

@@ -1,0 +1,50 @@
+"""What the compiled decoding step does with memory."""
+
+import numpy as np
+import pytest
+
+from grok1.config import ModelConfig
+
+CONFIG = ModelConfig(
+    vocab_size=64,
+    emb_size=768,
+    key_size=16,
+    num_q_heads=8,
+    num_kv_heads=4,
+    num_layers=3,
+    widening_factor=3,
+    num_experts=2,
+    sequence_len=64,
+    attn_output_multiplier=0.25,
+)
+
+
+@pytest.fixture(scope="module", params=[1, 8], ids=lambda slots: f"{slots} slots")
+def step(request, make_checkpoint, make_engine):
+    """The compiled step and the batch that it takes."""
+    engine = make_engine(make_checkpoint(CONFIG))
+    state, _ = engine.decode(engine.new_batch(request.param), np.ones(request.param, bool))
+    return engine._programs["decode", request.param, 0], state
+
+
+def test_no_matrix_is_held_dequantised(step):
+    program, _ = step
+    expert = CONFIG.emb_size * CONFIG.ffn_size
+    assert 0 < program.memory_analysis().temp_size_in_bytes < 4 * expert  # one in float32
+
+
+def test_the_cache_is_updated_in_place(step):
+    program, state = step
+    cache = state.cache.keys.nbytes + state.cache.values.nbytes
+    assert program.memory_analysis().alias_size_in_bytes >= cache
+    assert program.memory_analysis().output_size_in_bytes < 2 * cache
+
+
+def test_weights_stay_int8(step):
+    program, _ = step
+    stack = f"{CONFIG.num_layers},{CONFIG.num_experts},{CONFIG.emb_size},{CONFIG.ffn_size}"
+    text = program.as_text()
+    assert f"s8[{stack}]" in text
+    assert f"f32[{stack}]" not in text
+    matrix = f"{CONFIG.emb_size},{CONFIG.ffn_size}]"
+    assert not any(f"{kind}[{matrix}" in text for kind in ("f32", "bf16"))

@@ -1,0 +1,127 @@
+import dataclasses
+import json
+import math
+
+import pytest
+
+from grok1.config import PRESETS, ModelConfig, preset
+from grok1.errors import ConfigError
+
+
+def test_the_default_is_the_release():
+    config = ModelConfig()
+    assert config == PRESETS["grok-1"] == preset("grok-1")
+    assert (config.num_layers, config.emb_size, config.vocab_size, config.sequence_len) == (64, 6144, 131072, 8192)
+    assert (config.num_q_heads, config.num_kv_heads, config.key_size) == (48, 8, 128)
+    assert (config.num_experts, config.num_selected_experts, config.ffn_size) == (8, 2, 32768)
+    assert (config.pad_id, config.bos_id, config.eos_id, config.unk_id) == (0, 1, 2, 3)
+    assert config.embedding_multiplier_scale == 78.38367176906169
+    assert config.output_multiplier_scale == 0.5773502691896257
+    assert config.attn_output_multiplier == 0.08838834764831845
+    assert (config.rms_norm_eps, config.rotary_base, config.attn_logit_cap) == (1e-5, 10000, 30)
+    assert (config.q_size, config.kv_size) == (6144, 1024)
+
+
+def test_the_release_has_314_billion_weights_and_uses_84_a_token():
+    config = ModelConfig()
+    assert 313e9 < config.num_parameters < 317e9
+    assert 83e9 < config.num_active_parameters < 87e9
+
+
+def test_parameters_are_those_of_the_files(golden):
+    config = ModelConfig.read(golden / "config.json")
+    assert config.ffn_size == 344
+    layer = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 8 * 128 * 344 + 4 * 128 + 128 * 8
+    assert config.num_parameters == 512 * 128 + 128 + 12 * layer
+    assert config.num_parameters - config.num_active_parameters == 12 * 3 * 6 * 128 * 344
+
+
+@pytest.mark.parametrize(
+    ("emb_size", "widening_factor", "ffn_size"),
+    [(6144, 8, 32768), (128, 4, 344), (128, 6, 512), (48, 2.75, 88), (60, 25, 1000), (2048, 6, 8192), (16, 1, 16)],
+)
+def test_the_width_of_an_expert(emb_size, widening_factor, ffn_size):
+    assert ModelConfig(emb_size=emb_size, widening_factor=widening_factor).ffn_size == ffn_size
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_config_survives_json(name):
+    config = preset(name)
+    assert ModelConfig.from_json(config.to_json()) == config
+    assert config.to_json().endswith("}\n")
+
+
+def test_presets_are_sizes_one_can_try():
+    assert 15e6 < preset("tiny").num_parameters < 30e6
+    assert 3.0e9 < preset("bench-3b").num_parameters < 3.6e9
+    assert preset("tiny").num_layers > 10  # where the order of the files shows
+    with pytest.raises(ConfigError, match=r"grok-2.*tiny"):
+        preset("grok-2")
+
+
+def test_the_sample_config_is_read(golden):
+    config = ModelConfig.read(golden / "config.json")
+    assert dataclasses.asdict(config) == json.loads((golden / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, 0) for name in ("vocab_size", "emb_size", "key_size", "num_q_heads", "num_layers", "sequence_len")),
+        *((name, -8) for name in ("num_kv_heads", "num_experts", "num_selected_experts", "widening_factor")),
+        ("num_layers", 1.0),
+        ("num_layers", True),
+        ("num_layers", "64"),
+        ("num_layers", None),
+        ("num_layers", 10**6),
+        ("emb_size", 2**31),
+        ("widening_factor", math.nan),
+        ("widening_factor", "8"),
+        ("widening_factor", 1e9),
+        ("attn_output_multiplier", math.inf),
+        ("attn_output_multiplier", 0),
+        ("embedding_multiplier_scale", -1.0),
+        ("output_multiplier_scale", False),
+        ("vocab_size", 3),
+        ("key_size", 127),
+        ("num_q_heads", 47),
+        ("num_selected_experts", 9),
+    ],
+)
+def test_an_impossible_config_is_refused_by_name(name, value):
+    with pytest.raises(ConfigError, match=name):
+        ModelConfig(**{name: value})
+    stated = {**dataclasses.asdict(ModelConfig()), name: value}
+    with pytest.raises(ConfigError, match=rf"^model/config\.json: .*{name}"):
+        ModelConfig.from_json(json.dumps(stated), "model/config.json")
+
+
+def test_query_heads_must_fill_the_scale_groups():
+    with pytest.raises(ConfigError, match="multiple of 8"):
+        ModelConfig(num_q_heads=6, num_kv_heads=2, key_size=2)
+    assert ModelConfig(num_q_heads=4, num_kv_heads=2, key_size=2).q_size == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda values: values.pop("emb_size"), "lacks emb_size"),
+        (lambda values: values.update(quantized=True), "unknown key 'quantized'"),
+    ],
+)
+def test_keys_are_exactly_those_of_the_config(change, message):
+    values = dataclasses.asdict(ModelConfig())
+    change(values)
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_json(json.dumps(values))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "7", b"\xff\xfe{}", "[" * 100000])
+def test_text_that_is_no_config(text):
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        ModelConfig.from_json(text)
+
+
+def test_a_config_that_cannot_be_read(tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        ModelConfig.read(tmp_path / "config.json")
