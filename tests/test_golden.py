@@ -54,9 +54,8 @@ def test_load_reads_the_whole_path(golden, golden_sequences, relative_error):
     assert {stage.stage for stage in stages} == {"checking", "loading", "compiling"}
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), (1, 8)])
-def test_single_token_reads_continue_a_prompt(mesh, golden, golden_sequences, make_engine, relative_error):
-    engine = make_engine(golden, mesh)
+def test_single_token_reads_continue_a_prompt(golden, golden_sequences, make_engine, relative_error):
+    engine = make_engine(golden, (1, 1))
     sequence = golden_sequences[3]
     half = len(sequence.tokens) // 2
     logits, cache = engine.read(engine.new_cache(1), sequence.tokens[None, :half], 0)
@@ -67,9 +66,8 @@ def test_single_token_reads_continue_a_prompt(mesh, golden, golden_sequences, ma
     assert relative_error(np.concatenate(parts), sequence.float64) < FLOAT32_ERROR
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)])
-def test_decoding_given_tokens_matches_the_whole_pass(mesh, golden, golden_sequences, make_engine):
-    engine = make_engine(golden, mesh)
+def test_decoding_given_tokens_matches_the_whole_pass(golden, golden_sequences, make_engine):
+    engine = make_engine(golden, (2, 4))
     sequence = golden_sequences[3]
     half = len(sequence.tokens) // 2
     prompt = engine.prefill(sequence.tokens[:half])

@@ -158,7 +158,8 @@ def test_slots_of_ended_sequences_go_to_others(small_model, float64_greedy, monk
 def test_the_end_of_the_context(small_model, small_config):
     room = 5
     prompt = [int(token) for token in np.random.default_rng(0).integers(3, 64, small_config.sequence_len - room)]
-    done = small_model().complete(prompt, max_tokens=100, ignore_eos=True, greedy=True, logprobs=0)
+    options = SamplingOptions(max_tokens=100, ignore_eos=True, temperature=0, logprobs=0)
+    [done] = small_model().complete_many([Request(prompt=prompt, options=options)], batch_size=3)
     assert (len(done.tokens), done.finish_reason) == (room, "context")
     exact = small_model().complete(prompt, max_tokens=room, ignore_eos=True, greedy=True)
     assert (exact.tokens, exact.finish_reason) == (done.tokens, "max_tokens")
