@@ -61,17 +61,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows `grok1`; by default the process's.
     """
     terminal = Terminal()
+    if sys.stderr is None:  # closed: click would say on stdout what belongs there
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it stays open as long as the process
     if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = cli.main(
-            args=None if arguments is None else list(arguments),
-            prog_name="grok1",
-            standalone_mode=False,
-            obj=terminal,
-        )
+        # Not `cli.main`, which has its own idea of what an interrupt and a broken pipe mean.
+        with cli.make_context("grok1", given, obj=terminal) as context:
+            cli.invoke(context)
         terminal.flush()
-        return code if isinstance(code, int) else DONE
+        return DONE
+    except click.exceptions.Exit as exit_request:
+        terminal.flush()
+        return exit_request.exit_code
     except BrokenPipeError:
         _abandon_stdout()  # whoever read the results has seen enough
         return DONE
@@ -81,7 +84,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         terminal.end_line()
         return INTERRUPTED
     except click.ClickException as error:
-        terminal.end_line()
         error.show()
         return error.exit_code
     except Exception as error:
@@ -101,23 +103,16 @@ def _sentence(error: Exception) -> str:
         return str(error)
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        found = text[:200] or "the system gave no more"
         return (
-            f"out of memory ({_shortened(text) or 'the system gave no more'}): use more devices with --mesh, fewer "
+            f"out of memory ({found}): use more devices with --mesh, fewer "
             "samples or sequences at a time, or --dtype bfloat16"
         )
-    if isinstance(error, RuntimeError) and ("initialize backend" in text or "Unknown backend" in text):
-        platforms = os.environ.get("JAX_PLATFORMS")
-        advice = f"JAX_PLATFORMS is {platforms!r}; " if platforms else ""
-        return (
-            f"JAX could not start its devices ({_shortened(text)}): {advice}set JAX_PLATFORMS=cpu to run on the "
-            "processor, or unset it to use what there is"
-        )
+    if isinstance(error, OSError) and error.strerror:
+        name = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror}{name}: make room, or check names and permissions"
     told = f"internal error: {type(error).__name__}: {text}"
     return f"{told} (run again with --verbose for the traceback)"
-
-
-def _shortened(text: str, most: int = 200) -> str:
-    return text if len(text) <= most else text[:most] + " …"
 
 
 def _abandon_stdout() -> None:

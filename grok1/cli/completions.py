@@ -20,7 +20,7 @@ _MOST_AT_A_TIME = 16  # samples that are generated together
 _ENDED = {
     "eos": "end of text",
     "stop": "stop text",
-    "max_tokens": "--max-tokens reached",
+    "max_tokens": "max tokens",
     "context": "context full",
 }
 
@@ -53,6 +53,7 @@ class CompletionPrinter:
 
     def _print_stream(self, request: Request) -> None:
         terminal = self.terminal
+        terminal.show_status("reading the prompt")
         stream = self.model.stream(request.prompt, truncate=request.truncate, **_fields(request.options))
         if self.as_json:
             for count, _ in enumerate(stream, 1):
@@ -133,7 +134,7 @@ class CompletionPrinter:
         ]
         compiling = sum(completion.timings.compile_seconds for completion in completions[:1])
         if compiling >= 0.1:
-            parts.append(f"compiled for {compiling:.1f} s")
+            parts.append(f"compiling {compiling:.1f} s")
         peaks = [
             f"{_gigabytes(peak)}{where}"
             for peak, where in (
@@ -143,7 +144,7 @@ class CompletionPrinter:
             if peak is not None
         ]
         if peaks:
-            parts.append(f"peak memory {', '.join(peaks)}")
+            parts.append(f"peak {', '.join(peaks)}")
         reasons = dict.fromkeys(_ENDED[completion.finish_reason] for completion in completions)
         parts.append(", ".join(reasons))
         last = f" to {completions[-1].seed}" if len(completions) > 1 else ""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from grok1.cli.options import ModelChoice
 from grok1.cli.terminal import Terminal
 from grok1.config import PRESETS, ModelConfig
+from grok1.errors import Grok1Error
 
 if TYPE_CHECKING:
     from grok1.model import Model
@@ -48,10 +49,29 @@ def read_tokenizer(choice: ModelChoice, config: ModelConfig | None = None) -> To
     return tokenizer
 
 
+class DeviceError(Grok1Error):
+    """JAX found no devices to run on."""
+
+
 def prepare_jax(terminal: Terminal) -> None:
     """Keeps XLA from logging to stderr, unless the user wants that; comes before JAX is imported."""
     if not terminal.verbose:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def _start_devices() -> None:
+    import jax
+
+    try:
+        jax.devices()
+    except Exception as error:  # RuntimeError; AssertionError for a platform whose plugin is not installed
+        platforms = os.environ.get("JAX_PLATFORMS")
+        found = " ".join(str(error).split())[:200] or type(error).__name__
+        because = f"JAX_PLATFORMS is {platforms!r}; " if platforms else ""
+        raise DeviceError(
+            f"JAX could not start its devices ({found}): {because}set JAX_PLATFORMS=cpu to run on the processor, "
+            "or unset it to use what there is"
+        ) from error
 
 
 def load_model(choice: ModelChoice, terminal: Terminal) -> tuple[Model, float]:
@@ -63,6 +83,7 @@ def load_model(choice: ModelChoice, terminal: Terminal) -> tuple[Model, float]:
     start = time.perf_counter()
     terminal.show_status("starting JAX")
     prepare_jax(terminal)
+    _start_devices()
     from grok1.model import load
 
     model = load(

@@ -104,13 +104,15 @@ def _score_object(score: Score, pieces: list[str] | None, top: int | None, load_
 
 
 def _table(score: Score, pieces: list[str] | None, tokenizer: Tokenizer | None) -> str:
+    from rich.cells import cell_len
+
     shown = [in_one_line(piece) for piece in pieces] if pieces is not None else [""] * len(score.tokens)
-    width = max(5, *map(len, shown))
+    width = max(5, *map(cell_len, shown))
     lines = [f"{'index':>6}  {'id':>7}  {'piece':<{width}}  {'logprob':>10}"]
     for index, (token, piece) in enumerate(zip(score.tokens, shown, strict=True)):
         entry = score.logprobs[index - 1] if index else None
         logprob = f"{entry.logprob:10.4f}" if entry else f"{'-':>10}"
-        line = f"{index:>6}  {token:>7}  {piece:<{width}}  {logprob}"
+        line = f"{index:>6}  {token:>7}  {piece}{' ' * (width - cell_len(piece))}  {logprob}"
         if entry is not None and entry.top:
             line += "  " + "  ".join(f"{_named(likely, tokenizer)} {value:.4f}" for likely, value in entry.top)
         lines.append(line)

@@ -115,11 +115,11 @@ class Terminal:
 
     def show_status(self, text: str) -> None:
         """Shows a line with the time that this takes, until `clear` or the next line."""
-        self._show(text, counts_bytes=False)
+        self._show(text)
 
     def show_bytes(self, text: str, done: int, total: int) -> None:
         """Shows a bar of bytes with their rate and the time left, until `clear` or the next line."""
-        self._show(text, counts_bytes=True)
+        self._show(text, total)
         if self._live is not None:
             self._live.update(self._task, completed=done, total=total)
 
@@ -129,7 +129,7 @@ class Terminal:
             self._live.stop()
             self._live = self._task = self._shown = None
 
-    def _show(self, text: str, *, counts_bytes: bool) -> None:
+    def _show(self, text: str, total: int | None = None) -> None:
         if not self.shows or self._shown == text or (self._mid_line and self.shows_results):
             return
         self.clear()
@@ -147,7 +147,7 @@ class Terminal:
 
         name = TextColumn("{task.description}", markup=False)
         columns: list[Any] = [SpinnerColumn(), name, TimeElapsedColumn()]
-        if counts_bytes:
+        if total is not None:
             columns = [
                 name,
                 BarColumn(),
@@ -158,7 +158,7 @@ class Terminal:
         self._live = Progress(
             *columns, console=Console(stderr=True), transient=True, redirect_stdout=False, expand=False
         )
-        self._task = self._live.add_task(text, total=None)
+        self._task = self._live.add_task(text, total=total)
         self._shown = text
         self._live.start()
 

@@ -11,8 +11,8 @@ from grok1.errors import RequestError
 
 
 def stdin_is_terminal() -> bool:
-    """Whether a person could type on stdin; also if there is no stdin, so that nothing is read from it."""
-    return sys.stdin is None or sys.stdin.isatty()
+    """Whether a person could type on stdin."""
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def given_text(argument: str | None, file: Path | None, *, argument_name: str, file_option: str) -> str | None:

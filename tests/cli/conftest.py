@@ -1,0 +1,150 @@
+import dataclasses
+import io
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+
+import pytest
+
+from grok1.checkpoint.writer import write_checkpoint
+from grok1.cli import main
+from grok1.config import ModelConfig
+from grok1.small_tokenizer import train_small_tokenizer
+
+CONFIG = ModelConfig(
+    vocab_size=512,
+    emb_size=64,
+    key_size=8,
+    num_q_heads=8,
+    num_kv_heads=4,
+    num_layers=2,
+    widening_factor=3,
+    num_experts=4,
+    sequence_len=64,
+    attn_output_multiplier=0.35,
+)
+
+
+@dataclasses.dataclass
+class Result:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self):
+        """The JSON objects on stdout."""
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+class Stream(io.TextIOWrapper):
+    """A standard stream in memory."""
+
+    def __init__(self, content=b""):
+        super().__init__(io.BytesIO(content), encoding="utf-8", errors="surrogateescape", newline="\n")
+
+    def text(self):
+        self.flush()
+        return self.buffer.getvalue().decode()
+
+
+@pytest.fixture
+def grok1(monkeypatch):
+    """Runs a command in this process."""
+    for name in ("GROK1_CHECKPOINT", "GROK1_TOKENIZER"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments, stdin=b""):
+        with monkeypatch.context() as patch:
+            streams = {"stdin": Stream(stdin), "stdout": Stream(), "stderr": Stream()}
+            for name, stream in streams.items():
+                patch.setattr(sys, name, stream)
+            code = main([str(argument) for argument in arguments])
+            return Result(code, streams["stdout"].text(), streams["stderr"].text())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A small model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    write_checkpoint(folder, CONFIG, tokenizer=train_small_tokenizer(CONFIG.vocab_size))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def long_checkpoint(tmp_path_factory):
+    """The same with a context that takes a while to fill."""
+    folder = tmp_path_factory.mktemp("cli") / "long"
+    config = dataclasses.replace(CONFIG, sequence_len=2048)
+    write_checkpoint(folder, config, tokenizer=train_small_tokenizer(CONFIG.vocab_size))
+    return folder
+
+
+@pytest.fixture
+def complete(grok1, checkpoint):
+    """Runs `grok1 run` on the small model and one device."""
+
+    def run(*arguments, stdin=b"", mesh="1,1"):
+        return grok1("run", "-c", checkpoint, "--mesh", mesh, *arguments, stdin=stdin)
+
+    return run
+
+
+@pytest.fixture
+def start():
+    """Starts a command as a process of its own; it is killed when the test ends."""
+    processes = []
+
+    def start(*arguments, code=None, env=None, **options):
+        command = ["-c", code] if code is not None else ["-m", "grok1"]
+        process = subprocess.Popen(
+            [sys.executable, *command, *map(str, arguments)],
+            env=os.environ | (env or {}),
+            **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def terminal():
+    """A terminal for processes of a test."""
+    terminal = Terminal()
+    yield terminal
+    terminal.close()
+
+
+class Terminal:
+    """Both ends of a pseudo-terminal."""
+
+    def __init__(self):
+        self.here, self.there = pty.openpty()
+
+    def type(self, text):
+        """Types as a person would, fewer characters than the system buffers."""
+        os.write(self.here, text.encode())
+
+    def read_until(self, text):
+        """Waits for a text; what has come until then."""
+        seen = b""
+        while text.encode() not in seen:
+            ready, _, _ = select.select([self.here], [], [], 20)
+            assert ready, f"{text!r} did not come after {seen!r}"
+            seen += os.read(self.here, 4096)
+        return seen.decode(errors="replace")
+
+    def close(self):
+        os.close(self.here)
+        os.close(self.there)

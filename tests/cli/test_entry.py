@@ -1,0 +1,191 @@
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from grok1.cli import init, loading
+
+HEAVY = ("jax", "numpy", "rich", "prompt_toolkit", "sentencepiece", "haiku")
+
+
+def imported(code):
+    """Which heavy packages a program imports."""
+    program = f"import sys\n{code}\nprint(*[name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["run", "--help"], ["score", "--help"], ["smoke", "--help"]]
+)
+def test_help_imports_nothing_heavy(arguments):
+    assert imported(f"from grok1.cli import main\nassert main({arguments}) == 0") == set()
+
+
+def test_tokenizing_and_writing_weights_import_no_jax(checkpoint, tmp_path):
+    tokenize = ["tokenize", "-c", str(checkpoint), "word"]
+    detokenize = ["detokenize", "-c", str(checkpoint), "400"]
+    write = ["init", str(tmp_path / "new"), "--preset", "tiny"]
+    code = "from grok1.cli import main\nassert not any(main(a) for a in {})"
+    found = imported(code.format([tokenize, detokenize, write]))
+    assert "sentencepiece" in found  # so that the list would name JAX too
+    assert not found & {"jax", "haiku"}
+
+
+def test_version_and_help(grok1):
+    assert grok1("--version").out == "grok1 0.1.0\n"
+    shown = grok1("--help")
+    assert shown.code == 0
+    assert all(f"\n  {name} " in shown.out for name in ("run", "score", "init", "tokenize", "smoke"))
+
+
+@pytest.mark.parametrize("arguments", [["frobnicate"], ["run", "--frobnicate"], ["init"]])
+def test_wrong_usage_is_2_and_says_nothing_on_stdout(grok1, arguments):
+    result = grok1(*arguments)
+    assert (result.code, result.out) == (2, "")
+    assert "Usage: grok1" in result.err
+
+
+def test_usage_error_with_stderr_closed_leaves_stdout_alone(start):
+    process = start("run", "--frobnicate", stderr=None, preexec_fn=lambda: os.close(2))
+    assert process.communicate(timeout=60)[0] == b""
+    assert process.returncode == 2
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["tokenize", "word"]])
+def test_a_reader_that_leaves_early_is_no_error(start, checkpoint, arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = start(*arguments, stdout=writer, env={"GROK1_CHECKPOINT": str(checkpoint)})
+    os.close(writer)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (0, b"")
+
+
+def test_a_full_disk_is_an_error_in_one_line(start, checkpoint):
+    with open("/dev/full", "wb") as full:
+        process = start("tokenize", "-c", checkpoint, "word", stdout=full)
+        error = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 1
+    assert error.startswith("grok1: error: cannot write to standard output (No space left on device)")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (KeyError("a\nb"), "internal error: KeyError: 'a\\nb' (run again with --verbose for the traceback)"),
+        (RuntimeError("RESOURCE_EXHAUSTED: 9 bytes"), "out of memory (RESOURCE_EXHAUSTED: 9 bytes): use more"),
+        (MemoryError(), "out of memory (the system gave no more): use more devices with --mesh"),
+    ],
+)
+def test_unexpected_errors_are_one_line_and_verbose_has_the_traceback(grok1, monkeypatch, error, sentence):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(loading, "read_tokenizer", fail)
+    plain = grok1("tokenize", "word")
+    assert (plain.code, plain.out) == (1, "")
+    assert plain.err.startswith(f"grok1: error: {sentence}")
+    assert plain.err.count("\n") == 1
+    assert "Traceback" in grok1("tokenize", "word", "--verbose").err
+
+
+def test_an_interrupt_is_130_and_silent(grok1, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading, "read_tokenizer", interrupt)
+    result = grok1("tokenize", "word")
+    assert (result.code, result.out, result.err) == (130, "", "")
+
+
+def test_devices_that_cannot_start_are_a_sentence(start, checkpoint):
+    process = start("run", "-c", checkpoint, "word", env={"JAX_PLATFORMS": "abacus"})
+    error = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 1
+    assert error.startswith("grok1: error: JAX could not start its devices")
+    assert error.count("\n") == 1
+
+
+BUSY = """
+import hashlib, sys
+from grok1.cli.interrupt import interrupts_end_within_a_second
+
+with interrupts_end_within_a_second(
+    patient={patient}, hint=lambda: print("hint", flush=True), leave=lambda: print("left", flush=True)
+):
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # one call that takes many minutes
+"""
+
+
+def test_an_interrupt_ends_a_process_that_is_deep_in_a_library(start):
+    process = start(code=BUSY.format(patient=False))
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[0] == b"left\n"
+    assert process.returncode == 130
+
+
+def test_a_patient_process_ends_at_the_second_interrupt(start):
+    process = start(code=BUSY.format(patient=True))
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == b"hint\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[0] == b"left\n"
+    assert process.returncode == 130
+
+
+def test_an_interrupt_while_streaming(start, long_checkpoint):
+    process = start("run", "-c", long_checkpoint, "--mesh", "1,1", "word", "-n", 2000, "--ignore-eos")
+    assert process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (130, b"")
+
+
+def test_an_interrupt_while_starting_up_gives_the_terminal_back(start, checkpoint, terminal):
+    process = start("run", "-c", checkpoint, "--mesh", "1,1", "word", stderr=terminal.there)
+    terminal.read_until("starting JAX")
+    process.send_signal(signal.SIGINT)
+    terminal.read_until("\x1b[?25h")  # the cursor is visible again
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, b"")
+
+
+def test_init_writes_and_describes_a_checkpoint(grok1, tmp_path):
+    result = grok1("init", tmp_path / "new", "--preset", "tiny", "--json")
+    assert result.code == 0
+    (told,) = result.lines
+    assert told["directory"] == str(tmp_path / "new")
+    assert told["files"] == len([path for path in (tmp_path / "new").rglob("*") if path.is_file()])
+    assert told["bytes"] == sum(path.stat().st_size for path in (tmp_path / "new").rglob("*") if path.is_file())
+    assert (told["preset"], told["seed"], told["vocab_size"]) == ("tiny", 0, 1024)
+    again = grok1("init", tmp_path / "new", "--preset", "tiny")
+    assert (again.code, again.out) == (1, "")
+    assert "--force" in again.err
+    assert grok1("init", tmp_path / "new", "--preset", "tiny", "--force").code == 0
+
+
+def test_init_follows_a_given_tokenizer(grok1, tmp_path, checkpoint):
+    tokenizer = checkpoint / "tokenizer.model"
+    (told,) = grok1("init", tmp_path / "new", "--preset", "tiny", "--tokenizer", tokenizer, "--json").lines
+    assert told["vocab_size"] == 512
+    assert (tmp_path / "new" / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
+
+
+def test_init_of_the_release_has_no_tokenizer_of_ours(grok1):
+    config = init.PRESETS["grok-1"]
+    assert init._tokenizer(None, config, "grok-1", None) == (config, None)
+
+
+def test_init_refuses_unknown_presets_and_bad_tokenizers(grok1, tmp_path):
+    assert grok1("init", tmp_path / "new", "--preset", "huge").code == 2
+    result = grok1("init", tmp_path / "new", "--preset", "tiny", "--tokenizer", __file__)
+    assert result.code == 1
+    assert "no SentencePiece model" in result.err
+    assert not (tmp_path / "new").exists()

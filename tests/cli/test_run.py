@@ -1,0 +1,183 @@
+import json
+import shutil
+
+import pytest
+
+KEYS = {
+    "prompt",
+    "prompt_token_ids",
+    "text",
+    "token_ids",
+    "finish_reason",
+    "stop_text",
+    "seed",
+    "sample",
+    "prefill_seconds",
+    "decode_seconds",
+    "compile_seconds",
+    "time_to_first_token_seconds",
+    "prefill_tokens_per_second",
+    "decode_tokens_per_second",
+    "load_seconds",
+    "peak_memory_bytes",
+    "peak_device_memory_bytes",
+    "mesh",
+}
+
+
+def assert_fails(result, *words):
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("grok1: error: ")
+    assert result.err.count("\n") == 1
+    for word in words:
+        assert word in result.err
+
+
+def test_text_json_and_a_process_agree(complete, start, checkpoint):
+    options = ["A word", "-n", 12, "--seed", 5, "--ignore-eos"]
+    (told,) = complete(*options, "--json").lines
+    assert set(told) == KEYS
+    assert (told["prompt"], told["seed"], told["sample"], told["mesh"]) == ("A word", 5, 0, [1, 1])
+    assert len(told["token_ids"]) == 12
+    assert told["finish_reason"] == "max_tokens"
+    plain = complete(*options)
+    assert (plain.code, plain.out, plain.err) == (0, told["text"] + "\n", "")
+    process = start("run", "-c", checkpoint, "--mesh", "1,1", *options)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out.decode(), err) == (0, told["text"] + "\n", b"")
+
+
+def test_a_seed_gives_the_same_text_in_any_company_and_on_any_mesh(complete):
+    options = ["Some words", "-n", 10, "--ignore-eos", "--json"]
+    samples = complete(*options, "--seed", 7, "--num-samples", 3).lines
+    assert [line["sample"] for line in samples] == [0, 1, 2]
+    assert [line["seed"] for line in samples] == [7, 8, 9]
+    assert len({line["text"] for line in samples}) == 3
+    (alone,) = complete(*options, "--seed", 8).lines
+    assert alone["text"] == samples[1]["text"]
+    (sharded,) = complete(*options, "--seed", 8, mesh="2,2").lines
+    assert sharded["mesh"] == [2, 2]
+    assert sharded["text"] == samples[1]["text"]
+
+
+def test_samples_as_text_have_a_line_before_each(complete):
+    options = ["Some words", "-n", 6, "--seed", 7, "--num-samples", 2]
+    texts = [line["text"] for line in complete(*options, "--json").lines]
+    first, second = (f"--- sample {i + 1} of 2, seed {7 + i} ---\n{text}\n" for i, text in enumerate(texts))
+    assert complete(*options).out == first + second
+
+
+def test_logprobs(complete):
+    (told,) = complete("word", "-n", 5, "--logprobs", 2, "--greedy", "--ignore-eos", "--json").lines
+    assert len(told["logprobs"]) == 5
+    for token, entry in zip(told["token_ids"], told["logprobs"], strict=True):
+        assert set(entry) == {"token_id", "logprob", "top"}
+        assert len(entry["top"]) == 2
+        assert entry["token_id"] == token == entry["top"][0]["token_id"]
+        assert entry["logprob"] == entry["top"][0]["logprob"] < 0
+
+
+def test_stop_text_ends_the_text_before_it(complete):
+    options = ["A word", "-n", 12, "--seed", 5, "--ignore-eos", "--json"]
+    text = complete(*options).lines[0]["text"]
+    stop = text[3:5]
+    (told,) = complete(*options, "--stop", stop).lines
+    assert told["text"] == text[: text.index(stop)]
+    assert (told["finish_reason"], told["stop_text"]) == ("stop", stop)
+
+
+def test_where_a_prompt_comes_from(complete, tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes("two [bold]lines\nñ\n\n".encode())
+    options = ["-n", 2, "--json"]
+    expected = "two [bold]lines\nñ\n"
+    assert complete("--prompt-file", file, *options).lines[0]["prompt"] == expected
+    assert complete(*options, stdin=file.read_bytes()).lines[0]["prompt"] == expected
+    assert complete("-", *options, stdin=file.read_bytes()).lines[0]["prompt"] == expected
+    assert complete("/quit", *options, stdin=b"not read").lines[0]["prompt"] == "/quit"
+    both = complete("word", "--prompt-file", file)
+    assert both.code == 2
+    assert "PROMPT and --prompt-file" in both.err
+
+
+def test_echo_prints_the_prompt_first(complete):
+    options = ["[bold]Some words", "-n", 4, "--seed", 1]
+    assert complete(*options, "--echo").out == "[bold]Some words" + complete(*options).out
+
+
+def test_a_prompt_that_is_too_long(complete):
+    words = " ".join(["0"] * 200)
+    assert_fails(complete(words), "400 tokens", "63 fit", "context of 64", "--truncate")
+    (told,) = complete(words, "--truncate", "-n", 4, "--json").lines
+    assert len(told["prompt_token_ids"]) == 60
+    assert told["prompt"] == words
+
+
+def test_bad_prompts(complete, tmp_path):
+    assert_fails(complete(""), "the prompt is empty")
+    assert_fails(complete(stdin=b""), "the prompt is empty")
+    assert_fails(complete(stdin=b"ab\xffc"), "standard input", "0xff at offset 2")
+    assert_fails(complete("ab\udcffc"), "PROMPT", "0xff at offset 2")
+    assert_fails(complete("--prompt-file", tmp_path / "none"), "none", "No such file")
+    (tmp_path / "latin").write_bytes("naïve".encode("latin-1"))
+    assert_fails(complete("--prompt-file", tmp_path / "latin"), "0xef at offset 2")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--temperature", "-1"], "temperature is -1.0, expected 0 or more"),
+        (["--temp", "nan"], "temperature is nan"),
+        (["-t", "inf"], "temperature is inf"),
+        (["--top-p", "0"], "top_p is 0.0, expected above 0 and at most 1"),
+        (["--top-p", "1.1"], "top_p is 1.1"),
+        (["--top-p", "nan"], "top_p is nan"),
+        (["--top-k", "-1"], "top_k is -1"),
+        (["--min-p", "2"], "min_p is 2.0"),
+        (["-n", "0"], "max_tokens is 0, expected at least 1"),
+        (["-n", "many"], "'many' is not a valid integer"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--seed", str(2**63 - 1), "--num-samples", "2"], "expected at most 9223372036854775807"),
+        (["--stop", ""], "stop is"),
+        (["--logprobs", "2"], "--logprobs needs --json"),
+        (["--logprobs", "21", "--json"], "logprobs is 21, expected 0 to 20"),
+        (["--num-samples", "0"], "--num-samples"),
+        (["--greedy", "--temperature", "0.5"], "--greedy contradicts --temperature 0.5"),
+        (["--mesh", "8"], "'8' is not two whole numbers"),
+        (["--mesh", "1,x"], "'1,x' is not two whole numbers"),
+        (["--mesh", "0,8"], "empty axis"),
+        (["--dtype", "float16"], "'float16' is not one of"),
+    ],
+)
+def test_values_out_of_range_are_wrong_usage(grok1, options, words):
+    result = grok1("run", "word", *options)
+    assert (result.code, result.out) == (2, "")
+    assert words in result.err
+
+
+def test_greedy_agrees_with_temperature_0(complete):
+    greedy, cold = (complete("word", "-n", 4, *options).out for options in (["--greedy"], ["-t", 0]))
+    assert greedy == cold
+    assert complete("word", "-n", 4, "--greedy", "--temp", 0).out == cold
+
+
+def test_a_mesh_that_does_not_divide_names_one_that_does(complete):
+    result = complete("word", mesh="1,3")
+    assert_fails(result, "mesh 1,3", "8 query heads", "use --mesh 1,2")
+    assert complete("word", "-n", 1, mesh="1,2").code == 0
+
+
+def test_a_missing_checkpoint_says_how_to_get_one(grok1, tmp_path, monkeypatch):
+    assert_fails(grok1("run", "-c", tmp_path / "none", "word"), "none does not exist", "grok1 init")
+    monkeypatch.setenv("GROK1_CHECKPOINT", str(tmp_path / "other"))
+    assert_fails(grok1("run", "word"), "other does not exist")
+
+
+def test_tokenizers_that_are_missing_or_of_another_vocabulary(grok1, checkpoint, tmp_path, monkeypatch):
+    bare = shutil.copytree(checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer.model"))
+    assert_fails(grok1("run", "-c", bare, "word"), "no tokenizer.model", "--tokenizer FILE")
+    monkeypatch.setenv("GROK1_TOKENIZER", str(checkpoint / "tokenizer.model"))
+    assert grok1("run", "-c", bare, "word", "-n", 1, "--mesh", "1,1").code == 0
+    config = json.loads((bare / "config.json").read_text()) | {"vocab_size": 1024}
+    (bare / "config.json").write_text(json.dumps(config))
+    assert_fails(grok1("run", "-c", bare, "word"), "has 512 pieces", "vocabulary has 1024")

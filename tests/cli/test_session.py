@@ -1,0 +1,53 @@
+import signal
+import stat
+
+READY = "\x1b[?2004h"  # what prompt_toolkit sends before it shows the prompt
+
+
+def test_a_session(start, long_checkpoint, terminal, tmp_path):
+    """One session through what can happen in it."""
+    process = start(
+        *("run", "-c", long_checkpoint, "--mesh", "1,1", "-n", 20, "--seed", 3),
+        env={"XDG_STATE_HOME": str(tmp_path), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
+        stdin=terminal.there,
+        stdout=terminal.there,
+        stderr=terminal.there,
+    )
+    terminal.read_until(READY)
+
+    terminal.type("0 " * 1100 + "\r")  # an error of one prompt does not end the session
+    terminal.read_until("2047 fit in the model's context of 2048")
+    terminal.read_until(READY)
+
+    terminal.type("hello\r")
+    terminal.read_until("reading the prompt")
+    process.send_signal(signal.SIGINT)
+    terminal.read_until("[stopped]")
+    terminal.read_until(READY)
+
+    terminal.type("again\r")
+    terminal.read_until("seed 3]")
+    terminal.read_until(READY)
+
+    terminal.type("\x04")  # Ctrl-D
+    assert process.wait(timeout=60) == 0
+
+    history = tmp_path / "grok1" / "history"
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    assert "+hello\n" in history.read_text()
+
+
+def test_an_interrupt_at_an_empty_prompt_ends_the_session(start, checkpoint, terminal, tmp_path):
+    (tmp_path / "grok1").write_text("a file where the history's folder would be")
+    process = start(
+        *("run", "-c", checkpoint, "--mesh", "1,1", "--json", "-n", 2),
+        env={"XDG_STATE_HOME": str(tmp_path), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
+        stdin=terminal.there,
+        stderr=terminal.there,
+    )
+    terminal.read_until(READY)
+    terminal.type("hello\r")  # the prompt cannot be kept, and is completed all the same
+    assert b'"prompt": "hello"' in process.stdout.readline()
+    terminal.read_until(READY)
+    terminal.type("\x03")
+    assert process.wait(timeout=60) == 0

@@ -1,0 +1,139 @@
+import json
+import math
+import shutil
+
+import pytest
+
+from grok1.tokenizer import Tokenizer
+
+TEXT = "Ein Füßchen\n\tund 東京\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint):
+    return Tokenizer.read(checkpoint / "tokenizer.model")
+
+
+def test_tokenize_and_detokenize_are_inverse(grok1, checkpoint, tokenizer):
+    ids = tokenizer.encode(TEXT)
+    plain = grok1("tokenize", "-c", checkpoint, TEXT)
+    assert (plain.code, plain.out) == (0, " ".join(map(str, ids)) + "\n")
+    assert grok1("tokenize", "-c", checkpoint, stdin=(TEXT + "\n").encode()).out == plain.out
+    for separator in (" ", ",", "\n"):
+        joined = separator.join(map(str, ids)).encode()
+        assert grok1("detokenize", "-c", checkpoint, stdin=joined).out == TEXT + "\n"
+    assert grok1("detokenize", "-c", checkpoint, stdin=json.dumps(ids).encode()).out == TEXT + "\n"
+    assert grok1("detokenize", "-c", checkpoint, *ids).out == TEXT + "\n"
+    assert grok1("detokenize", "-c", checkpoint, *ids, "--json").lines == [{"text": TEXT}]
+
+
+def test_pieces_stay_in_their_lines(grok1, checkpoint, tokenizer, tmp_path):
+    file = tmp_path / "text"
+    file.write_text(TEXT + "\n", encoding="utf-8")
+    ids = tokenizer.encode(TEXT)
+    rows = [
+        line.split("\t") for line in grok1("tokenize", "-c", checkpoint, "--pieces", "--file", file).out.splitlines()
+    ]
+    assert [int(token) for token, _ in rows] == ids
+    assert rows[-1][1] == "\\n"
+    (told,) = grok1("tokenize", "-c", checkpoint, "--json", "--file", file).lines
+    assert told == {"token_ids": ids, "pieces": tokenizer.pieces(ids)}
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ("1 x", "'x' is no token id"),
+        ("1.5", "'1.5' is no token id"),
+        ("512", "512 is no token of this tokenizer, expected ids from 0 to 511"),
+        ("9" * 30, "30 digits"),
+        ("[1, true]", "True in the list is no token id"),
+        ("[1", "is not JSON"),
+    ],
+)
+def test_ids_that_are_none(grok1, checkpoint, ids, words):
+    result = grok1("detokenize", "-c", checkpoint, stdin=ids.encode())
+    assert (result.code, result.out) == (1, "")
+    assert words in result.err
+
+
+def test_no_tokenizer(grok1, tmp_path):
+    result = grok1("tokenize", "-c", tmp_path, "word")
+    assert result.code == 1
+    assert "--tokenizer FILE" in result.err
+
+
+@pytest.fixture
+def score(grok1, checkpoint):
+    def run(*arguments, stdin=b"", folder=checkpoint):
+        return grok1("score", "-c", folder, "--mesh", "1,1", *arguments, stdin=stdin)
+
+    return run
+
+
+def test_score_of_a_text(score, tokenizer, tmp_path):
+    ids = tokenizer.encode(TEXT)
+    (told,) = score("--text", TEXT, "--top", 2, "--json").lines
+    assert told["token_ids"] == ids
+    assert told["pieces"] == tokenizer.pieces(ids)
+    assert told["num_tokens"] == len(ids) == len(told["logprobs"]) == len(told["top"])
+    assert told["logprobs"][0] is told["top"][0] is None
+    assert told["total_logprob"] == pytest.approx(sum(told["logprobs"][1:]))
+    assert told["perplexity"] == pytest.approx(math.exp(-told["total_logprob"] / (len(ids) - 1)))
+    for logprob, top in zip(told["logprobs"][1:], told["top"][1:], strict=True):
+        assert len(top) == 2
+        assert top[0]["logprob"] >= top[1]["logprob"]
+        assert logprob <= top[0]["logprob"]
+    file = tmp_path / "text"
+    file.write_text(TEXT, encoding="utf-8")
+    listed = tmp_path / "ids.json"
+    listed.write_text(json.dumps(ids))
+    for again in (score(file, "--json"), score("-", "--json", stdin=TEXT.encode()), score(listed, "--json")):
+        assert again.lines[0]["logprobs"] == told["logprobs"]
+
+
+def test_score_agrees_with_the_logprobs_of_a_completion(score, complete):
+    (completed,) = complete("word", "-n", 6, "--seed", 2, "--logprobs", 0, "--ignore-eos", "--json").lines
+    ids = completed["prompt_token_ids"] + completed["token_ids"]
+    (scored,) = score("--ids", "--json", stdin=json.dumps(ids).encode()).lines
+    generated = [entry["logprob"] for entry in completed["logprobs"]]
+    assert scored["logprobs"][-6:] == pytest.approx(generated, abs=1e-3)
+
+
+def test_score_as_a_table(score, tokenizer):
+    ids = tokenizer.encode(TEXT)
+    (told,) = score("--text", TEXT, "--json").lines
+    lines = score("--text", TEXT).out.splitlines()
+    assert lines[0].split() == ["index", "id", "piece", "logprob"]
+    assert [int(line.split()[1]) for line in lines[1 : len(ids) + 1]] == ids
+    assert lines[2].split()[-1] == f"{told['logprobs'][1]:.4f}"
+    assert lines[-1].split() == ["perplexity", f"{told['perplexity']:.4f}"]
+
+
+def test_ids_are_scored_without_a_tokenizer(score, checkpoint, tmp_path):
+    bare = shutil.copytree(checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer.model"))
+    (told,) = score("--ids", "--json", stdin=b"5 6 7", folder=bare).lines
+    assert (told["token_ids"], told["pieces"]) == ([5, 6, 7], None)
+    missing = score("--text", "word", folder=bare)
+    assert missing.code == 1
+    assert "no tokenizer.model" in missing.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "words"),
+    [
+        (["--ids"], b"5", "1 tokens, expected 2 to 64"),
+        (["--ids"], b"5 " * 65, "65 tokens, expected 2 to 64"),
+        (["--ids"], b"5 512", "token id 512 is none of the model's"),
+        (["-"], b"ab\xff", "0xff at offset 2"),
+    ],
+)
+def test_texts_that_cannot_be_scored(score, arguments, stdin, words):
+    result = score(*arguments, stdin=stdin)
+    assert (result.code, result.out) == (1, "")
+    assert words in result.err
+
+
+def test_wrong_usage_of_score(score, tmp_path):
+    assert score(tmp_path / "file", "--text", "word").code == 2
+    assert score("--text", "word", "--top", "21").code == 2
