@@ -57,10 +57,7 @@ def encode_prompt(request: Request, tokenizer: Tokenizer | None, config: ModelCo
         TokenizerError: if the prompt is a text and there is no tokenizer.
     """
     prompt = request.prompt
-    if isinstance(prompt, str):
-        ids = required(tokenizer).encode(prompt)
-    else:
-        ids = list(prompt)
+    ids = required(tokenizer).encode(prompt) if isinstance(prompt, str) else list(prompt)
     if not ids:
         advice = ": give at least one character" if isinstance(prompt, str) else ""
         raise RequestError(f"the prompt is empty{advice}")

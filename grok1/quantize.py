@@ -43,6 +43,4 @@ class QuantizedWeight:
         """The values that the weight stands for, `[..., K, N]`: for tests and small matrices only."""
         *lead, rows, columns = self.weight.shape
         grouped = self.weight.reshape(*lead, self.groups, rows // self.groups, columns).astype(jnp.float32)
-        return (
-            (grouped * self.scales[..., None, :].astype(jnp.float32)).reshape(self.weight.shape).astype(dtype)
-        )
+        return (grouped * self.scales[..., None, :].astype(jnp.float32)).reshape(self.weight.shape).astype(dtype)

@@ -251,9 +251,7 @@ class _Scanner:
                 self._refuse("a quantised weight has other attributes than weight and scales")
             target.attributes = dict(state)
         else:
-            self._refuse(
-                f"{describe(target)} is given {describe(state)} as its state, or a state for the second time"
-            )
+            self._refuse(f"{describe(target)} is given {describe(state)} as its state, or a state for the second time")
 
     def _build_dtype(self, target: DTypeSymbol, state: tuple[object, ...]) -> None:
         if len(state) != 8 or state[0] != 3:
@@ -265,9 +263,7 @@ class _Scanner:
         if subarray is not None or names is not None or fields is not None:
             self._refuse("a structured dtype, expected plain numbers")
         if itemsize not in (-1, target.dtype.itemsize) or alignment not in (-1, 1, 2, 4):
-            self._refuse(
-                f"{target.dtype} has item size {describe(itemsize)} and alignment {describe(alignment)}"
-            )
+            self._refuse(f"{target.dtype} has item size {describe(itemsize)} and alignment {describe(alignment)}")
         if type(flags) is not int or flags & ~_ACCESS_FLAGS:
             self._refuse(f"{target.dtype} has the flags {describe(flags)}, expected those of plain numbers")
         target.built = True
@@ -290,8 +286,7 @@ class _Scanner:
         stored = StoredArray(dtype.dtype, shape, data.offset)
         if stored.nbytes != data.size:
             self._refuse(
-                f"an array of {dtype.dtype} and shape {shape} has {data.size} bytes of data, "
-                f"expected {stored.nbytes}"
+                f"an array of {dtype.dtype} and shape {shape} has {data.size} bytes of data, expected {stored.nbytes}"
             )
         return stored
 
@@ -304,9 +299,7 @@ class _Scanner:
         value = self._stack[0]
         if isinstance(value, QuantizedSymbol) and value.attributes is not None:
             weight = self._finished(value.attributes["weight"], INT8, "the attribute weight")
-            return StoredTensor(
-                weight, self._finished(value.attributes["scales"], BFLOAT16, "the attribute scales")
-            )
+            return StoredTensor(weight, self._finished(value.attributes["scales"], BFLOAT16, "the attribute scales"))
         return StoredTensor(self._finished(value, FLOAT32, "the file's object"), None)
 
     def _finished(self, value: object, dtype: np.dtype[Any], what: str) -> StoredArray:

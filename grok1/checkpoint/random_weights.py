@@ -87,9 +87,7 @@ def _norm_mean(spec: TensorSpec, config: ModelConfig) -> float:
     """Mean of a norm's scales."""
     if spec.layer is None:
         # The final norm: a logit is a sum of `emb_size` products with one embedding.
-        return LOGIT_STD / (
-            math.sqrt(config.emb_size) * _embedding_std(config) * config.output_multiplier_scale
-        )
+        return LOGIT_STD / (math.sqrt(config.emb_size) * _embedding_std(config) * config.output_multiplier_scale)
     if spec.module.endswith(("rms_norm_1", "rms_norm_3")):
         # What a layer adds, twice: all layers together add a vector of unit size to the residual stream.
         return 1.0 / math.sqrt(2 * config.num_layers)

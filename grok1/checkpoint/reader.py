@@ -109,8 +109,7 @@ class Checkpoint:
             path: a folder that holds `ckpt-0`, or the folder of tensor files itself.
 
         Raises:
-            CheckpointError: if there is none, or files are missing, unexpected, damaged or of another shape
-            or
+            CheckpointError: if there is none, or files are missing, unexpected, damaged or of another shape or
                 dtype than the config asks for. It counts all faults and tells the first three.
             ConfigError: if there is a `config.json` that is no config.
         """
@@ -158,9 +157,7 @@ class Checkpoint:
         stored = self.tensors[index].scales
         return None if stored is None else self._view(index, stored)
 
-    def read_into(
-        self, index: int, out: np.ndarray, key: tuple[slice, ...] = (), *, scales: bool = False
-    ) -> None:
+    def read_into(self, index: int, out: np.ndarray, key: tuple[slice, ...] = (), *, scales: bool = False) -> None:
         """Fills `out` with a slice of an array, straight from the file.
 
         Args:
@@ -178,12 +175,7 @@ class Checkpoint:
             raise ValueError(f"{self.table[index].file_name} has no scales")
         ranges = _ranges(stored.shape, key)
         shape = tuple(stop - start for start, stop in ranges)
-        if (
-            out.shape != shape
-            or out.dtype != stored.dtype
-            or not out.flags.c_contiguous
-            or not out.flags.writeable
-        ):
+        if out.shape != shape or out.dtype != stored.dtype or not out.flags.c_contiguous or not out.flags.writeable:
             raise ValueError(
                 f"out is {out.dtype} {out.shape}, expected {stored.dtype} {shape}, C-contiguous and writeable"
             )
@@ -217,9 +209,7 @@ class Checkpoint:
                     with path.open("rb") as file:
                         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 except (OSError, ValueError) as error:  # ValueError: an empty file
-                    raise CheckpointError(
-                        f"cannot map {path} ({error}): check the file and its disk"
-                    ) from None
+                    raise CheckpointError(f"cannot map {path} ({error}): check the file and its disk") from None
                 self._mappings[index] = mapping
             return mapping
 
@@ -251,9 +241,7 @@ class Checkpoint:
                             raise _changed(path)
                         rest = rest[count:]
         except OSError as error:
-            raise CheckpointError(
-                f"cannot read {path} ({error.strerror}): check the file and its disk"
-            ) from None
+            raise CheckpointError(f"cannot read {path} ({error.strerror}): check the file and its disk") from None
 
 
 def _tensor_names(directory: Path) -> set[str]:
@@ -299,9 +287,7 @@ def _faults_sentence(directory: Path, faults: list[str], expected: int, has_conf
 
 
 def _changed(path: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{path} became shorter since it was opened: leave the files alone and start again"
-    )
+    return CheckpointError(f"{path} became shorter since it was opened: leave the files alone and start again")
 
 
 def _ranges(shape: tuple[int, ...], key: tuple[slice, ...]) -> list[tuple[int, int]]:

@@ -39,8 +39,7 @@ def write_checkpoint(
     The files grow in a hidden folder within `directory` and are moved to their names at the end, `ckpt-0`
     last, so that no moment shows a `ckpt-0` that is unfinished or belongs to another config. If the writer
     fails or is interrupted, the folder is left as it was; if it is killed, the hidden folder stays. Data is
-    not forced to the
-    disk: after a power cut, write the checkpoint again.
+    not forced to the disk: after a power cut, write the checkpoint again.
 
     Args:
         directory: made if it does not exist; other files in it are kept.
@@ -82,14 +81,11 @@ def _check_target(directory: Path, force: bool) -> None:
         return
     if holds_tensor_files(directory):
         # A config.json written beside them would change what these files are taken for.
-        raise CheckpointError(
-            f"{directory} holds tensor files itself: choose another folder for the new checkpoint"
-        )
+        raise CheckpointError(f"{directory} holds tensor files itself: choose another folder for the new checkpoint")
     existing = _existing(directory)
     if existing and not force:
         raise CheckpointError(
-            f"{directory} holds {' and '.join(existing)} already: "
-            "choose another folder, or replace it with --force"
+            f"{directory} holds {' and '.join(existing)} already: choose another folder, or replace it with --force"
         )
 
 

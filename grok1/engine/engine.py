@@ -169,7 +169,7 @@ class Engine:
             padded[: len(chunk)] = targets
             key = ("score", logits.shape[1])
             scored = jax.device_get(self._run(key, "scoring", lambda: jax.jit(self._score_step), logits, padded))
-            parts.append(jax.tree.map(lambda x, n=len(chunk): x[:n], scored))
+            parts.append(SampledTokens(*(array[: len(chunk)] for array in jax.tree.leaves(scored))))
         return jax.tree.map(lambda *pieces: np.concatenate(pieces), *parts)
 
     @property

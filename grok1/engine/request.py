@@ -10,7 +10,7 @@ from typing import Literal
 from grok1.errors import RequestError
 
 FinishReason = Literal["eos", "stop", "max_tokens", "context"]
-"""Why a completion ended: the model's end-of-text token, a stop text, the limit asked for, or the end of the context."""
+"""Why a completion ended: the end-of-text token, a stop text, the limit asked for, or the end of the context."""
 
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63 - 1

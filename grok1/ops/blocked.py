@@ -16,7 +16,6 @@ from grok1.quantize import QuantizedWeight
 # Up to this many rows of activations a block is multiplied as a sum of scaled weight rows, which XLA fuses with the
 # conversion; with more, a matrix product per block is faster.
 _FUSED_ROWS = 4
-_FUSED_BLOCK_BYTES = 1 << 18
 _PRODUCT_BLOCK = {"cpu": 256}
 _PRODUCT_BLOCK_ACCELERATOR = 2048
 
@@ -24,6 +23,13 @@ _PRODUCT_BLOCK_ACCELERATOR = 2048
 def product_precision(dtype: jnp.dtype) -> lax.Precision | None:
     """Full precision for float32 operands, where accelerators would round them to fewer bits."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def _fused_block(inner: int, columns: int) -> int:
+    """Rows of a fused block: many are faster on large matrices, where they are long enough, and slower to compile."""
+    if inner * columns < 1 << 20:
+        return 16
+    return 32 if columns >= 4096 else 64
 
 
 def multiply(x: jax.Array, weight: QuantizedWeight, index: tuple[jax.Array | int, ...]) -> jax.Array:
@@ -41,11 +47,8 @@ def multiply(x: jax.Array, weight: QuantizedWeight, index: tuple[jax.Array | int
     group_rows = inner // weight.groups
     platform = jax.default_backend()
     fused = platform == "cpu" and x.shape[0] <= _FUSED_ROWS
-    if fused:
-        block = min(64, max(32, _FUSED_BLOCK_BYTES // columns))
-    else:
-        block = _PRODUCT_BLOCK.get(platform, _PRODUCT_BLOCK_ACCELERATOR)
-    block = min(block, group_rows)
+    product_block = _PRODUCT_BLOCK.get(platform, _PRODUCT_BLOCK_ACCELERATOR)
+    block = min(_fused_block(inner, columns) if fused else product_block, group_rows)
     lead = len(index)
 
     def slice_rows(start: jax.Array | int, size: int) -> jax.Array:

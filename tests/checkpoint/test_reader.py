@@ -153,10 +153,7 @@ def test_a_quantised_file_where_a_plain_one_is_expected(checkpoint_copy):
     files = checkpoint_copy / "ckpt-0"
     shutil.copy(files / "tensor00005_000", files / "tensor00001_000")
     sentence = fault(checkpoint_copy)
-    assert (
-        "tensor00001_000 (language_model/rms_norm/scale) holds int8 (16, 8), expected float32 (16,)"
-        in sentence
-    )
+    assert "tensor00001_000 (language_model/rms_norm/scale) holds int8 (16, 8), expected float32 (16,)" in sentence
 
 
 def test_a_hostile_file_among_good_ones(checkpoint_copy):
@@ -193,9 +190,7 @@ def test_read_into_any_slice(wide, index, data):
     key = []
     for size in whole.shape[: data.draw(st.integers(0, whole.ndim))]:
         start = data.draw(st.integers(0, size))
-        key.append(
-            data.draw(st.sampled_from([slice(None), slice(start, None), slice(0, start), slice(-start, -1)]))
-        )
+        key.append(data.draw(st.sampled_from([slice(None), slice(start, None), slice(0, start), slice(-start, -1)])))
     expected = whole[tuple(key)]
     out = np.full(expected.shape, 99, whole.dtype)
     wide.read_into(index, out, tuple(key), scales=scales)

@@ -294,9 +294,7 @@ progress = None
 config = ModelConfig.from_json({one_layer(vocab_size=48).to_json()!r})
 writer.write_checkpoint(Path({str(directory)!r}), config, force=True, tokenizer=b"new", progress=progress)
 """
-    return subprocess.run(
-        [sys.executable, "-c", program], check=False, cwd=Path(__file__).parents[2]
-    ).returncode
+    return subprocess.run([sys.executable, "-c", program], check=False, cwd=Path(__file__).parents[2]).returncode
 
 
 def test_a_writer_killed_while_writing_shows_no_checkpoint(tmp_path):
