@@ -144,18 +144,14 @@ class ModelConfig:
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{source} is not JSON ({error}): write it anew or restore it") from None
         if not isinstance(values, dict):
-            raise ConfigError(
-                f"{source} holds a JSON {type(values).__name__}, expected an object of settings"
-            )
+            raise ConfigError(f"{source} holds a JSON {type(values).__name__}, expected an object of settings")
         names = [field.name for field in dataclasses.fields(cls)]
         missing = [name for name in names if name not in values]
         unknown = [name for name in values if name not in names]
         if missing:
             raise ConfigError(f"{source} lacks {', '.join(missing)}: expected the keys {', '.join(names)}")
         if unknown:
-            raise ConfigError(
-                f"{source} has the unknown key {unknown[0]!r}: expected only the keys {', '.join(names)}"
-            )
+            raise ConfigError(f"{source} has the unknown key {unknown[0]!r}: expected only the keys {', '.join(names)}")
         try:
             return cls(**values)
         except ConfigError as error:
