@@ -1,4 +1,4 @@
-"""The command line: `main` runs one command and turns whatever goes wrong into one sentence and an exit code.
+"""The command line: `execute` runs one command and turns whatever goes wrong into one sentence and an exit code.
 
 Commands are imported when they are used, and import JAX, NumPy, rich and prompt_toolkit when they run, so that help
 comes at once.
@@ -54,21 +54,30 @@ def cli() -> None:
     """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
+    """Runs the command of this process's arguments and returns its exit code."""
+    if sys.stderr is None:  # closed: click would say on stdout what belongs there
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it stays open as long as the process
+    terminal = Terminal()
+    code = execute(sys.argv[1:], terminal)
+    if terminal.interrupted and "jax" in sys.modules:
+        # XLA may still be compiling in a thread of its own, and crashes when Python ends under it.
+        os._exit(code)
+    return code
+
+
+def execute(arguments: Sequence[str], terminal: Terminal) -> int:
     """Runs one command and returns its exit code.
 
     Args:
-        arguments: what follows `grok1`; by default the process's.
+        arguments: what follows `grok1`.
+        terminal: what the user sees.
     """
-    terminal = Terminal()
-    if sys.stderr is None:  # closed: click would say on stdout what belongs there
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it stays open as long as the process
     if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
-    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         # Not `cli.main`, which has its own idea of what an interrupt and a broken pipe mean.
-        with cli.make_context("grok1", given, obj=terminal) as context:
+        with cli.make_context("grok1", list(arguments), obj=terminal) as context:
             cli.invoke(context)
         terminal.flush()
         return DONE
@@ -79,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _abandon_stdout()  # whoever read the results has seen enough
         return DONE
     except (KeyboardInterrupt, click.Abort):
+        terminal.interrupted = True
         if terminal.verbose:
             traceback.print_exc()
         terminal.end_line()

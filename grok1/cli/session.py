@@ -78,6 +78,7 @@ def run_session(printer: CompletionPrinter, request: Callable[[str], Request]) -
             with terminal.interruptible(patient=True):
                 printer.run(request(prompt))
         except KeyboardInterrupt:
+            terminal.interrupted = True
             terminal.end_line()
             terminal.note("[stopped]")
         except RequestError as error:

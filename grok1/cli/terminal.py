@@ -30,12 +30,14 @@ class Terminal:
     Attributes:
         quiet: whether stderr stays silent even if it is a terminal; errors are told all the same.
         verbose: whether errors come with tracebacks, and libraries may log.
+        interrupted: whether Ctrl-C has stopped something.
     """
 
     def __init__(self) -> None:
         """Options set the attributes later."""
         self.quiet = False
         self.verbose = False
+        self.interrupted = False
         self._live: Any = None
         self._shown: str | None = None
         self._task: Any = None

@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
+from grok1 import cli
 from grok1.checkpoint.writer import write_checkpoint
-from grok1.cli import main
+from grok1.cli.terminal import Terminal
 from grok1.config import ModelConfig
 from grok1.small_tokenizer import train_small_tokenizer
 
@@ -64,7 +65,7 @@ def grok1(monkeypatch):
             streams = {"stdin": Stream(stdin), "stdout": Stream(), "stderr": Stream()}
             for name, stream in streams.items():
                 patch.setattr(sys, name, stream)
-            code = main([str(argument) for argument in arguments])
+            code = cli.execute([str(argument) for argument in arguments], Terminal())
             return Result(code, streams["stdout"].text(), streams["stderr"].text())
 
     return run
@@ -121,12 +122,12 @@ def start():
 @pytest.fixture
 def terminal():
     """A terminal for processes of a test."""
-    terminal = Terminal()
+    terminal = PseudoTerminal()
     yield terminal
     terminal.close()
 
 
-class Terminal:
+class PseudoTerminal:
     """Both ends of a pseudo-terminal."""
 
     def __init__(self):

@@ -21,14 +21,14 @@ def imported(code):
     "arguments", [["--help"], ["--version"], ["run", "--help"], ["score", "--help"], ["smoke", "--help"]]
 )
 def test_help_imports_nothing_heavy(arguments):
-    assert imported(f"from grok1.cli import main\nassert main({arguments}) == 0") == set()
+    assert imported(f"from grok1.cli import Terminal, execute\nassert execute({arguments}, Terminal()) == 0") == set()
 
 
 def test_tokenizing_and_writing_weights_import_no_jax(checkpoint, tmp_path):
     tokenize = ["tokenize", "-c", str(checkpoint), "word"]
     detokenize = ["detokenize", "-c", str(checkpoint), "400"]
     write = ["init", str(tmp_path / "new"), "--preset", "tiny"]
-    code = "from grok1.cli import main\nassert not any(main(a) for a in {})"
+    code = "from grok1.cli import Terminal, execute\nassert not any(execute(a, Terminal()) for a in {})"
     found = imported(code.format([tokenize, detokenize, write]))
     assert "sentencepiece" in found  # so that the list would name JAX too
     assert not found & {"jax", "haiku"}
@@ -149,9 +149,14 @@ def test_an_interrupt_while_streaming(start, long_checkpoint):
     assert (process.returncode, error) == (130, b"")
 
 
-def test_an_interrupt_while_starting_up_gives_the_terminal_back(start, checkpoint, terminal):
-    process = start("run", "-c", checkpoint, "--mesh", "1,1", "word", stderr=terminal.there)
-    terminal.read_until("starting JAX")
+@pytest.mark.parametrize("moment", ["starting JAX", "compiling the prefill program"])
+def test_an_interrupt_before_the_text_gives_the_terminal_back(start, checkpoint, terminal, moment):
+    process = start(
+        *("run", "-c", checkpoint, "--mesh", "1,1", "word"),
+        env={"JAX_ENABLE_COMPILATION_CACHE": "false", "TERM": "xterm"},
+        stderr=terminal.there,
+    )
+    terminal.read_until(moment)
     process.send_signal(signal.SIGINT)
     terminal.read_until("\x1b[?25h")  # the cursor is visible again
     out, _ = process.communicate(timeout=60)
