@@ -34,13 +34,14 @@ class Progress:
     """What a long step is doing.
 
     Attributes:
-        stage: "checking" files, "loading" weights, or "compiling" a program.
+        stage: "checking" files, "loading" weights, "compiling" a program, "running" it for the first time, or "reading"
+            a long prompt.
         detail: what in particular.
-        done: bytes done; 0 where it is not known.
-        total: bytes to do; 0 where it is not known.
+        done: bytes loaded or tokens read; 0 where it is not known.
+        total: bytes to load or tokens to read; 0 where it is not known.
     """
 
-    stage: Literal["checking", "loading", "compiling"]
+    stage: Literal["checking", "loading", "compiling", "running", "reading"]
     detail: str
     done: int = 0
     total: int = 0
@@ -214,7 +215,7 @@ def load(
     params = load_parameters(
         opened, device_mesh, kind, lambda done, total: report("loading", str(opened.directory), done, total)
     )
-    engine = Engine(config, params, device_mesh, kind, on_compile=lambda name: report("compiling", name))
+    engine = Engine(config, params, device_mesh, kind, progress=report)
     return Model(engine, text)
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
 _CONTROL |= {0x7F: "\u2421"} | dict.fromkeys(range(128, 160), "�")
 
+_RUNNING = {"prefill": "reading the prompt", "decoding": "generating", "scoring": "scoring"}  # programs that take long
+
 
 class OutputError(Grok1Error):
     """Results that cannot be written to standard output."""
@@ -107,11 +109,16 @@ class Terminal:
             click.echo(f"grok1: error: {' '.join(sentence.split())}", err=True)
 
     def progress(self, progress: Progress) -> None:
-        """Shows what a model reports of its loading and compiling; may be called from any thread."""
+        """Shows what a model reports of its long steps; may be called from any thread."""
         if progress.stage == "loading":
             self.show_bytes("loading weights", progress.done, progress.total)
         elif progress.stage == "compiling":
             self.show_status(f"compiling the {progress.detail} program")
+        elif progress.stage == "running":
+            if progress.detail in _RUNNING:
+                self.show_status(_RUNNING[progress.detail])
+        elif progress.stage == "reading":
+            self.show_status(f"reading the prompt, {progress.done} of {progress.total} tokens so far")
         else:
             self.show_status(f"{progress.stage} files")
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import jax
 import platformdirs
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder.
+    """Keeps compiled programs, also those that compile quickly, in the user's cache folder.
 
-    A folder that the user has chosen with `JAX_COMPILATION_CACHE_DIR` or in JAX's config stays, and
-    `JAX_ENABLE_COMPILATION_CACHE=false` switches the cache off. If the folder cannot be written, JAX compiles anew.
+    What the user has chosen with JAX's own settings stays, such as another folder (`JAX_COMPILATION_CACHE_DIR`) or no
+    cache at all (`JAX_ENABLE_COMPILATION_CACHE=false`). If the folder cannot be written, JAX compiles anew.
     """
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        folder = platformdirs.user_cache_path("grok1", appauthor=False) / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    settings: dict[str, Any] = {
+        "jax_compilation_cache_dir": str(platformdirs.user_cache_path("grok1", appauthor=False) / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    for name, value in settings.items():
+        chosen = name.upper() in os.environ
+        if name == "jax_compilation_cache_dir":
+            chosen = jax.config.values[name] is not None
+        if not chosen:
+            jax.config.update(name, value)

@@ -81,7 +81,7 @@ class Engine:
         params: hk.Params,
         mesh: Mesh,
         dtype: np.dtype | type = np.float32,
-        on_compile: Callable[[str], None] | None = None,
+        progress: Callable[[str, str, int, int], None] | None = None,
     ):
         """Args are kept as they are.
 
@@ -90,13 +90,14 @@ class Engine:
             params: its parameters on the mesh, as `load_parameters` gives them.
             mesh: a (data, model) mesh.
             dtype: dtype of activations and of the cache.
-            on_compile: is called with the name of each program before it is compiled.
+            progress: is called with what a long step does: "compiling" and a program's name before it is compiled,
+                "running" and that name when it has been, "reading" with the tokens of a prompt done and to do.
         """
         self.config = config
         self.mesh = mesh
         self.capacity = config.sequence_len
         self.compile_seconds = 0.0
-        self.on_compile = on_compile
+        self._progress = progress or (lambda stage, detail, done, total: None)
         self._platform = mesh.devices.flat[0].platform
         self._params = params
         self._param_specs = jax.tree.map(lambda array: array.sharding.spec, params)
@@ -147,6 +148,9 @@ class Engine:
         cache = self.new_cache(self.data_rows)
         logits = None
         for start in range(0, len(ids), self.max_chunk):
+            if start:
+                jax.block_until_ready(logits)  # so that progress is true, and Ctrl-C comes through
+                self._progress("reading", "prompt", start, len(ids))
             chunk = np.tile(ids[start : start + self.max_chunk], (self.data_rows, 1))
             logits, cache = self._read(cache, chunk, start, every_position=False)
         assert logits is not None
@@ -351,9 +355,9 @@ class Engine:
     def _run(self, key: tuple[object, ...], name: str, make: Callable[[], Any], *arguments: Any) -> Any:
         """Runs the program of that key, which `make` gives the first time."""
         if key not in self._programs:
-            if self.on_compile is not None:
-                self.on_compile(name)
+            self._progress("compiling", name, 0, 0)
             start = time.perf_counter()
             self._programs[key] = make().lower(*arguments).compile(_COMPILER_OPTIONS.get(self._platform))
             self.compile_seconds += time.perf_counter() - start
+            self._progress("running", name, 0, 0)
         return self._programs[key](*arguments)
