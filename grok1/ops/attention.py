@@ -64,7 +64,7 @@ def cached_attention(
     zeros = jnp.zeros(grouped.shape, jnp.float32)
     blocks = (jnp.max(positions) + block) // block  # up to the furthest query's own position
     weighted, mass = lax.fori_loop(0, blocks, add_block, (zeros, zeros[..., 0]))
-    output = weighted / jnp.maximum(mass, 1e-30)[..., None]
+    output = weighted / jnp.where(mass > 0, mass, 1.0)[..., None]  # padding sees nothing
     output = output.reshape(batch, kv_heads, heads // kv_heads, seq, size)
     return output.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, size)
 
