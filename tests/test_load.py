@@ -151,7 +151,6 @@ def test_progress_rises_to_the_bytes_that_are_read(shape, checkpoint):
     assert set(totals) == {done[-1]}
     in_memory = sum(shard.data.nbytes for _, _, array in leaves(params) for shard in array.addressable_shards)
     assert done[-1] == in_memory // shape[0]  # data rows share what is read
-    assert load.parameter_bytes(CONFIG, np.float32, mesh) * shape[1] == done[-1]
 
 
 def test_a_file_cut_short_while_loading_is_an_error(folder, tmp_path):

@@ -142,12 +142,6 @@ def _as_tree(leaves: tuple[StoredLeaf, ...], values: list[Any]) -> hk.Params:
     return dict(tree)
 
 
-def parameter_bytes(config: ModelConfig, dtype: np.dtype | type, mesh: Mesh) -> int:
-    """Bytes of all parameters that one model shard holds."""
-    shards = mesh.shape[MODEL_AXIS]
-    return sum(int(np.prod(leaf.local_shape(shards))) * leaf.dtype.itemsize for leaf in stored_leaves(config, dtype))
-
-
 def load_parameters(
     checkpoint: Checkpoint,
     mesh: Mesh,
