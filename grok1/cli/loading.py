@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from grok1.cli.options import ModelChoice
 from grok1.cli.terminal import Terminal
-from grok1.config import PRESETS, ModelConfig
+from grok1.config import ModelConfig
 from grok1.errors import Grok1Error
 
 if TYPE_CHECKING:
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 def read_config(choice: ModelChoice) -> ModelConfig:
-    """The config of the chosen checkpoint, without looking at its tensors.
+    """The config of the chosen checkpoint, whose files are all found and right; no array is read.
 
     Raises:
-        CheckpointError: if there is no checkpoint.
+        CheckpointError: if there is no checkpoint or it is damaged.
         ConfigError: if its config is none.
     """
-    from grok1.checkpoint import reader
+    from grok1.checkpoint.reader import Checkpoint
 
-    return reader.read_config(reader.find_checkpoint(choice.checkpoint)) or PRESETS["grok-1"]
+    return Checkpoint.open(choice.checkpoint).config
 
 
 def read_tokenizer(choice: ModelChoice, config: ModelConfig | None = None) -> Tokenizer | None:

@@ -1,7 +1,8 @@
-import json
 import shutil
 
 import pytest
+
+from grok1.small_tokenizer import train_small_tokenizer
 
 KEYS = {
     "prompt",
@@ -178,6 +179,7 @@ def test_tokenizers_that_are_missing_or_of_another_vocabulary(grok1, checkpoint,
     assert_fails(grok1("run", "-c", bare, "word"), "no tokenizer.model", "--tokenizer FILE")
     monkeypatch.setenv("GROK1_TOKENIZER", str(checkpoint / "tokenizer.model"))
     assert grok1("run", "-c", bare, "word", "-n", 1, "--mesh", "1,1").code == 0
-    config = json.loads((bare / "config.json").read_text()) | {"vocab_size": 1024}
-    (bare / "config.json").write_text(json.dumps(config))
-    assert_fails(grok1("run", "-c", bare, "word"), "has 512 pieces", "vocabulary has 1024")
+    other = tmp_path / "other.model"
+    other.write_bytes(train_small_tokenizer(600))
+    wrong = grok1("run", "-c", checkpoint, "--tokenizer", other, "word")
+    assert_fails(wrong, "has 600 pieces", "vocabulary has 512")
