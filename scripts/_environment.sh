@@ -5,6 +5,7 @@
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 VENV=${VENV:-.venv}
+case $VENV in /*) ;; *) VENV=$PWD/$VENV ;; esac
 
 find_python() {
     local candidate
@@ -34,4 +35,4 @@ ensure_environment() {
 }
 
 ensure_environment || exit 1
-PATH="$PWD/$VENV/bin:$PATH"
+PATH="$VENV/bin:$PATH"
