@@ -54,9 +54,11 @@ def encode_prompt(request: Request, tokenizer: Tokenizer | None, config: ModelCo
 
     Raises:
         RequestError: if the prompt is empty or too long, or an id is none of the model's.
-        TokenizerError: if the prompt is a text and there is no tokenizer.
+        TokenizerError: if there is no tokenizer, and the prompt is a text or there are stop texts.
     """
     prompt = request.prompt
+    if request.options.stop:
+        required(tokenizer)  # to find stop texts in
     ids = required(tokenizer).encode(prompt) if isinstance(prompt, str) else list(prompt)
     if not ids:
         advice = ": give at least one character" if isinstance(prompt, str) else ""

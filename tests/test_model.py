@@ -201,6 +201,8 @@ def test_text_needs_a_tokenizer_and_token_ids_do_not(small_model):
         small_model().complete(PROMPT)
     with pytest.raises(TokenizerError):
         _ = small_model().tokenizer
+    with pytest.raises(TokenizerError):
+        small_model().complete([5, 6], stop="word")
     done = small_model().complete([5, 6], max_tokens=2, ignore_eos=True)
     assert (len(done.tokens), done.text) == (2, "")
 
