@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -224,7 +224,7 @@ class Journal:
 
 def hash_files(
     targets: Iterable[Target], journal: Journal, progress: Progress | None = None
-) -> Iterator[tuple[Target, Entry | Unhashed]]:
+) -> Generator[tuple[Target, Entry | Unhashed], None, None]:
     """Hashes files in parallel, those of the journal excepted.
 
     Args:
@@ -243,13 +243,14 @@ def hash_files(
         else:
             yield target, known
     total = sum(_size(target.path) for target in rest)
-    for target, result in in_parallel(rest, _hash_or_why_not, total, progress):
-        if isinstance(result, Unhashed):
-            yield target, result
-        else:
-            entry, mtime_ns = result
-            journal.add(target, entry, mtime_ns)
-            yield target, entry
+    with contextlib.closing(in_parallel(rest, _hash_or_why_not, total, progress)) as hashed:
+        for target, result in hashed:
+            if isinstance(result, Unhashed):
+                yield target, result
+            else:
+                entry, mtime_ns = result
+                journal.add(target, entry, mtime_ns)
+                yield target, entry
 
 
 def _size(path: Path) -> int:

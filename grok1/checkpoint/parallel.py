@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -27,7 +27,7 @@ class _Stopped(Exception):
 
 def in_parallel(
     items: Sequence[Item], work: Callable[[Item, Advance], Result], total: int, progress: Progress | None
-) -> Iterator[tuple[Item, Result]]:
+) -> Generator[tuple[Item, Result], None, None]:
     """Runs `work` for each item in threads, and yields the results as they come, each with its item.
 
     If the consumer stops, by closing the iterator or by an exception such as KeyboardInterrupt, the workers end after

@@ -157,20 +157,22 @@ def _check_content(report: Report, structure: Structure, progress: StageProgress
         fault = f"({spec.parameter}) is hollow: its data are a hole on the disk that reads as zeros"
         report.faults.append(FileFault(spec.file_name, fault, _AGAIN))
     rest = [spec for spec in right if spec not in hollow]
-    for spec, found in in_parallel(
+    checked = in_parallel(
         rest,
         lambda spec, advance: check_content(
             report.directory / spec.file_name, spec, structure.tensors[spec.index], advance
         ),
         sum(spec.array_bytes for spec in rest),
         _stage("checking values", progress),
-    ):
-        for told, clauses, advice in (
-            (report.faults, found.faults, _AGAIN),
-            (report.warnings, found.warnings, "compare its hash with a manifest"),
-        ):
-            if clauses:
-                told.append(FileFault(spec.file_name, f"({spec.parameter}) {'; '.join(clauses)}", advice))
+    )
+    with contextlib.closing(checked):
+        for spec, found in checked:
+            for told, clauses, advice in (
+                (report.faults, found.faults, _AGAIN),
+                (report.warnings, found.warnings, "compare its hash with a manifest"),
+            ):
+                if clauses:
+                    told.append(FileFault(spec.file_name, f"({spec.parameter}) {'; '.join(clauses)}", advice))
 
 
 def _check_place(manifest: Path, directory: Path) -> None:
@@ -200,12 +202,13 @@ def _write_manifest(report: Report, structure: Structure, manifest: Path, progre
         done = False
         try:
             report.resumed = sum(journal.known(target) is not None for target in targets)
-            hashed: dict[str, Entry] = {}
-            for target, entry in hash_files(targets, journal, _stage("hashing", progress)):
-                if isinstance(entry, Unhashed):
-                    raise CheckpointError(f"{target.path} {entry}: leave the files alone and start again")
-                hashed[target.name] = entry
-            write_manifest(manifest, {target.name: hashed[target.name] for target in targets}, report.directory.name)
+            entries: dict[str, Entry] = {}
+            with contextlib.closing(hash_files(targets, journal, _stage("hashing", progress))) as hashed:
+                for target, entry in hashed:
+                    if isinstance(entry, Unhashed):
+                        raise CheckpointError(f"{target.path} {entry}: leave the files alone and start again")
+                    entries[target.name] = entry
+            write_manifest(manifest, {target.name: entries[target.name] for target in targets}, report.directory.name)
             done = True
         finally:
             journal.close(remove=done)
@@ -221,7 +224,11 @@ def _check_manifest(
     progress: StageProgress | None,
 ) -> None:
     told = {fault.file for fault in report.faults}
-    wanted = {locate(name, report.directory): (name, entry) for name, entry in entries.items()}
+    wanted: dict[Path, tuple[str, Entry]] = {}
+    for name, entry in entries.items():
+        _, other = wanted.setdefault(locate(name, report.directory), (name, entry))
+        if other != entry:
+            raise CheckpointError(f"{manifest} lists {name} under two names, with different hashes: correct it")
     for target in _targets(report, structure):
         name = _short(target.path, report.directory)
         if target.path not in wanted and name not in told:
@@ -235,8 +242,9 @@ def _check_manifest(
     results: dict[Path, Entry | Unhashed] = {}
     try:
         report.resumed = sum(journal.known(target) is not None for target in targets)
-        for target, found in hash_files(targets, journal, _stage("hashing", progress)):
-            results[target.path] = found
+        with contextlib.closing(hash_files(targets, journal, _stage("hashing", progress))) as hashed:
+            for target, found in hashed:
+                results[target.path] = found
     finally:
         journal.close(remove=len(results) == len(targets))
     owners = {entry.sha256: path for path, (_, entry) in wanted.items()}
@@ -245,15 +253,17 @@ def _check_manifest(
         name = _short(path, report.directory)
         if name in told:  # one line a file
             continue
-        fault, found = _difference(results[path], expected), results[path]
-        if fault is None:
+        found = results[path]
+        clause = _difference(found, expected)
+        if clause is None:
             continue
-        advice = "download it" if fault == "is missing" else _AGAIN
+        fetch, advice = True, "download it" if clause == "is missing" else _AGAIN
         owner = owners.get(found.sha256) if isinstance(found, Entry) else None
         if owner is not None:
-            fault = f"holds what {_short(owner, report.directory)} should, as its SHA-256 says"
-            advice = "give the files their right names"
-        report.faults.append(FileFault(name, fault, advice, fetch=owner is None or expected.sha256 not in present))
+            clause = f"holds what {_short(owner, report.directory)} should, as its SHA-256 says"
+            if expected.sha256 in present:
+                fetch, advice = False, "give the files their right names"
+        report.faults.append(FileFault(name, clause, advice, fetch))
 
 
 def _difference(found: Entry | Unhashed, expected: Entry) -> str | None:
