@@ -74,14 +74,20 @@ class Report:
     def fetch_command(self) -> str | None:
         """The command that downloads those files; None if there are none, or it is not the release."""
         names = [name for name in self.to_fetch if name.startswith("tensor")]
-        if not names or self.stated or self.config != PRESETS["grok-1"] or self.directory.name != CHECKPOINT_DIR:
+        if (
+            not (names or self.hollow)
+            or self.stated
+            or self.config != PRESETS["grok-1"]
+            or self.directory.name != CHECKPOINT_DIR
+        ):
             return None
-        if len(names) == self.files:
+        if self.hollow or len(names) == self.files:
             which = "--include " + shlex.quote(f"{CHECKPOINT_DIR}/*")
         else:
             which = " ".join(f"{CHECKPOINT_DIR}/{name}" for name in names)
         # Without it, a file that is there already may be taken for right.
-        force = " --force-download" if any(fault.fault != "is missing" for fault in self.faults if fault.fetch) else ""
+        present = self.hollow or any(fault.fault != "is missing" for fault in self.faults if fault.fetch)
+        force = " --force-download" if present else ""
         folder = shlex.quote(str(self.directory.parent))
         return f"hf download {_RELEASE} {which} --repo-type model{force} --local-dir {folder}"
 

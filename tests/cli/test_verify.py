@@ -120,6 +120,7 @@ def test_the_release_without_its_weights_is_hollow(grok1, hollow_release):
     assert result.code == 1
     assert [fault["file"] for fault in result.lines[0]["faults"]] == ["ckpt-0"]
     assert "is hollow" in result.err
+    assert "--include 'ckpt-0/*' --repo-type model --force-download" in result.lines[0]["fetch_command"]
 
 
 def test_the_release_is_fetched_again_by_a_command(grok1, hollow_release):
