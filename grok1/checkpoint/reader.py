@@ -8,19 +8,18 @@ import os
 import re
 import threading
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from grok1.checkpoint.layout import CHECKPOINT_DIR, TensorSpec, tensor_table
-from grok1.checkpoint.pickle_scan import StoredArray, StoredTensor, scan
-from grok1.checkpoint.pickle_source import ScanError
+from grok1.checkpoint.layout import CHECKPOINT_DIR, TensorSpec
+from grok1.checkpoint.pickle_scan import StoredArray, StoredTensor
+from grok1.checkpoint.structure import FileFault, find_faults
 from grok1.config import PRESETS, ModelConfig
 from grok1.errors import CheckpointError
 
-_FILE_PREFIX = "tensor"  # only such files belong to a checkpoint; others in its folder are not looked at
 _FILE_NAME = re.compile(r"tensor\d+_\d+")
 
 _FAULTS_TOLD = 3
@@ -116,26 +115,13 @@ class Checkpoint:
         directory = find_checkpoint(path)
         stated = read_config(directory)
         config = stated or PRESETS["grok-1"]
-        table = tensor_table(config)
-        names = _tensor_names(directory)
-        tensors: list[StoredTensor] = []
-        faults: list[str] = []
-        for spec in table:
-            if spec.file_name not in names:
-                faults.append(f"{spec.file_name} is missing")
-                continue
-            try:
-                tensors.append(_check(spec, scan(directory / spec.file_name)))
-            except _Mismatch as mismatch:
-                faults.append(str(mismatch))
-            except ScanError as error:
-                faults.append(f"{spec.file_name}: {error.fault}")
-        expected = {spec.file_name for spec in table}
-        faults += [f"{name} is unexpected" for name in sorted(names - expected)]
-        if faults:
-            raise CheckpointError(_faults_sentence(directory, faults, len(table), stated is not None))
-        total = sum((directory / spec.file_name).stat().st_size for spec in table)
-        return cls(config, directory, table, tuple(tensors), total)
+        structure = find_faults(directory, config)
+        if structure.faults:
+            raise CheckpointError(
+                faults_sentence(directory, structure.faults, len(structure.table), has_config=stated is not None)
+            )
+        tensors = tuple(structure.tensors[spec.index] for spec in structure.table)
+        return cls(config, directory, structure.table, tensors, structure.total_bytes)
 
     def weight_view(self, index: int) -> np.ndarray:
         """The array of file `index` (float32, or a quantised weight's int8), mapped read-only.
@@ -244,46 +230,27 @@ class Checkpoint:
             raise CheckpointError(f"cannot read {path} ({error.strerror}): check the file and its disk") from None
 
 
-def _tensor_names(directory: Path) -> set[str]:
-    """Everything in the folder that is named as if it were a tensor file."""
-    try:
-        with os.scandir(directory) as entries:
-            return {entry.name for entry in entries if entry.name.startswith(_FILE_PREFIX)}
-    except OSError as error:
-        raise CheckpointError(f"cannot list {directory} ({error.strerror}): check its permissions") from None
+def faults_sentence(
+    directory: Path, faults: Sequence[FileFault], expected: int, *, has_config: bool, told: int = _FAULTS_TOLD
+) -> str:
+    """The sentence that counts the faults of a checkpoint and tells the first of them.
 
-
-class _Mismatch(Exception):
-    """A tensor file that holds another array than the table says."""
-
-
-def _check(spec: TensorSpec, found: StoredTensor) -> StoredTensor:
-    pairs: list[tuple[str, Any, Any]] = [
-        ("", found.array, spec.array),
-        ("scales of ", found.scales, spec.scales),
-    ]
-    for what, stored, expected in pairs:
-        if _describe(stored) != _describe(expected):
-            raise _Mismatch(
-                f"{spec.file_name} ({spec.parameter}) holds {what}{_describe(stored)}, "
-                f"expected {what}{_describe(expected)}"
-            )
-    return found
-
-
-def _describe(array: Any) -> str:
-    return "none" if array is None else f"{array.dtype} {array.shape}"
-
-
-def _faults_sentence(directory: Path, faults: list[str], expected: int, has_config: bool) -> str:
-    told = "; ".join(faults[:_FAULTS_TOLD])
-    if len(faults) > _FAULTS_TOLD:
-        told += f"; and {len(faults) - _FAULTS_TOLD} more"
+    Args:
+        directory: the folder of tensor files.
+        faults: one or more.
+        expected: how many files there should be.
+        has_config: whether a `config.json` says what the checkpoint is.
+        told: how many faults to tell.
+    """
+    sentence = "; ".join(str(fault) for fault in faults[:told])
+    if told and len(faults) > told:
+        sentence += f"; and {len(faults) - told} more"
     advice = "download or restore these files"
     if not has_config:
         advice += ", or put a config.json beside the folder if it is not the release"
-    verb = "is" if len(faults) == 1 else "are"
-    return f"{directory}: {len(faults)} of {expected} files {verb} not right: {told}; {advice}"
+    count = len({fault.file for fault in faults})
+    verb = "is" if count == 1 else "are"
+    return f"{directory}: {count} of {expected} files {verb} not right: " + (f"{sentence}; " if told else "") + advice
 
 
 def _changed(path: Path) -> CheckpointError:

@@ -1,0 +1,208 @@
+"""Whether the arrays of a checkpoint can be weights: finite, positive scales, no matrix of one value.
+
+What is wrong in every model is a fault; what is only unlikely is a warning.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from grok1.checkpoint.layout import TensorSpec
+from grok1.checkpoint.parallel import Advance
+from grok1.checkpoint.pickle_scan import StoredArray, StoredTensor
+from grok1.checkpoint.pickle_source import ScanError, open_regular
+
+_CHUNK = 4 << 20  # bytes that each thread holds
+_SAMPLE = 64 << 10  # values of each chunk that go into the histogram
+_FEW_VALUES = 16  # of the 255 that int8 weights use
+_ENOUGH = 4096  # values, for a histogram that says something
+_RARE = 1e-3  # of all values: -128 is no value of a symmetric quantisation
+_HOLLOW_MIN = 64 << 10  # bytes of a file, below which a disk's blocks say nothing
+_PROBES = 32
+_PROBE = 4096
+
+
+@dataclass
+class ContentReport:
+    """What is wrong with the arrays of one file; each a clause to be read after the file's name."""
+
+    faults: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def is_hollow(path: Path, tensor: StoredTensor) -> bool:
+    """Whether a file takes far less of the disk than its size, because its arrays are holes that read as zeros.
+
+    Such files come from a download that reserved its space and then stopped, or from a copy of the shapes only.
+
+    Raises:
+        ScanError: if the path is no regular file.
+        OSError: if it cannot be read.
+    """
+    status = os.stat(path)
+    blocks = getattr(status, "st_blocks", None)
+    if blocks is None or status.st_size < _HOLLOW_MIN or blocks * 512 * 4 > status.st_size:
+        return False
+    # A disk that compresses takes less than the size, too, so a few places have to be looked at.
+    stored, last = tensor.array, max(0, tensor.array.nbytes - _PROBE)
+    with open_regular(path) as file:
+        for probe in range(_PROBES):
+            file.seek(stored.offset + last * probe // (_PROBES - 1))
+            if any(file.read(min(_PROBE, stored.nbytes))):
+                return False
+    return True
+
+
+def check_content(path: Path, spec: TensorSpec, tensor: StoredTensor, advance: Advance) -> ContentReport:
+    """Reads the arrays of one file and looks for what no weight can be.
+
+    Args:
+        path: the file.
+        spec: what it is.
+        tensor: where its arrays lie.
+        advance: called with the bytes of each piece read.
+    """
+    report = ContentReport()
+    buffer = bytearray(min(_CHUNK, max(array.nbytes for array in (tensor.array, tensor.scales) if array)))
+    try:
+        with open_regular(path) as file:
+            if tensor.scales is None:
+                _check_floats(spec, _Chunks(file, tensor.array, buffer, advance), report)
+            else:
+                _check_scales(_Chunks(file, tensor.scales, buffer, advance), report)
+                _check_values(spec, _Chunks(file, tensor.array, buffer, advance), report)
+    except ScanError as error:
+        report.faults.append(f"cannot be read: {error.fault}")
+    except OSError as error:
+        report.faults.append(f"cannot be read: {error.strerror or error}")
+    return report
+
+
+class _Chunks:
+    """The data of an array in pieces, all in the same buffer."""
+
+    def __init__(self, file: BinaryIO, stored: StoredArray, buffer: bytearray, advance: Advance) -> None:
+        self.size = math.prod(stored.shape)
+        self._file, self._buffer, self._advance = file, memoryview(buffer), advance
+        # bfloat16 as plain bits: NumPy computes with those much faster
+        self._dtype = np.dtype("<u2") if stored.dtype.itemsize == 2 else stored.dtype
+        file.seek(stored.offset)
+
+    def read(self, size: int) -> Iterator[np.ndarray]:
+        """The next `size` values."""
+        rest = size * self._dtype.itemsize
+        whole = len(self._buffer) // self._dtype.itemsize * self._dtype.itemsize
+        while rest:
+            piece = self._buffer[: min(rest, whole)]
+            filled = 0
+            while filled < len(piece):
+                count = self._file.readinto(piece[filled:])  # type: ignore[attr-defined]
+                if not count:
+                    raise OSError("the file became shorter while it was read")
+                filled += count
+            rest -= len(piece)
+            self._advance(len(piece))
+            yield np.frombuffer(piece, self._dtype)
+
+
+def _check_floats(spec: TensorSpec, chunks: _Chunks, report: ContentReport) -> None:
+    """A norm's scales, a router or the embeddings."""
+    not_finite, low, high = 0, np.inf, -np.inf
+    for chunk in chunks.read(chunks.size):
+        finite = np.isfinite(chunk)
+        not_finite += chunk.size - int(np.count_nonzero(finite))
+        low = min(low, float(np.min(chunk, where=finite, initial=np.inf)))
+        high = max(high, float(np.max(chunk, where=finite, initial=-np.inf)))
+    if not_finite:
+        report.faults.append(f"has {not_finite:,} of {chunks.size:,} values that are NaN or infinite")
+    if low == high == 0:
+        report.faults.append("is all zero")
+    elif low == high and spec.name != "scale":
+        report.faults.append(f"has the same value, {low:g}, everywhere")
+    elif spec.name == "scale" and low < 0:
+        report.warnings.append(f"has norm scales down to {low:g}, expected none below 0")
+
+
+def _check_scales(chunks: _Chunks, report: ContentReport) -> None:
+    """A quantised weight's scales, as the bits of bfloat16."""
+    not_finite = zero = negative = 0
+    for bits in chunks.read(chunks.size):
+        magnitude = bits & 0x7FFF
+        odd = magnitude >= 0x7F80
+        not_finite += int(np.count_nonzero(odd))
+        zero += int(np.count_nonzero(magnitude == 0))
+        negative += int(np.count_nonzero((bits > 0x8000) & ~odd))
+    for count, what in ((not_finite, "NaN or infinite"), (zero, "zero"), (negative, "negative")):
+        if count:
+            verb = "is" if count == 1 else "are"
+            report.faults.append(f"has {chunks.size:,} scales of which {count:,} {verb} {what}")
+
+
+def _check_values(spec: TensorSpec, chunks: _Chunks, report: ContentReport) -> None:
+    """A quantised weight's int8 values, one group of rows of one matrix after the other, as they lie in the file."""
+    assert spec.scales_shape is not None
+    groups = math.prod(spec.scales_shape[:-1])
+    per_matrix = spec.scales_shape[-2]
+    histogram = np.zeros(256, np.int64)
+    lowest, hollow_bytes = 0, 0
+    constants: list[int | None] = []
+    for _ in range(groups):
+        low, high = 127, -128
+        for chunk in chunks.read(chunks.size // groups):
+            chunk_low, chunk_high = int(chunk.min()), int(chunk.max())
+            low, high = min(low, chunk_low), max(high, chunk_high)
+            if chunk_low == -128:
+                lowest += int(np.count_nonzero(chunk == -128))
+            if chunk_low == chunk_high == 0 and chunk.size == _CHUNK:
+                hollow_bytes += chunk.size
+            histogram += np.bincount(chunk[:_SAMPLE].view(np.uint8), minlength=256)
+        constants.append(low if low == high else None)
+    _report_constants(constants, per_matrix, chunks.size // groups, report)
+    constant = any(value is not None for value in constants)
+    if hollow_bytes and not constant:
+        report.faults.append(f"has {hollow_bytes:,} bytes of zeros in stretches of {_CHUNK:,} and more")
+    used, sampled = int(np.count_nonzero(histogram)), int(histogram.sum())
+    if not constant and used < _FEW_VALUES and sampled >= _ENOUGH:
+        report.warnings.append(f"has only {used} different values in {sampled:,}, expected most of 255")
+    if lowest > _RARE * chunks.size:
+        report.warnings.append(f"has the value -128 {lowest:,} times in {chunks.size:,}, expected -127 to 127 only")
+
+
+def _report_constants(constants: list[int | None], per_matrix: int, size: int, report: ContentReport) -> None:
+    """Tells of groups whose values are all the same, as matrices where whole ones are.
+
+    Args:
+        constants: for each group, the value that all of it has, or None.
+        per_matrix: groups of a matrix.
+        size: values of a group.
+        report: gets the faults.
+    """
+    if size < 2:
+        return
+    parts = [set(constants[start : start + per_matrix]) for start in range(0, len(constants), per_matrix)]
+    matrices = {number: part.pop() for number, part in enumerate(parts) if len(part) == 1 and None not in part}
+    for value in sorted(set(matrices.values()), key=str):
+        numbers = [number for number, found in matrices.items() if found == value]
+        which = "" if len(parts) == 1 else f"{_listed(numbers)} of {len(parts)} matrices "
+        told = "all zero" if value == 0 else f"the same value, {value}, everywhere"
+        report.faults.append(f"is {told}" if not which else f"has {told} in {which}".rstrip())
+    groups = [
+        number for number, value in enumerate(constants) if value is not None and number // per_matrix not in matrices
+    ]
+    if groups:
+        report.faults.append(
+            f"has one value only in scale {'group' if len(groups) == 1 else 'groups'} {_listed(groups)} "
+            f"of {len(constants)}"
+        )
+
+
+def _listed(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:4]))
+    return shown if len(numbers) <= 4 else f"{shown} and {len(numbers) - 4} more"

@@ -1,0 +1,168 @@
+"""Whether the files of a checkpoint are those of its table: all there, each with the arrays of its place."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from grok1.checkpoint.framing import ArraySpec
+from grok1.checkpoint.layout import TensorSpec, tensor_table
+from grok1.checkpoint.pickle_scan import StoredArray, StoredTensor, scan
+from grok1.checkpoint.pickle_source import ScanError
+from grok1.config import ModelConfig
+from grok1.errors import CheckpointError
+
+_FILE_PREFIX = "tensor"  # only such files belong to a checkpoint; others in its folder are not looked at
+
+_Signature = tuple[str, str]
+"""An array and its scales, described; two files with the same one could take each other's place."""
+
+
+@dataclass(frozen=True)
+class FileFault:
+    """A file that is not right.
+
+    Attributes:
+        file: its name.
+        fault: what is wrong, to be read after the name, as `is missing`.
+        advice: what to do.
+        fetch: whether downloading the file helps.
+        separator: what stands between the name and the fault.
+    """
+
+    file: str
+    fault: str
+    advice: str
+    fetch: bool = True
+    separator: str = " "
+
+    def __str__(self) -> str:
+        return f"{self.file}{self.separator}{self.fault}"
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What the files of a checkpoint hold.
+
+    Attributes:
+        table: what each file should be.
+        tensors: for the index of each file that is right, where its arrays lie.
+        faults: the others, and files that do not belong there.
+        total_bytes: size of the files that are right.
+    """
+
+    table: tuple[TensorSpec, ...]
+    tensors: dict[int, StoredTensor]
+    faults: tuple[FileFault, ...]
+    total_bytes: int
+
+
+def find_faults(directory: Path, config: ModelConfig) -> Structure:
+    """Scans every file of a checkpoint; reads no array.
+
+    Files of the same shape in each other's place are not noticed: nothing in a file says which layer it is of.
+
+    Args:
+        directory: the folder of tensor files.
+        config: says which files there should be.
+
+    Raises:
+        CheckpointError: if the folder cannot be listed.
+    """
+    table = tensor_table(config)
+    names = _tensor_names(directory)
+    found: dict[int, StoredTensor] = {}
+    unreadable: dict[int, FileFault] = {}
+    sizes: dict[int, int] = {}
+    for spec in table:
+        if spec.file_name not in names:
+            unreadable[spec.index] = FileFault(spec.file_name, "is missing", "download it")
+            continue
+        path = directory / spec.file_name
+        try:
+            found[spec.index] = scan(path)
+            sizes[spec.index] = path.stat().st_size
+        except ScanError as error:
+            unreadable[spec.index] = FileFault(
+                spec.file_name, error.fault + _size_clause(path, spec), "download it again", separator=": "
+            )
+        except OSError as error:  # it went away after the scan
+            unreadable[spec.index] = FileFault(spec.file_name, f"cannot be read: {error.strerror}", "download it again")
+    right = {index: tensor for index, tensor in found.items() if _holds(tensor) == _expects(table[index])}
+    places = _Places([spec for spec in table if spec.index not in right])
+    faults = []
+    for spec in table:
+        if spec.index in unreadable:
+            faults.append(unreadable[spec.index])
+        elif spec.index not in right:
+            faults.append(_mismatch(spec, found[spec.index], places))
+    expected = {spec.file_name for spec in table}
+    faults += [
+        FileFault(name, "is unexpected", "move it out of the folder", fetch=False) for name in sorted(names - expected)
+    ]
+    return Structure(table, right, tuple(faults), sum(sizes[index] for index in right))
+
+
+def _tensor_names(directory: Path) -> set[str]:
+    """Everything in the folder that is named as if it were a tensor file."""
+    try:
+        with os.scandir(directory) as entries:
+            return {entry.name for entry in entries if entry.name.startswith(_FILE_PREFIX)}
+    except OSError as error:
+        raise CheckpointError(f"cannot list {directory} ({error.strerror}): check its permissions") from None
+
+
+def _size_clause(path: Path, spec: TensorSpec) -> str:
+    """How much longer or shorter than the release's a file is; nothing if that cannot be said."""
+    try:
+        size = path.stat().st_size
+    except OSError:
+        return ""
+    if not path.is_file() or size == spec.file_bytes:
+        return ""
+    difference, word = abs(size - spec.file_bytes), "cut" if size < spec.file_bytes else "too long"
+    return f"; it is {word} by {difference:,} byte{'s' * (difference != 1)} ({size:,}, expected {spec.file_bytes:,})"
+
+
+def _describe(array: StoredArray | ArraySpec | None) -> str:
+    return "none" if array is None else f"{array.dtype} {array.shape}"
+
+
+def _holds(tensor: StoredTensor) -> _Signature:
+    return _describe(tensor.array), _describe(tensor.scales)
+
+
+def _expects(spec: TensorSpec) -> _Signature:
+    return _describe(spec.array), _describe(spec.scales)
+
+
+class _Places:
+    """The places of the table without the right file, by what they expect."""
+
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+        self._by_signature: dict[_Signature, list[TensorSpec]] = defaultdict(list)
+        for spec in specs:
+            self._by_signature[_expects(spec)].append(spec)
+
+    def nearest(self, signature: _Signature, index: int) -> TensorSpec | None:
+        """The nearest place to a file's own that waits for such arrays."""
+        specs = self._by_signature.get(signature, [])
+        return min(specs, key=lambda spec: abs(spec.index - index), default=None)
+
+
+def _mismatch(spec: TensorSpec, found: StoredTensor, places: _Places) -> FileFault:
+    """The fault of a file that holds other arrays than its place asks for."""
+    (array, scales), (expected_array, expected_scales) = _holds(found), _expects(spec)
+    if array != expected_array:
+        fault = f"holds {array}, expected {expected_array}"
+    else:
+        fault = f"holds scales of {scales}, expected scales of {expected_scales}"
+    advice = "download it again"
+    other = places.nearest((array, scales), spec.index)
+    if other is not None:
+        fault += f"; it holds what {other.file_name} ({other.parameter}) should"
+        advice = "give the files their right names, or download both again"
+    return FileFault(spec.file_name, f"({spec.parameter}) {fault}", advice)

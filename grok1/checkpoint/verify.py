@@ -1,0 +1,294 @@
+"""Verifying a checkpoint: its structure, the content of its arrays, and its hashes against a manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from grok1.checkpoint.content import check_content, is_hollow
+from grok1.checkpoint.layout import CHECKPOINT_DIR
+from grok1.checkpoint.manifest import (
+    Entry,
+    Journal,
+    Target,
+    Unhashed,
+    cannot_write,
+    hash_files,
+    locate,
+    read_manifest,
+    write_manifest,
+)
+from grok1.checkpoint.parallel import in_parallel
+from grok1.checkpoint.pickle_source import ScanError
+from grok1.checkpoint.reader import find_checkpoint, read_config
+from grok1.checkpoint.structure import FileFault, Structure, find_faults
+from grok1.config import PRESETS, ModelConfig
+from grok1.errors import CheckpointError
+
+_RELEASE = "xai-org/grok-1"
+_COMPANIONS = ("config.json", "tokenizer.model")  # of the files beside the tensors, those that a model needs
+_AGAIN = "download it again"
+
+StageProgress = Callable[[str, int, int], None]
+"""Called with what is being done, the bytes read so far and the bytes in all."""
+
+
+@dataclass
+class Report:
+    """What a verification found.
+
+    Attributes:
+        directory: the folder of tensor files.
+        config: of the checkpoint; the release's if it states none.
+        stated: whether a `config.json` states it.
+        files: how many tensor files there should be.
+        total_bytes: size of the tensor files whose structure is right.
+        faults: every file that is not right, in the order of the files; a file may come more than once.
+        warnings: what is only unlikely, in the same form.
+        resumed: files that an earlier, interrupted run had hashed.
+    """
+
+    directory: Path
+    config: ModelConfig
+    stated: bool
+    files: int
+    total_bytes: int
+    faults: list[FileFault]
+    warnings: list[FileFault] = field(default_factory=list)
+    resumed: int = 0
+
+    @property
+    def hollow(self) -> bool:
+        """Whether the files hold the shapes of a checkpoint without its weights."""
+        return any(fault.file == self.directory.name for fault in self.faults)
+
+    @property
+    def to_fetch(self) -> list[str]:
+        """The names of the files that a download would put right."""
+        return list(dict.fromkeys(fault.file for fault in self.faults if fault.fetch))
+
+    @property
+    def fetch_command(self) -> str | None:
+        """The command that downloads those files; None if there are none, or it is not the release."""
+        names = [name for name in self.to_fetch if name.startswith("tensor")]
+        if (
+            not (names or self.hollow)
+            or self.stated
+            or self.config != PRESETS["grok-1"]
+            or self.directory.name != CHECKPOINT_DIR
+        ):
+            return None
+        if self.hollow or len(names) == self.files:
+            which = "--include " + shlex.quote(f"{CHECKPOINT_DIR}/*")
+        else:
+            which = " ".join(f"{CHECKPOINT_DIR}/{name}" for name in names)
+        # Without it, a file that is there already may be taken for right.
+        present = self.hollow or any(fault.fault != "is missing" for fault in self.faults if fault.fetch)
+        force = " --force-download" if present else ""
+        folder = shlex.quote(str(self.directory.parent))
+        return f"hf download {_RELEASE} {which} --repo-type model{force} --local-dir {folder}"
+
+
+def verify(
+    path: Path,
+    *,
+    content: bool = False,
+    manifest: Path | None = None,
+    new_manifest: Path | None = None,
+    progress: StageProgress | None = None,
+) -> Report:
+    """Verifies a checkpoint, and finds all that is wrong with it.
+
+    Args:
+        path: a folder that holds `ckpt-0`, or the folder of tensor files itself.
+        content: reads every array and looks for what no weight can be.
+        manifest: a manifest to check every file against; reads every file.
+        new_manifest: writes a manifest here, if nothing is wrong; reads every file.
+        progress: called about every few megabytes, in this thread.
+
+    Raises:
+        CheckpointError: if there is no checkpoint at all, or a manifest cannot be read or written.
+        ConfigError: if there is a `config.json` that is no config.
+    """
+    directory = find_checkpoint(path).absolute()
+    stated = read_config(directory)
+    config = stated or PRESETS["grok-1"]
+    entries = read_manifest(manifest) if manifest is not None else None  # before hours of reading
+    if new_manifest is not None:
+        _check_place(new_manifest, directory)
+    structure = find_faults(directory, config)
+    report = Report(
+        directory,
+        config,
+        stated is not None,
+        len(structure.table),
+        structure.total_bytes,
+        list(structure.faults),
+    )
+    if content:
+        _check_content(report, structure, progress)
+    if manifest is not None and entries is not None:
+        _check_manifest(report, structure, manifest, entries, progress)
+    order = {spec.file_name: spec.index for spec in structure.table}
+    for found in (report.faults, report.warnings):
+        found.sort(key=lambda fault: order.get(fault.file, len(order)))
+    if new_manifest is not None and not report.faults:
+        _write_manifest(report, structure, new_manifest, progress)
+    return report
+
+
+def _check_content(report: Report, structure: Structure, progress: StageProgress | None) -> None:
+    right = [spec for spec in structure.table if spec.index in structure.tensors]
+    hollow = []
+    for spec in right:
+        with contextlib.suppress(ScanError, OSError):  # `check_content` will say what it is
+            if is_hollow(report.directory / spec.file_name, structure.tensors[spec.index]):
+                hollow.append(spec)
+    hollow_bytes = sum(spec.file_bytes for spec in hollow)
+    if hollow and hollow_bytes * 2 > structure.total_bytes:
+        report.faults.append(
+            FileFault(
+                report.directory.name,
+                f"is hollow: {len(hollow)} of {report.files} files, {hollow_bytes:,} of {structure.total_bytes:,} "
+                "bytes, are holes on the disk that read as zeros",
+                "download the weights; there are only shapes",
+                fetch=False,
+            )
+        )
+        return
+    for spec in hollow:
+        fault = f"({spec.parameter}) is hollow: its data are a hole on the disk that reads as zeros"
+        report.faults.append(FileFault(spec.file_name, fault, _AGAIN))
+    rest = [spec for spec in right if spec not in hollow]
+    checked = in_parallel(
+        rest,
+        lambda spec, advance: check_content(
+            report.directory / spec.file_name, spec, structure.tensors[spec.index], advance
+        ),
+        sum(spec.array_bytes for spec in rest),
+        _stage("checking values", progress),
+    )
+    with contextlib.closing(checked):
+        for spec, found in checked:
+            for told, clauses, advice in (
+                (report.faults, found.faults, _AGAIN),
+                (report.warnings, found.warnings, "compare its hash with a manifest"),
+            ):
+                if clauses:
+                    told.append(FileFault(spec.file_name, f"({spec.parameter}) {'; '.join(clauses)}", advice))
+
+
+def _check_place(manifest: Path, directory: Path) -> None:
+    """Refuses to write a manifest over or among the files that it is to list."""
+    place = manifest.absolute()
+    taken = place.parent.resolve() == directory.resolve() and place.name.startswith("tensor")
+    if taken or place.name in _COMPANIONS:
+        raise CheckpointError(f"{manifest} is named like a file of a checkpoint: choose another name for the manifest")
+    if place.is_dir():
+        raise CheckpointError(f"{manifest} is a folder, expected a file: choose a name for the manifest in it")
+
+
+def _targets(report: Report, structure: Structure) -> list[Target]:
+    """Every file that a manifest of the checkpoint lists."""
+    folder = report.directory
+    names = [f"{folder.name}/{spec.file_name}" for spec in structure.table]
+    names += [f"{folder.name}/{name}" for name in _COMPANIONS if (folder / name).is_file()]
+    names += [name for name in _COMPANIONS if (folder.parent / name).is_file()]
+    return [Target(name, folder.parent / name) for name in names]
+
+
+def _write_manifest(report: Report, structure: Structure, manifest: Path, progress: StageProgress | None) -> None:
+    targets = _targets(report, structure)
+    journal = Journal(manifest, report.directory)
+    try:
+        journal.open()
+        done = False
+        try:
+            report.resumed = sum(journal.known(target) is not None for target in targets)
+            entries: dict[str, Entry] = {}
+            with contextlib.closing(hash_files(targets, journal, _stage("hashing", progress))) as hashed:
+                for target, entry in hashed:
+                    if isinstance(entry, Unhashed):
+                        raise CheckpointError(f"{target.path} {entry}: leave the files alone and start again")
+                    entries[target.name] = entry
+            write_manifest(manifest, {target.name: entries[target.name] for target in targets}, report.directory.name)
+            done = True
+        finally:
+            journal.close(remove=done)
+    except OSError as error:
+        raise cannot_write(manifest, error) from None
+
+
+def _check_manifest(
+    report: Report,
+    structure: Structure,
+    manifest: Path,
+    entries: dict[str, Entry],
+    progress: StageProgress | None,
+) -> None:
+    told = {fault.file for fault in report.faults}
+    wanted: dict[Path, tuple[str, Entry]] = {}
+    for name, entry in entries.items():
+        _, other = wanted.setdefault(locate(name, report.directory), (name, entry))
+        if other != entry:
+            raise CheckpointError(f"{manifest} lists {name} under two names, with different hashes: correct it")
+    for target in _targets(report, structure):
+        name = _short(target.path, report.directory)
+        if target.path not in wanted and name not in told:
+            advice = "get a manifest of the whole checkpoint"
+            fault = FileFault(name, "is not in the manifest, so nothing vouches for it", advice, fetch=False)
+            (report.warnings if target.path.name in _COMPANIONS else report.faults).append(fault)
+    targets = [Target(name, path) for path, (name, _) in wanted.items()]
+    journal = Journal(manifest, report.directory)
+    with contextlib.suppress(OSError):  # a manifest may lie where nobody can write: then nothing is resumed
+        journal.open()
+    results: dict[Path, Entry | Unhashed] = {}
+    try:
+        report.resumed = sum(journal.known(target) is not None for target in targets)
+        with contextlib.closing(hash_files(targets, journal, _stage("hashing", progress))) as hashed:
+            for target, found in hashed:
+                results[target.path] = found
+    finally:
+        journal.close(remove=len(results) == len(targets))
+    owners = {entry.sha256: path for path, (_, entry) in wanted.items()}
+    present = {found.sha256 for found in results.values() if isinstance(found, Entry)}
+    for path, (_, expected) in wanted.items():
+        name = _short(path, report.directory)
+        if name in told:  # one line a file
+            continue
+        found = results[path]
+        clause = _difference(found, expected)
+        if clause is None:
+            continue
+        fetch, advice = True, "download it" if clause == "is missing" else _AGAIN
+        owner = owners.get(found.sha256) if isinstance(found, Entry) else None
+        if owner is not None:
+            clause = f"holds what {_short(owner, report.directory)} should, as its SHA-256 says"
+            if expected.sha256 in present:
+                fetch, advice = False, "give the files their right names"
+        report.faults.append(FileFault(name, clause, advice, fetch))
+
+
+def _difference(found: Entry | Unhashed, expected: Entry) -> str | None:
+    if isinstance(found, Unhashed):
+        return str(found)
+    if expected.size is not None and found.size != expected.size:
+        return f"has {found.size:,} bytes, the manifest says {expected.size:,}"
+    if found.sha256 != expected.sha256:
+        return f"has the SHA-256 {found.sha256[:12]}…, the manifest says {expected.sha256[:12]}…"
+    return None
+
+
+def _short(path: Path, directory: Path) -> str:
+    """A tensor file's name, another file's path from the folder around."""
+    return path.name if path.parent == directory else path.relative_to(directory.parent).as_posix()
+
+
+def _stage(text: str, progress: StageProgress | None) -> Callable[[int, int], None] | None:
+    if progress is None:
+        return None
+    told = progress
+    return lambda done, total: told(text, done, total)
