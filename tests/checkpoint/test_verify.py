@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from grok1.checkpoint import content
 from grok1.checkpoint import manifest as manifests
 from grok1.checkpoint.framing import Payload
 from grok1.checkpoint.layout import tensor_table
@@ -205,6 +206,14 @@ def test_arrays_that_no_weight_can_be(files, rewrite, index, change, told):
     assert faulty(report) == [name(index)]
     assert told in report.faults[0].fault
     assert report.warnings == []
+
+
+def test_a_stretch_of_zeros_within_a_matrix(files, rewrite, monkeypatch):
+    monkeypatch.setattr(content, "_CHUNK", 16)  # otherwise such a stretch has megabytes
+    rewrite(31, fill(0, slice(3, 5)))
+    report = verify(files, content=True)
+    assert faulty(report) == [name(31)]
+    assert "has 32 bytes of zeros" in report.faults[0].fault
 
 
 def test_all_content_faults_of_a_checkpoint_at_once(files, rewrite):
