@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 
@@ -105,6 +106,8 @@ def start():
 
     def start(*arguments, code=None, env=None, **options):
         command = ["-c", code] if code is not None else ["-m", "grok1"]
+        # A process started in a background job inherits that it ignores Ctrl-C, unless its parent listens.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(
             [sys.executable, *command, *map(str, arguments)],
             env=os.environ | (env or {}),
