@@ -65,7 +65,8 @@ def command(
     """Write a checkpoint of random weights into DIR, in the format of the release.
 
     DIR gets ckpt-0, config.json and tokenizer.model. The text that such a model writes means nothing, but everything
-    else is as with the release: commands, files, memory and speed for the model's size.
+    else is as with the release: commands, files, memory and speed for the model's size. With --hollow there are no
+    weights at all, only what inspect, verify and plan look at.
 
     \b
     grok1 init demo --preset tiny
