@@ -1,4 +1,4 @@
-"""Writes a random-weight checkpoint in the release's format."""
+"""Writes a checkpoint in the release's format, of random weights or hollow."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from grok1.checkpoint.framing import Payload
+from grok1.checkpoint.hollow import hollow_disk_bytes, write_hollow_tensors
 from grok1.checkpoint.layout import CHECKPOINT_DIR, TensorSpec, tensor_table
 from grok1.checkpoint.random_weights import random_chunks
 from grok1.checkpoint.reader import holds_tensor_files
@@ -31,6 +32,7 @@ def write_checkpoint(
     *,
     seed: int = 0,
     force: bool = False,
+    hollow: bool = False,
     tokenizer: bytes | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -46,11 +48,14 @@ def write_checkpoint(
         config: the model to write. At most a few megabytes of it are in memory at a time.
         seed: 0 or more; the same seed and config give the same bytes.
         force: replaces a checkpoint that is there, with its config and tokenizer.
+        hollow: leaves the arrays' data out. The files have the same sizes and the same bytes around the data,
+            which are holes: they read as zeros and take no room on the disk. The seed changes nothing then.
         tokenizer: content of `tokenizer.model`; None writes none.
-        progress: called about once a megabyte.
+        progress: called about once a megabyte, or once a file if they are hollow.
 
     Raises:
-        CheckpointError: if there is a checkpoint already, or too little space, or a file cannot be written.
+        CheckpointError: if there is a checkpoint already, or too little space, or a file cannot be written, or
+            the files are to be hollow and the filesystem has neither holes nor the room for files without.
     """
     if seed < 0:
         raise CheckpointError(f"the seed is {seed}, expected 0 or more: choose another")
@@ -58,14 +63,18 @@ def write_checkpoint(
     with _plain_errors(directory):
         _check_target(directory, force)
         table = tensor_table(config)
-        _check_space(directory, table, len(tokenizer or b""))
+        tensor_bytes = sum(hollow_disk_bytes(spec) if hollow else spec.file_bytes for spec in table)
+        _check_space(directory, tensor_bytes + len(tokenizer or b"") + _BLOCK * (len(table) + 4))
         with _new_folders(directory), _scratch_folder(directory) as scratch:
             new = scratch / "new"
             (new / CHECKPOINT_DIR).mkdir(parents=True)
             (new / _CONFIG).write_text(config.to_json(), encoding="utf-8")
             if tokenizer is not None:
                 (new / _TOKENIZER).write_bytes(tokenizer)
-            _write_tensors(new / CHECKPOINT_DIR, table, config, seed, progress)
+            if hollow:
+                write_hollow_tensors(new / CHECKPOINT_DIR, table, progress)
+            else:
+                _write_tensors(new / CHECKPOINT_DIR, table, config, seed, progress)
             _check_target(directory, force)  # another writer may have come first
             _swap(directory, scratch)
 
@@ -89,8 +98,7 @@ def _check_target(directory: Path, force: bool) -> None:
         )
 
 
-def _check_space(directory: Path, table: tuple[TensorSpec, ...], tokenizer_bytes: int) -> None:
-    needed = sum(spec.file_bytes for spec in table) + tokenizer_bytes + _BLOCK * (len(table) + 4)
+def _check_space(directory: Path, needed: int) -> None:
     present = next(folder for folder in (directory, *directory.parents) if folder.exists())
     free = shutil.disk_usage(present).free
     if needed > free:

@@ -1,4 +1,4 @@
-"""`grok1 init`: writes a random-weight checkpoint."""
+"""`grok1 init`: writes a checkpoint of random weights, or a hollow one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from grok1.cli.completions import json_line
 from grok1.cli.options import output_options
@@ -41,6 +42,13 @@ _RELEASE = "grok-1"
     help="Write this SentencePiece model beside the weights, and make the vocabulary as large as its own.  "
     "[default: a small tokenizer is trained; none for grok-1]",
 )
+@click.option(
+    "--hollow",
+    is_flag=True,
+    help="Leave the weights out: files of the same names, sizes and structure, whose arrays are holes that read as "
+    "zeros. For grok-1 that is 318 GB on a few MB of disk, in seconds, to rehearse inspect and verify before the "
+    "download.",
+)
 @click.option("--force", is_flag=True, help="Replace a checkpoint that is there.")
 @output_options
 @pass_terminal
@@ -50,21 +58,33 @@ def command(
     preset: str,
     seed: int,
     tokenizer: Path | None,
+    hollow: bool,
     force: bool,
     as_json: bool,
 ) -> None:
     """Write a checkpoint of random weights into DIR, in the format of the release.
 
     DIR gets ckpt-0, config.json and tokenizer.model. The text that such a model writes means nothing, but everything
-    else is as with the release: commands, files, memory and speed for the model's size.
+    else is as with the release: commands, files, memory and speed for the model's size. With --hollow there are no
+    weights at all, only what inspect and verify look at.
 
     \b
     grok1 init demo --preset tiny
     grok1 run -c demo "The answer is"
+
+    \b
+    grok1 init hollow --preset grok-1 --hollow
+    grok1 inspect hollow
     """
+    context = click.get_current_context()
+    if hollow and context.get_parameter_source("seed") is not ParameterSource.DEFAULT:
+        raise click.UsageError("--hollow and --seed are both given: hollow files have no random weights.")
+
+    from grok1.checkpoint.hollow import allocated_bytes
     from grok1.checkpoint.reader import find_checkpoint
     from grok1.checkpoint.writer import write_checkpoint
 
+    doing = "writing hollow files" if hollow else "writing weights"
     config = PRESETS[preset]
     config, tokenizer_model = _tokenizer(terminal, config, preset, tokenizer)
     write_checkpoint(
@@ -72,8 +92,9 @@ def command(
         config,
         seed=seed,
         force=force,
+        hollow=hollow,
         tokenizer=tokenizer_model,
-        progress=lambda done, total: terminal.show_bytes("writing weights", done, total),
+        progress=lambda done, total: terminal.show_bytes(doing, done, total),
     )
     terminal.clear()
     written = [path for path in find_checkpoint(directory).iterdir() if path.is_file()]
@@ -85,7 +106,8 @@ def command(
                 {
                     "directory": str(directory),
                     "preset": preset,
-                    "seed": seed,
+                    "seed": None if hollow else seed,
+                    "hollow": hollow,
                     "files": len(written),
                     "bytes": size,
                     "parameters": config.num_parameters,
@@ -96,6 +118,11 @@ def command(
     terminal.note(
         f"Wrote {len(written)} files, {size / 1e9:,.3f} GB, {config.num_parameters:,} parameters, to {directory}."
     )
+    if hollow:
+        on_disk = sum(allocated_bytes(path.stat()) for path in written)
+        terminal.note(f"They are hollow and take {on_disk / 1e6:,.1f} MB of disk.")
+        terminal.note(f"Try: grok1 inspect {shlex.quote(str(directory))}")
+        return
     if tokenizer_model is None:
         terminal.note("No tokenizer was written: put the release's tokenizer.model, which comes with its code, there.")
     terminal.note(f'Try: grok1 run -c {shlex.quote(str(directory))} "The answer is"')

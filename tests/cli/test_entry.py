@@ -18,7 +18,8 @@ def imported(code):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["run", "--help"], ["score", "--help"], ["smoke", "--help"]]
+    "arguments",
+    [["--help"], ["--version"], ["run", "--help"], ["score", "--help"], ["smoke", "--help"], ["inspect", "--help"]],
 )
 def test_help_imports_nothing_heavy(arguments):
     assert imported(f"from grok1.cli import Terminal, execute\nassert execute({arguments}, Terminal()) == 0") == set()

@@ -1,0 +1,72 @@
+"""Hollow tensor files: whole, but their arrays' data are holes, which read as zeros and take no room on the disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from grok1.checkpoint.framing import Payload
+from grok1.checkpoint.layout import TensorSpec
+from grok1.errors import CheckpointError
+
+_BLOCK = 4096  # a filesystem allocates in these units, or in multiples
+_LARGE = 1 << 20  # a smaller file is no proof of whether the filesystem keeps holes
+
+
+def allocated_bytes(status: os.stat_result) -> int:
+    """Bytes that a file takes on the disk, which for a file with holes are fewer than its size."""
+    return status.st_blocks * 512  # POSIX systems count blocks of 512 bytes, whatever the filesystem's are
+
+
+def hollow_disk_bytes(spec: TensorSpec) -> int:
+    """The most bytes that the hollow file takes on the disk: its literal bytes, each run of them in blocks."""
+    literals = [piece for piece in spec.pieces() if not isinstance(piece, Payload)]
+    # A run may begin in one block and end in another.
+    return min(spec.file_bytes, sum(len(piece) + 2 * _BLOCK for piece in literals))
+
+
+def write_hollow_tensors(
+    folder: Path, table: tuple[TensorSpec, ...], progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Writes tensor files of the right size and framing without their arrays' data.
+
+    Args:
+        folder: where the files go; it must be there.
+        table: the files.
+        progress: called after each file with the bytes so far, holes included, and the bytes in all.
+
+    Raises:
+        CheckpointError: if the filesystem fills holes and has no room for all files so filled.
+        OSError: if a file cannot be written.
+    """
+    done, total = 0, sum(spec.file_bytes for spec in table)
+    for spec in table:
+        status = _write_hollow(folder / spec.file_name, spec)
+        done += spec.file_bytes
+        if spec.file_bytes >= _LARGE and allocated_bytes(status) > spec.file_bytes // 2:
+            _check_room_for_filled(folder, spec, allocated_bytes(status), total - done)
+        if progress:
+            progress(done, total)
+
+
+def _write_hollow(path: Path, spec: TensorSpec) -> os.stat_result:
+    with path.open("wb") as file:
+        for piece in spec.pieces():
+            if isinstance(piece, Payload):
+                file.seek(piece.nbytes, os.SEEK_CUR)
+            else:
+                file.write(piece)  # a pickle ends with an opcode, so that the file gets its whole size
+        file.flush()
+        return os.fstat(file.fileno())
+
+
+def _check_room_for_filled(folder: Path, spec: TensorSpec, allocated: int, remaining: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if remaining > free:
+        raise CheckpointError(
+            f"the filesystem fills the holes of files: {spec.file_name} took {allocated / 1e6:,.0f} MB of it, expected "
+            f"less than 1 MB, and the other files would take {remaining / 1e9:,.2f} GB where {free / 1e9:,.2f} GB are "
+            "free; choose a folder on a filesystem that keeps holes, such as ext4, XFS, btrfs or APFS"
+        )

@@ -1,0 +1,156 @@
+"""`grok1 inspect`: what is in a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from grok1.cli.completions import json_line
+from grok1.cli.options import output_options
+from grok1.cli.terminal import Terminal, pass_terminal
+
+if TYPE_CHECKING:
+    from grok1.checkpoint.inspect import Inspection, KindSummary, TensorEntry
+
+
+@click.command("inspect", short_help="Show what is in a checkpoint.")
+@click.argument(
+    "directory", metavar="[DIR]", type=click.Path(path_type=Path), envvar="GROK1_CHECKPOINT", default="checkpoints"
+)
+@click.option(
+    "--tensors",
+    is_flag=True,
+    help="Print a line for each tensor instead: embedding, layers by number, final norm. Offsets are in bytes from "
+    "the file's beginning to the data of the array and of its scales.",
+)
+@output_options
+@pass_terminal
+def command(terminal: Terminal, directory: Path, tensors: bool, as_json: bool) -> None:
+    """Show what is in the checkpoint of DIR: parameters, sizes, shapes, and the model's config.
+
+    DIR is the folder that holds ckpt-0, or is it; without it, $GROK1_CHECKPOINT, then checkpoints. Every file's
+    structure is checked and no array is read, so that it takes a second for the whole release. A checkpoint that is
+    damaged, or whose files do not fit its config, is an error that names the files.
+
+    \b
+    grok1 inspect
+    grok1 inspect --tensors demo
+    grok1 inspect --tensors --json | jq -r 'select(.layer == 10) | .file'
+    """
+    from grok1.checkpoint.inspect import inspect_checkpoint
+    from grok1.checkpoint.reader import Checkpoint
+
+    inspection = inspect_checkpoint(Checkpoint.open(directory))
+    if tensors and as_json:
+        terminal.write("".join(json_line(_tensor_fields(tensor)) for tensor in inspection.tensors))
+    elif tensors:
+        terminal.write(_tensor_lines(inspection))
+    elif as_json:
+        terminal.write(json_line(_fields(inspection)))
+    else:
+        terminal.write(f"{_facts(inspection)}\n{_kind_lines(inspection)}")
+
+
+def _fields(inspection: Inspection) -> dict[str, Any]:
+    return {
+        "directory": str(inspection.directory),
+        "files": len(inspection.tensors),
+        "bytes": inspection.file_bytes,
+        "allocated_bytes": inspection.allocated_bytes,
+        "hollow": inspection.hollow,
+        "parameters": inspection.parameters,
+        "active_parameters": inspection.active_parameters,
+        "config": dataclasses.asdict(inspection.config),
+        "kinds": [_kind_fields(kind, inspection.file_bytes) for kind in inspection.kinds()],
+    }
+
+
+def _kind_fields(kind: KindSummary, all_bytes: int) -> dict[str, Any]:
+    return {
+        "kind": kind.kind,
+        "files": kind.count,
+        "parameters": kind.parameters,
+        "bytes": kind.file_bytes,
+        "share": kind.file_bytes / all_bytes,
+        "forms": [dataclasses.asdict(form) | {"dtype": str(form.dtype)} for form in kind.forms],
+    }
+
+
+def _tensor_fields(tensor: TensorEntry) -> dict[str, Any]:
+    return dataclasses.asdict(tensor) | {"dtype": str(tensor.dtype)}
+
+
+def _facts(inspection: Inspection) -> str:
+    """The checkpoint's and the model's main numbers, one a line."""
+    config, size = inspection.config, inspection.file_bytes
+    facts = [
+        ("checkpoint", str(inspection.directory)),
+        ("files", f"{len(inspection.tensors):,}"),
+        ("bytes", f"{size:,} ({size / 1e9:,.2f} GB)"),
+    ]
+    if inspection.hollow:
+        facts.append(("on disk", f"{inspection.allocated_bytes:,}: hollow, the rest are holes that read as zeros"))
+    facts += [
+        ("parameters", f"{inspection.parameters:,}, of which a token uses {inspection.active_parameters:,}"),
+        ("layers", f"{config.num_layers}, {config.emb_size} wide"),
+        ("attention", f"{config.num_q_heads} query and {config.num_kv_heads} key/value heads of {config.key_size}"),
+        (
+            "experts",
+            f"{config.num_experts}, of which a token uses {config.num_selected_experts}, {config.ffn_size} wide",
+        ),
+        ("vocabulary", f"{config.vocab_size}"),
+        ("context", f"{config.sequence_len}"),
+    ]
+    return "".join(f"{name:<12}{value}\n" for name, value in facts)
+
+
+def _kind_lines(inspection: Inspection) -> str:
+    """A line for each kind, and one more for each further shape of a kind."""
+    rows = [("kind", "files", "bytes", "share", "shapes", "dtype", "scales")]
+    for kind in inspection.kinds():
+        share = f"{100 * kind.file_bytes / inspection.file_bytes:.3f} %"
+        head = (kind.kind, str(kind.count), f"{kind.file_bytes:,}", share)
+        for form in kind.forms:
+            shape = f"{form.count} of {_shape(form.shape)}"
+            rows.append((*head, shape, str(form.dtype), _shape(form.scales_shape)))
+            head = ("", "", "", "")
+    return _columns(rows, right={1, 2, 3})
+
+
+def _tensor_lines(inspection: Inspection) -> str:
+    rows = [("parameter", "file", "shape", "dtype", "scales", "offset", "scales offset", "bytes")]
+    for tensor in inspection.tensors:
+        rows.append(
+            (
+                tensor.parameter,
+                tensor.file,
+                _shape(tensor.shape),
+                str(tensor.dtype),
+                _shape(tensor.scales_shape),
+                str(tensor.offset),
+                "-" if tensor.scales_offset is None else str(tensor.scales_offset),
+                str(tensor.file_bytes),
+            )
+        )
+    return _columns(rows, right={5, 6, 7})
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "-" if shape is None else ",".join(map(str, shape))
+
+
+def _columns(rows: Sequence[Sequence[str]], right: set[int]) -> str:
+    """Lines of aligned columns; those numbered in `right` are aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if number in right else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip() + "\n")
+    return "".join(lines)
