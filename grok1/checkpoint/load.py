@@ -292,10 +292,11 @@ def _fill_on_device(
         waiting = [pool.submit(read, spec) for spec in leaf.specs[:ahead]]
         for layer in range(len(leaf.specs)):
             part = waiting.pop(0).result()
-            if layer + ahead < len(leaf.specs):
-                waiting.append(pool.submit(read, leaf.specs[layer + ahead]))
             for i, device in enumerate(devices):
                 stacks[i] = _put_layer(stacks[i], jax.device_put(part, device), layer)
             jax.block_until_ready(stacks)  # the host's slice is free again only then
+            del part
+            if layer + ahead < len(leaf.specs):
+                waiting.append(pool.submit(read, leaf.specs[layer + ahead]))
         parts.extend(stacks)
     return _assemble(leaf, mesh, parts)
