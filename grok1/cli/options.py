@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from grok1.byte_size import parse_bytes
 from grok1.cli.terminal import Terminal
 from grok1.engine.request import MAX_LOGPROBS, MAX_SEED, SamplingOptions
 from grok1.errors import RequestError
@@ -48,6 +49,24 @@ class _MeshType(click.ParamType):
         if data < 1 or model < 1:
             self.fail(f"{value!r} has an empty axis: expected two numbers above 0, such as 1,8", param, ctx)
         return data, model
+
+
+class ByteSize(click.ParamType):
+    """A size in bytes, such as 80GB or 512MiB; the command gets an int above 0."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Reads the size."""
+        if isinstance(value, int):
+            return value
+        try:
+            size = parse_bytes(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if not size:
+            self.fail(f"{value!r} is no size to work with: expected more than 0", param, ctx)
+        return size
 
 
 CHECKPOINT = click.option(

@@ -9,6 +9,7 @@ import pytest
 
 from grok1.checkpoint.layout import tensor_table
 from grok1.checkpoint.load import load_parameters
+from grok1.checkpoint.parameters import abstract_parameters
 from grok1.checkpoint.reader import Checkpoint
 from grok1.config import ModelConfig
 from grok1.network import KVCache, ModelShard, network
@@ -62,6 +63,17 @@ def test_each_shard_asks_for_its_part_of_what_is_loaded(shape, checkpoint):
         jax.shard_map(functools.partial(initialise, shard), mesh=mesh, in_specs=(), out_specs=specs, check_vma=False)
     )
     assert describe(asked) == describe(loaded)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 8), (1, 16)])
+def test_the_abstract_tree_is_of_what_is_loaded(shape, dtype, checkpoint):
+    mesh = make_mesh(CONFIG, shape)
+    loaded = load_parameters(checkpoint, mesh, np.dtype(dtype))
+    abstract = abstract_parameters(CONFIG, mesh, np.dtype(dtype))
+    assert jax.tree.structure(abstract) == jax.tree.structure(loaded)
+    assert describe(abstract) == describe(loaded)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.sharding == b.sharding, abstract, loaded)))
 
 
 def test_modules_and_parameters_have_the_releases_names():
