@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -25,3 +26,21 @@ def peak_device_bytes(devices: Iterable[Any]) -> int | None:
         if (stats := d.memory_stats() or {}) and "peak_bytes_in_use" in stats
     ]
     return max(peaks, default=None)
+
+
+def total_bytes() -> int | None:
+    """Main memory of this machine; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows, or a system without these names
+        return None
+
+
+def available_bytes() -> int | None:
+    """Main memory that programs may still take without anything being swapped out; None if not known."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, ValueError, KeyError):
+        return None

@@ -20,6 +20,7 @@ from grok1.engine.engine import Engine
 from grok1.engine.generate import GeneratedSequence, GenerationRequest, generate
 from grok1.engine.request import FinishReason, SamplingOptions, TokenLogprobs
 from grok1.errors import RequestError
+from grok1.plan.verdict import require_room
 from grok1.prompt import Request as Request
 from grok1.prompt import check_token_ids, encode_prompt, encode_scored, required
 from grok1.sharding import make_mesh
@@ -27,6 +28,8 @@ from grok1.stop_text import StopMatcher
 from grok1.tokenizer import Tokenizer, find_tokenizer
 
 DTypeName = Literal["float32", "bfloat16"]
+
+_BATCH_SIZE = 8  # sequences that are continued at a time, unless the caller says otherwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +202,7 @@ def load(
         ConfigError: if its `config.json` describes no possible model.
         MeshError: if the model cannot be divided so.
         TokenizerError: if the tokenizer cannot be read or has another vocabulary.
+        TooSmallError: if there is too little memory; no weight has been read then.
     """
 
     def report(stage: Any, detail: str, done: int = 0, total: int = 0) -> None:
@@ -211,12 +215,14 @@ def load(
     text = _open_tokenizer(opened, tokenizer)
     device_mesh = make_mesh(config, mesh, devices)
     kind = np.dtype(dtype or default_dtype(list(device_mesh.devices.flat)))
+    data, model = device_mesh.devices.shape
+    room = require_room(config, (data, model), devices or jax.devices(), kind.name)
     enable_compilation_cache()
     params = load_parameters(
         opened, device_mesh, kind, lambda done, total: report("loading", str(opened.directory), done, total)
     )
     engine = Engine(config, params, device_mesh, kind, progress=report)
-    return Model(engine, text)
+    return Model(engine, text, room)
 
 
 def _open_tokenizer(checkpoint: Checkpoint, given: str | Path | None) -> Tokenizer | None:
@@ -234,9 +240,16 @@ class Model:
     Options of `complete` and `stream` are those of `SamplingOptions`; `greedy=True` stands for `temperature=0`.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer | None):
-        """Use `load`."""
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, max_sequences: int | None = None):
+        """Use `load`.
+
+        Args:
+            engine: the weights on their devices.
+            tokenizer: None to work with token ids only.
+            max_sequences: how many caches of full context there is memory for, beside the weights; None if not known.
+        """
         self.engine = engine
+        self.max_sequences = max_sequences
         self._tokenizer = tokenizer
 
     @property
@@ -316,12 +329,12 @@ class Model:
         tokens = encode_prompt(request, self._tokenizer, self.config)
         return CompletionStream((piece, done) for piece, done in self._events([(0, request, tokens)], 1))
 
-    def complete_many(self, requests: Iterable[Request], *, batch_size: int = 8) -> Iterator[Completion]:
+    def complete_many(self, requests: Iterable[Request], *, batch_size: int | None = None) -> Iterator[Completion]:
         """Completes many prompts, several at a time, taking the next as soon as one has ended.
 
         Args:
             requests: what to complete; taken one by one.
-            batch_size: how many completions go on at a time.
+            batch_size: how many completions go on at a time; by default 8, or fewer if memory allows no more.
 
         Yields:
             completions in the order in which they end; `request_index` says whose each is.
@@ -329,6 +342,8 @@ class Model:
         Raises:
             RequestError: when a request's turn comes and it cannot be served, or if there is no place for any.
         """
+        if batch_size is None:
+            batch_size = min(_BATCH_SIZE, self.max_sequences or _BATCH_SIZE)
         if batch_size < 1:
             raise RequestError(f"batch_size is {batch_size}, expected at least 1")
         prepared = (

@@ -115,6 +115,34 @@ def default_mesh_shape(config: ModelConfig, num_devices: int) -> tuple[int, int]
     return 1, possible_model_shards(config, num_devices)[-1]
 
 
+def check_mesh_shape(config: ModelConfig, shape: tuple[int, int], num_devices: int) -> None:
+    """Makes sure that a model can be divided over a mesh.
+
+    Args:
+        config: the model.
+        shape: sizes of the data and the model axis.
+        num_devices: how many devices there are.
+
+    Raises:
+        MeshError: if there are too few devices or the model does not divide; the message names a mesh that works.
+    """
+    data, model = shape
+    fallback = "{},{}".format(*default_mesh_shape(config, min(model, num_devices) if model > 0 else 1))
+    if data < 1 or model < 1:
+        raise MeshError(f"mesh {data},{model} has an empty axis: expected two numbers above 0, such as {fallback}")
+    reason = indivisible(config, model)
+    if reason is not None:
+        raise MeshError(
+            f"mesh {data},{model} splits the model into {model} shards, but {reason}: use --mesh {fallback}"
+        )
+    if data * model > num_devices:
+        what = "device is" if num_devices == 1 else "devices are"
+        raise MeshError(
+            f"mesh {data},{model} needs {data * model} devices, but {num_devices} {what} here: "
+            f"use --mesh {fallback}, or more devices"
+        )
+
+
 def make_mesh(
     config: ModelConfig,
     shape: tuple[int, int] | None = None,
@@ -134,18 +162,5 @@ def make_mesh(
     if shape is None:
         shape = default_mesh_shape(config, len(devices))
     data, model = shape
-    fallback = "{},{}".format(*default_mesh_shape(config, min(model, len(devices)) if model > 0 else 1))
-    if data < 1 or model < 1:
-        raise MeshError(f"mesh {data},{model} has an empty axis: expected two numbers above 0, such as {fallback}")
-    reason = indivisible(config, model)
-    if reason is not None:
-        raise MeshError(
-            f"mesh {data},{model} splits the model into {model} shards, but {reason}: use --mesh {fallback}"
-        )
-    if data * model > len(devices):
-        what = "device is" if len(devices) == 1 else "devices are"
-        raise MeshError(
-            f"mesh {data},{model} needs {data * model} devices, but {len(devices)} {what} here: "
-            f"use --mesh {fallback}, or more devices"
-        )
+    check_mesh_shape(config, shape, len(devices))
     return Mesh(np.asarray(devices[: data * model]).reshape(data, model), (DATA_AXIS, MODEL_AXIS))

@@ -73,7 +73,8 @@ class CompletionPrinter:
         finished: dict[int, Completion] = {}
         completions: list[Completion] = []
         terminal.show_status(f"generating {count} samples")
-        for completion in self.model.complete_many([request], batch_size=min(count, _MOST_AT_A_TIME)):
+        together = min(count, _MOST_AT_A_TIME, self.model.max_sequences or count)
+        for completion in self.model.complete_many([request], batch_size=together):
             finished[completion.sample] = completion
             while len(completions) in finished:
                 completions.append(finished.pop(len(completions)))

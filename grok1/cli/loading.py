@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from grok1.cli.options import ModelChoice
 from grok1.cli.terminal import Terminal
 from grok1.config import ModelConfig
 from grok1.errors import Grok1Error
+from grok1.plan.devices import GPU_MEMORY_FRACTION
 
 if TYPE_CHECKING:
+    import jax
+
     from grok1.model import Model
     from grok1.tokenizer import Tokenizer
 
@@ -54,16 +58,29 @@ class DeviceError(Grok1Error):
 
 
 def prepare_jax(terminal: Terminal) -> None:
-    """Keeps XLA from logging to stderr, unless the user wants that; comes before JAX is imported."""
+    """Sets up what JAX reads from the environment; comes before it is imported.
+
+    XLA does not log to stderr unless the user wants that, and takes more of a GPU's memory than the three quarters that
+    it would by itself.
+    """
     if not terminal.verbose:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_MEMORY_FRACTION)
 
 
-def _start_devices() -> None:
+def start_jax(terminal: Terminal) -> Sequence[jax.Device]:
+    """Starts JAX, which takes a second or more, and gives its devices.
+
+    Raises:
+        DeviceError: if it finds none.
+    """
+    terminal.show_status("starting JAX")
+    prepare_jax(terminal)
     import jax
 
     try:
-        jax.devices()
+        return jax.devices()
     except Exception as error:  # RuntimeError; AssertionError for a platform whose plugin is not installed
         platforms = os.environ.get("JAX_PLATFORMS")
         found = " ".join(str(error).split())[:200] or type(error).__name__
@@ -81,9 +98,7 @@ def load_model(choice: ModelChoice, terminal: Terminal) -> tuple[Model, float]:
         the model, and how many seconds it took, JAX's own start included.
     """
     start = time.perf_counter()
-    terminal.show_status("starting JAX")
-    prepare_jax(terminal)
-    _start_devices()
+    start_jax(terminal)
     from grok1.model import load
 
     model = load(

@@ -88,7 +88,7 @@ TOKENIZER = click.option(
     metavar="FILE",
     help="The SentencePiece model of the checkpoint.  [default: tokenizer.model in or beside the checkpoint]",
 )
-_MESH = click.option(
+MESH = click.option(
     "--mesh",
     type=_MeshType(),
     metavar="DATA,MODEL",
@@ -127,7 +127,7 @@ def model_options(command: Command) -> Command:
     ) -> Any:
         return command(*args, choice=ModelChoice(checkpoint, tokenizer, mesh, dtype), **rest)
 
-    return CHECKPOINT(TOKENIZER(_MESH(_DTYPE(with_choice))))  # type: ignore[return-value]
+    return CHECKPOINT(TOKENIZER(MESH(_DTYPE(with_choice))))  # type: ignore[return-value]
 
 
 def _set_on_terminal(ctx: click.Context, param: click.Parameter, value: bool) -> None:

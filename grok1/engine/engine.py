@@ -25,7 +25,7 @@ from grok1.engine.sampling import SampledTokens, SamplingState, sample, token_lo
 from grok1.network import KVCache, ModelShard, network
 from grok1.sharding import DATA_AXIS, MODEL_AXIS
 
-_MAX_CHUNK = 512
+MAX_CHUNK = 512
 _MIN_CHUNK = 16
 
 # XLA:CPU uses half of a 512-bit register unless told otherwise; where there are none this changes nothing.
@@ -179,7 +179,7 @@ class Engine:
     @property
     def max_chunk(self) -> int:
         """The most tokens that one step reads."""
-        return min(_MAX_CHUNK, self.capacity)
+        return min(MAX_CHUNK, self.capacity)
 
     def chunk_length(self, count: int) -> int:
         """The compiled length that `count` tokens are padded to."""

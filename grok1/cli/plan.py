@@ -1,0 +1,248 @@
+"""`grok1 plan`: what fits where, and how fast it could be."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from grok1.byte_size import format_bytes
+from grok1.cli.completions import json_line
+from grok1.cli.options import MESH, ByteSize, output_options
+from grok1.cli.terminal import Terminal, pass_terminal
+from grok1.config import PRESETS, ModelConfig, preset
+from grok1.plan.devices import DEVICE_KINDS
+
+if TYPE_CHECKING:
+    from grok1.plan.devices import Devices
+    from grok1.plan.estimate import Estimate
+
+_PROMPT = 2048  # tokens of the prompt whose speed is told
+
+
+@click.command("plan", short_help="Tell what fits on which devices, and how fast it could be.")
+@click.option(
+    "--device",
+    type=click.Choice(list(DEVICE_KINDS), case_sensitive=False),
+    help="Plan for this kind of device.  [default: the devices of this machine, with the memory that is free on them]",
+)
+@click.option(
+    "--count",
+    type=click.IntRange(1, 4096),
+    metavar="N",
+    help="How many devices.  [default: the fewest that the model fits on; of this machine's, all]",
+)
+@click.option(
+    "--memory",
+    type=ByteSize(),
+    help="Memory of each device, or of the machine for cpu, such as 80GB.  [default: what the kind has; for cpu, what "
+    "this machine has]",
+)
+@click.option(
+    "--bandwidth",
+    type=ByteSize(),
+    help="Bytes a second that each device can read from its memory, or the machine for cpu, such as 3.35TB.  [default: "
+    "what the kind has; for cpu, that of a server with 8 channels of DDR4-3200]",
+)
+@MESH
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="The type of activations and of the key/value cache.  [default: float32 for cpu, otherwise bfloat16]",
+)
+@click.option(
+    "--preset",
+    "preset_name",
+    type=click.Choice(list(PRESETS)),
+    default="grok-1",
+    show_default=True,
+    help="Plan for this model.",
+)
+@click.option(
+    "-c",
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Plan for the model of this checkpoint, instead of a preset.",
+)
+@output_options
+@pass_terminal
+def command(
+    terminal: Terminal,
+    device: str | None,
+    count: int | None,
+    memory: int | None,
+    bandwidth: int | None,
+    mesh: tuple[int, int] | None,
+    dtype: str | None,
+    preset_name: str,
+    checkpoint: Path | None,
+    as_json: bool,
+) -> None:
+    """Tell whether a model fits on some devices, and how fast it could be there at best. No weights are needed.
+
+    Each device's bytes are those of the arrays that it would hold. The speeds are bounds: the bytes that a step must
+    read over the bandwidth of memory, or its operations over the peak rate, whichever takes longer, and nothing for the
+    exchange between devices. A batch is taken to choose its experts evenly. If the model does not fit, a second column
+    shows the smallest change with which it does; the last line says in words what fits.
+
+    \b
+    grok1 plan
+    grok1 plan --device h100-80gb --count 8
+    grok1 plan --device cpu --memory 512GB --bandwidth 300GB
+    """
+    named = click.get_current_context().get_parameter_source("preset_name") is not ParameterSource.DEFAULT
+    if checkpoint is not None and named:
+        raise click.UsageError("--checkpoint and --preset are both given: give one of them.")
+    config = _config(preset_name, checkpoint)
+    name = str(checkpoint) if checkpoint else preset_name
+    devices = _devices(terminal, device, count, memory, bandwidth)
+
+    from grok1.plan.estimate import next_fit
+    from grok1.plan.verdict import verdict
+
+    estimate = _estimate(config, devices, mesh, dtype, choose_count=bool(device) and count is None)
+    other = next_fit(estimate) if estimate.fits is False else None
+    estimates = [estimate] if other is None else [estimate, other]
+    if as_json:
+        fields = {
+            "model": name,
+            "parameters": config.num_parameters,
+            "active_parameters": config.num_active_parameters,
+            "context": config.sequence_len,
+            **_fields(estimate),
+            "alternative": _fields(other) if other else None,
+            "verdict": verdict(estimate),
+        }
+        terminal.write(json_line(fields))
+        return
+    parameters = f"{config.num_parameters:,} parameters, of which a token uses {config.num_active_parameters:,}"
+    terminal.write(f"{name}: {parameters}\n\n{_table(estimates)}\n{verdict(estimate)}\n")
+
+
+def _config(preset_name: str, checkpoint: Path | None) -> ModelConfig:
+    from grok1.checkpoint.reader import find_checkpoint, read_config
+
+    if checkpoint is None:
+        return preset(preset_name)
+    return read_config(find_checkpoint(checkpoint)) or preset("grok-1")
+
+
+def _devices(
+    terminal: Terminal, device: str | None, count: int | None, memory: int | None, bandwidth: int | None
+) -> Devices:
+    from grok1.plan.devices import named_devices, present_devices
+
+    if device is not None:
+        devices = named_devices(device, count or 1, memory)
+    else:
+        from grok1.cli.loading import start_jax
+
+        devices = present_devices(start_jax(terminal))
+        terminal.clear()
+        devices = dataclasses.replace(
+            devices, count=count or devices.count, usable_bytes=memory or devices.usable_bytes
+        )
+    if bandwidth is not None:
+        devices = dataclasses.replace(devices, kind=dataclasses.replace(devices.kind, bandwidth=float(bandwidth)))
+    return devices
+
+
+def _estimate(
+    config: ModelConfig, devices: Devices, mesh: tuple[int, int] | None, dtype: str | None, *, choose_count: bool
+) -> Estimate:
+    """The estimate for what the user asked, with the rest chosen."""
+    from grok1.plan.estimate import Estimate, smallest_fit
+    from grok1.sharding import check_mesh_shape, default_mesh_shape
+
+    dtype = dtype or devices.kind.dtype
+    if choose_count and mesh is None:
+        return smallest_fit(config, devices, dtype)
+    if choose_count and mesh is not None:
+        devices = dataclasses.replace(devices, count=mesh[0] * mesh[1])
+    if mesh is None:
+        mesh = default_mesh_shape(config, devices.count)
+    check_mesh_shape(config, mesh, devices.count)
+    return Estimate(config, devices, mesh, dtype)
+
+
+def _fields(estimate: Estimate) -> dict[str, Any]:
+    context, most = estimate.config.sequence_len, estimate.sequences
+    batch = most or 1
+    return {
+        "device": estimate.devices.kind.name,
+        "count": estimate.devices.count,
+        "memory_bytes": estimate.devices.kind.memory_bytes,
+        "usable_bytes": estimate.devices.usable_bytes,
+        "bandwidth_bytes_per_second": estimate.devices.kind.bandwidth,
+        "flops_per_second": estimate.devices.kind.flops,
+        "mesh": list(estimate.mesh),
+        "dtype": estimate.dtype,
+        "weight_bytes": estimate.weight_bytes,
+        "cache_bytes_per_sequence": estimate.cache_bytes,
+        "workspace_bytes": estimate.workspace_bytes,
+        "needed_bytes": estimate.needed_bytes(),
+        "fits": estimate.fits,
+        "sequences": most,
+        "decode_tokens_per_second": estimate.decode_tokens_per_second(1, 0),
+        "decode_tokens_per_second_full_context": estimate.decode_tokens_per_second(1, context),
+        "largest_batch": batch,
+        "largest_batch_tokens_per_second": estimate.decode_tokens_per_second(batch, 0),
+        "largest_batch_tokens_per_second_full_context": estimate.decode_tokens_per_second(batch, context),
+        "prefill_tokens": min(_PROMPT, context),
+        "prefill_tokens_per_second": estimate.prefill_tokens_per_second(min(_PROMPT, context)),
+    }
+
+
+def _table(estimates: list[Estimate]) -> str:
+    """A line for each figure and a column for each estimate."""
+    config = estimates[0].config
+    context, prompt = config.sequence_len, min(_PROMPT, config.sequence_len)
+    shared = estimates[0].devices.kind.shares_memory
+    each = "" if shared else " of each"
+
+    def speed(value: float | None) -> str:
+        return "not known" if value is None else f"{value:,.3g} tokens/s" if value < 1000 else f"{value:,.0f} tokens/s"
+
+    def largest(estimate: Estimate, length: int) -> str:
+        count = estimate.sequences
+        return speed(estimate.decode_tokens_per_second(count, length)) if count else "-"
+
+    rows: list[tuple[str, Callable[[Estimate], str]]] = [
+        ("devices", lambda e: f"{e.devices.count} x {e.devices.kind.name}"),
+        ("mesh (data,model), activations", lambda e: f"{e.mesh[0]},{e.mesh[1]} {e.dtype}"),
+        (f"memory{each} that can be used", lambda e: _bytes(e.devices.usable_bytes)),
+        (
+            "bandwidth, peak arithmetic",
+            lambda e: f"{_bytes(e.devices.kind.bandwidth)}/s, {_flops(e.devices.kind.flops)}",
+        ),
+        ("weights on each device", lambda e: _bytes(e.weight_bytes)),
+        (f"cache of {context} tokens on each", lambda e: _bytes(e.cache_bytes)),
+        ("workspace on each", lambda e: _bytes(e.workspace_bytes)),
+        (f"needed{' on each' if not shared else ' in all'}", lambda e: _bytes(e.needed_bytes())),
+        (f"sequences of {context} tokens", lambda e: "not known" if e.sequences is None else f"{e.sequences:,}"),
+        ("decode, 1 sequence, at most", lambda e: speed(e.decode_tokens_per_second(1, 0))),
+        (f"  at {context} tokens", lambda e: speed(e.decode_tokens_per_second(1, context))),
+        ("decode, all of them, at most", lambda e: largest(e, 0)),
+        (f"  at {context} tokens", lambda e: largest(e, context)),
+        (f"prefill, {prompt} tokens, at most", lambda e: speed(e.prefill_tokens_per_second(prompt))),
+    ]
+    cells = [[label, *(tell(estimate) for estimate in estimates)] for label, tell in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n" for row in cells
+    )
+
+
+def _bytes(count: float | None) -> str:
+    return "not known" if count is None else format_bytes(round(count))
+
+
+def _flops(rate: float | None) -> str:
+    return (
+        "not known" if rate is None else f"{rate / 1e12:,.3g} TFLOP/s" if rate < 1e15 else f"{rate / 1e12:,.0f} TFLOP/s"
+    )

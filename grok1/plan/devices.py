@@ -1,0 +1,162 @@
+"""Public figures of the devices that a model may run on, and the devices that are present."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from grok1 import memory
+from grok1.errors import Grok1Error
+
+GPU_MEMORY_FRACTION = 0.92
+"""How much of a GPU's memory `grok1` lets JAX take; the rest is for the driver, collectives and kernels."""
+
+_USABLE = {"gpu": GPU_MEMORY_FRACTION, "tpu": 0.97, "cpu": 0.95}
+
+
+class DeviceKindError(Grok1Error):
+    """A kind of device that is not known, or whose memory is not."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceKind:
+    """What a device can do, by its maker's figures.
+
+    Attributes:
+        name: as `--device` takes it.
+        platform: "gpu", "tpu" or "cpu"; the devices of a CPU share one memory.
+        memory_bytes: of one device; None for a CPU, whose machine decides.
+        bandwidth: bytes a second that one device can read from its memory; None if not known.
+        flops: dense operations a second in the type that activations have there: bfloat16, or float32 on a CPU; None
+            if not known.
+        jax_name: what JAX's name of such a device contains, in small letters.
+    """
+
+    name: str
+    platform: str
+    memory_bytes: int | None
+    bandwidth: float | None
+    flops: float | None
+    jax_name: str | None = None
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of activations and of the key/value cache, unless the user chooses."""
+        return "float32" if self.platform == "cpu" else "bfloat16"
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether all devices of a machine share one memory and its bandwidth."""
+        return self.platform == "cpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """Some devices of one kind.
+
+    Attributes:
+        kind: what they are.
+        count: how many.
+        usable_bytes: memory that a program may take on each, or on the machine where they share it; None if not known.
+    """
+
+    kind: DeviceKind
+    count: int
+    usable_bytes: int | None
+
+
+_GB, _TB, _TFLOPS = 10**9, 10**12, 10**12
+
+# A gigabyte is 10^9 bytes throughout. GPUs have somewhat more than their names say.
+DEVICE_KINDS = {
+    kind.name: kind
+    for kind in (
+        # NVIDIA A100 data sheet, 80GB SXM: 2,039 GB/s, bfloat16 tensor core 312 TFLOPS
+        DeviceKind("a100-80gb", "gpu", 80 * _GB, 2039 * _GB, 312 * _TFLOPS, "a100-sxm4-80gb"),
+        # NVIDIA A100 data sheet, 40GB SXM: 1,555 GB/s
+        DeviceKind("a100-40gb", "gpu", 40 * _GB, 1555 * _GB, 312 * _TFLOPS, "a100-sxm4-40gb"),
+        # NVIDIA H100 data sheet, SXM: 80 GB, 3.35 TB/s, 1,979 TFLOPS with sparsity, which is half without
+        DeviceKind("h100-80gb", "gpu", 80 * _GB, 3.35 * _TB, 989.5 * _TFLOPS, "h100 80gb hbm3"),
+        # As the H100 but for the links between devices and float64
+        DeviceKind("h800-80gb", "gpu", 80 * _GB, 3.35 * _TB, 989.5 * _TFLOPS, "h800"),
+        # NVIDIA H200 data sheet, SXM: 141 GB, 4.8 TB/s, 1,979 TFLOPS with sparsity
+        DeviceKind("h200", "gpu", 141 * _GB, 4.8 * _TB, 989.5 * _TFLOPS, "h200"),
+        # NVIDIA DGX B200 data sheet, an eighth of it: 1,440 GB, 64 TB/s, 36 PFLOPS bfloat16 with sparsity
+        DeviceKind("b200", "gpu", 180 * _GB, 8.0 * _TB, 2250 * _TFLOPS, "b200"),
+        # AMD Instinct MI300X data sheet: 192 GB, 5.3 TB/s, bfloat16 1,307.4 TFLOPS
+        DeviceKind("mi300x", "gpu", 192 * _GB, 5.3 * _TB, 1307.4 * _TFLOPS, "mi300x"),
+        # cloud.google.com/tpu/docs/v4: 32 GiB, 1,200 GB/s, 275 TFLOPS a chip
+        DeviceKind("tpu-v4", "tpu", 32 * _GB, 1200 * _GB, 275 * _TFLOPS, "tpu v4"),
+        # cloud.google.com/tpu/docs/v5e: 16 GB, 819 GB/s, 197 TFLOPS a chip
+        DeviceKind("tpu-v5e", "tpu", 16 * _GB, 819 * _GB, 197 * _TFLOPS, "tpu v5 lite"),
+        # cloud.google.com/tpu/docs/v5p: 95 GB, 2,765 GB/s, 459 TFLOPS a chip
+        DeviceKind("tpu-v5p", "tpu", 95 * _GB, 2765 * _GB, 459 * _TFLOPS, "tpu v5"),
+        # cloud.google.com/tpu/docs/v6e: 32 GB, 1,638 GB/s, 918 TFLOPS a chip
+        DeviceKind("tpu-v6e", "tpu", 32 * _GB, 1638 * _GB, 918 * _TFLOPS, "tpu v6 lite"),
+        # ark.intel.com, Xeon Gold 6338: 8 channels of DDR4-3200 (204.8 GB/s), 32 cores at 2.0 GHz with two 512-bit FMA
+        # units, 4.1 TFLOPS float32. Such a server stands for all, as they differ by more than ten times.
+        DeviceKind("cpu", "cpu", None, 204.8 * _GB, 4.1 * _TFLOPS),
+    )
+}
+"""The kinds that `--device` knows."""
+
+
+def device_kind(name: str) -> DeviceKind:
+    """The kind of that name.
+
+    Raises:
+        DeviceKindError: if there is none.
+    """
+    try:
+        return DEVICE_KINDS[name.lower()]
+    except KeyError:
+        known = ", ".join(DEVICE_KINDS)
+        raise DeviceKindError(f"there is no device kind {name!r}: choose one of {known}") from None
+
+
+def named_devices(name: str, count: int, memory_bytes: int | None = None) -> Devices:
+    """Devices that need not be here.
+
+    Args:
+        name: a name of `DEVICE_KINDS`.
+        count: how many.
+        memory_bytes: of each, or of the machine for a CPU; by default what the kind has, and this machine's for a CPU.
+
+    Raises:
+        DeviceKindError: if there is no such kind, or the memory is not known.
+    """
+    kind = device_kind(name)
+    total = memory_bytes or kind.memory_bytes or memory.total_bytes()
+    if total is None:
+        raise DeviceKindError("how much memory this machine has is not known: say it with --memory, such as 512GB")
+    return Devices(dataclasses.replace(kind, memory_bytes=total), count, int(total * _USABLE[kind.platform]))
+
+
+def present_devices(devices: Sequence[Any]) -> Devices:
+    """The devices that JAX found, with the memory that is free on them now.
+
+    Args:
+        devices: JAX devices of one kind.
+    """
+    first = devices[0]
+    if first.platform == "cpu":
+        kind = dataclasses.replace(DEVICE_KINDS["cpu"], memory_bytes=memory.total_bytes())
+        return Devices(kind, len(devices), memory.available_bytes())
+    free = [_free_bytes(device) for device in devices]
+    known = [count for count in free if count is not None]
+    return Devices(_kind_of(first), len(devices), min(known) if known else None)
+
+
+def _kind_of(device: Any) -> DeviceKind:
+    """The kind that JAX's name of a device tells, without figures if it is none of those known."""
+    name = device.device_kind
+    kinds = [kind for kind in DEVICE_KINDS.values() if kind.jax_name and kind.jax_name in name.lower()]
+    if kinds:
+        return max(kinds, key=lambda kind: len(kind.jax_name or ""))  # "tpu v5 lite" holds "tpu v5", too
+    return DeviceKind(name, "tpu" if device.platform == "tpu" else "gpu", None, None, None)
+
+
+def _free_bytes(device: Any) -> int | None:
+    stats = device.memory_stats() or {}
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None

@@ -1,0 +1,133 @@
+import pytest
+
+from grok1 import memory
+from grok1.plan.devices import DEVICE_KINDS
+
+JSON_KEYS = {
+    "model",
+    "parameters",
+    "active_parameters",
+    "context",
+    "device",
+    "count",
+    "memory_bytes",
+    "usable_bytes",
+    "bandwidth_bytes_per_second",
+    "flops_per_second",
+    "mesh",
+    "dtype",
+    "weight_bytes",
+    "cache_bytes_per_sequence",
+    "workspace_bytes",
+    "needed_bytes",
+    "fits",
+    "sequences",
+    "decode_tokens_per_second",
+    "decode_tokens_per_second_full_context",
+    "largest_batch",
+    "largest_batch_tokens_per_second",
+    "largest_batch_tokens_per_second_full_context",
+    "prefill_tokens",
+    "prefill_tokens_per_second",
+    "alternative",
+    "verdict",
+}
+
+
+def planned(grok1, *arguments):
+    result = grok1("plan", "--json", *arguments)
+    assert (result.code, result.err) == (0, "")
+    (fields,) = result.lines
+    assert fields.keys() == JSON_KEYS
+    return fields
+
+
+def test_a_plan_in_text(grok1):
+    result = grok1("plan", "--device", "h100-80gb", "--count", "8")
+    assert (result.code, result.err) == (0, "")
+    head, table, last = result.out.split("\n\n")
+    assert head == "grok-1: 315,684,820,992 parameters, of which a token uses 83,756,587,008"
+    rows = dict(line.rstrip().rsplit("  ", 1) for line in table.splitlines())
+    rows = {label.strip(): value for label, value in rows.items()}
+    assert rows["devices"] == "8 x h100-80gb"
+    assert rows["weights on each device"] == "39.6 GB"
+    assert rows["cache of 8192 tokens on each"] == "268 MB"
+    assert rows["decode, 1 sequence, at most"] == "316 tokens/s"
+    assert last.startswith("fits: ")
+
+
+def test_what_does_not_fit_comes_with_what_does(grok1):
+    fields = planned(grok1, "--device", "h100-80gb", "--count", "4")
+    assert fields["fits"] is False
+    assert fields["sequences"] == 0
+    assert fields["alternative"]["mesh"] == [1, 8]
+    assert fields["alternative"]["fits"] is True
+    text = grok1("plan", "--device", "h100-80gb", "--count", "4").out
+    assert "4 x h100-80gb           8 x h100-80gb\n" in text
+    assert text.splitlines()[-1] == fields["verdict"]
+
+
+@pytest.mark.parametrize("device", DEVICE_KINDS)
+def test_every_kind_is_planned_for(device, grok1):
+    fields = planned(grok1, "--device", device, "--memory", "500GB")
+    assert fields["count"] == 1
+    assert fields["fits"] is True
+    assert fields["decode_tokens_per_second"] > 0
+
+
+def test_without_a_count_the_fewest_devices_are_taken(grok1):
+    assert planned(grok1, "--device", "h200")["count"] == 4
+    assert planned(grok1, "--device", "h200", "--dtype", "float32", "--mesh", "2,8")["count"] == 16
+
+
+def test_the_devices_that_are_present(grok1, monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda: 10**9)
+    fields = planned(grok1, "--preset", "tiny", "--mesh", "1,1")
+    assert (fields["device"], fields["count"], fields["usable_bytes"]) == ("cpu", 16, 10**9)
+    assert fields["fits"] is True
+    assert planned(grok1)["fits"] is False
+
+
+def test_bandwidth_and_dtype_are_the_users(grok1):
+    common = ["--device", "cpu", "--memory", "512GB"]
+    slow, fast = (planned(grok1, *common, "--bandwidth", given) for given in ("100GB", "200GB"))
+    ratio = fast["decode_tokens_per_second"] / slow["decode_tokens_per_second"]
+    assert ratio == pytest.approx(2)
+    narrow = planned(grok1, *common, "--dtype", "bfloat16")
+    assert narrow["cache_bytes_per_sequence"] * 2 == slow["cache_bytes_per_sequence"]
+
+
+def test_the_model_of_a_checkpoint(grok1, checkpoint):
+    fields = planned(grok1, "-c", checkpoint, "--device", "h200", "--count", "1")
+    assert (fields["model"], fields["context"]) == (str(checkpoint), 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["--device", "abacus"], 2, "'abacus' is not one of"),
+        (["--device", "cpu", "--memory", "lots"], 2, "'lots' is not a size: expected a number and a unit"),
+        (["--device", "cpu", "--memory", "0GB"], 2, "expected more than 0"),
+        (["--device", "h200", "--count", "0"], 2, "0 is not in the range"),
+        (["--device", "h200", "--count", "4", "--mesh", "1,8"], 1, "mesh 1,8 needs 8 devices, but 4 devices are here"),
+        (["--device", "h200", "--mesh", "1,5"], 1, "its 48 query heads do not divide by 5"),
+        (["-c", "nowhere"], 1, "no checkpoint: nowhere does not exist"),
+        (["-c", "nowhere", "--preset", "tiny"], 2, "--checkpoint and --preset are both given"),
+    ],
+)
+def test_what_cannot_be_planned(arguments, code, sentence, grok1):
+    result = grok1("plan", *arguments)
+    assert result.code == code
+    assert result.out == ""
+    assert sentence in " ".join(result.err.split())
+
+
+def test_a_release_that_does_not_fit_is_not_begun(grok1, hollow_release, golden, monkeypatch):
+    tokenizer = golden.parent / "release" / "tokenizer.model"
+    monkeypatch.setattr(memory, "available_bytes", lambda: 64 * 10**9)
+    result = grok1("run", "-c", hollow_release, "--tokenizer", tokenizer, "--mesh", "1,1", "hello")
+    assert result.code == 1
+    assert result.err == (
+        "grok1: error: the model needs 327 GB of memory (318 GB of weights, and one sequence), but 64.0 GB can be had "
+        "on this machine: use a machine that has 327 GB free\n"
+    )

@@ -1,0 +1,79 @@
+import jax
+import pytest
+
+from grok1 import memory
+from grok1.config import PRESETS
+from grok1.model import load
+from grok1.plan.devices import DeviceKind, Devices
+from grok1.plan.estimate import Estimate
+from grok1.plan.verdict import TooSmallError, require_room, verdict
+
+RELEASE = PRESETS["grok-1"]
+TINY = PRESETS["tiny"]
+GPU = DeviceKind("gpu", "gpu", None, 1e12, 1e15)
+CPU = DeviceKind("cpu", "cpu", None, 1e11, 1e12)
+GB = 10**9
+
+
+def told(mesh, usable, kind=GPU, dtype="bfloat16", count=None):
+    return verdict(Estimate(RELEASE, Devices(kind, count or mesh[0] * mesh[1], usable), mesh, dtype))
+
+
+@pytest.mark.parametrize(
+    ("sentence", "expected"),
+    [
+        (told((1, 8), 60 * GB), "fits: the weights and 73 sequences of 8192 tokens at a time"),
+        (
+            told((1, 4), 60 * GB),
+            "does not fit: the model needs 80.7 GB on each device (79.2 GB of weights, and one sequence), but 60.0 GB "
+            "can be had on each device; it fits with 8 such devices and --mesh 1,8",
+        ),
+        (
+            told((4, 2), 60 * GB),
+            "does not fit: the model needs 161 GB on each device (158 GB of weights, and one sequence), but 60.0 GB "
+            "can be had on each device; it fits with --mesh 1,8",
+        ),
+        (
+            told((1, 16), 15 * GB),
+            "does not fit: the model needs 20.8 GB on each device (19.9 GB of weights, and one sequence), but 15.0 GB "
+            "can be had on each device; use devices with more memory, as the model divides over at most 16 and needs "
+            "20.8 GB on each",
+        ),
+        (
+            told((1, 1), 64 * GB, CPU, "float32"),
+            "does not fit: the model needs 327 GB of memory (318 GB of weights, and one sequence), but 64.0 GB can be "
+            "had on this machine; use a machine that has 327 GB free",
+        ),
+        (
+            told((1, 1), 324 * GB, CPU, "float32"),
+            "does not fit: the model needs 327 GB of memory (318 GB of weights, and one sequence), but 324 GB can be "
+            "had on this machine; it fits with --dtype bfloat16",
+        ),
+        (
+            told((1, 8), None),
+            "not known: it needs 40.5 GB on each device (39.6 GB of weights, and one sequence), and how much there is "
+            "could not be found out",
+        ),
+    ],
+)
+def test_sentences(sentence, expected):
+    assert sentence == expected
+
+
+def test_loading_begins_only_where_there_is_room(make_checkpoint, monkeypatch):
+    folder = make_checkpoint(TINY)
+    planned = Estimate(TINY, Devices(CPU, 16, 0), (1, 2), "float32")
+
+    monkeypatch.setattr(memory, "available_bytes", lambda: planned.needed_bytes(5))
+    assert load(folder, mesh=(1, 2)).max_sequences == 5
+
+    monkeypatch.setattr(memory, "available_bytes", lambda: planned.needed_bytes(1) - 1)
+    stages = set()
+    with pytest.raises(TooSmallError, match="can be had on this machine"):
+        load(folder, mesh=(1, 2), progress=lambda progress: stages.add(progress.stage))
+    assert stages == {"checking"}
+
+
+def test_a_system_that_does_not_say_stops_nobody(monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda: None)
+    assert require_room(RELEASE, (1, 8), jax.devices(), "float32") is None
