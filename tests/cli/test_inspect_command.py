@@ -1,4 +1,3 @@
-import json
 import os
 import re
 import subprocess
@@ -134,23 +133,6 @@ def test_init_says_whether_it_is_hollow(grok1, tmp_path, checkpoint):
     assert (folder / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
     (told,) = grok1("init", folder, "--preset", "tiny", "--force", "--json").lines
     assert (told["hollow"], told["seed"]) == (False, 0)
-
-
-# A process's peak is at least that of the one that started it, so one that is small starts it.
-MEASURE = """
-import json, resource, subprocess, sys
-done = subprocess.run([sys.executable, "-m", "grok1", *sys.argv[1:]], stdout=subprocess.PIPE, check=True)
-peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-print(json.dumps([peak * (1 if sys.platform == "darwin" else 1024), len(done.stdout.splitlines())]))
-"""
-
-
-@pytest.mark.parametrize(("options", "lines"), [(["--json"], 1), (["--tensors"], 771)])
-def test_the_whole_release_takes_little_memory(hollow_release, options, lines):
-    command = [sys.executable, "-c", MEASURE, "inspect", str(hollow_release), *options]
-    peak, count = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
-    assert count == lines
-    assert 5_000_000 < peak < 200_000_000
 
 
 def test_no_jax_is_imported(hollow_release):
