@@ -87,7 +87,8 @@ class Engine:
 
         Args:
             config: the model.
-            params: its parameters on the mesh, as `load_parameters` gives them.
+            params: its parameters on the mesh, as `load_parameters` gives them; to lower programs without running
+                them, as `abstract_parameters` does.
             mesh: a (data, model) mesh.
             dtype: dtype of activations and of the cache.
             progress: is called with what a long step does: "compiling" and a program's name before it is compiled,
@@ -99,7 +100,7 @@ class Engine:
         self.compile_seconds = 0.0
         self._progress = progress or (lambda stage, detail, done, total: None)
         self._platform = mesh.devices.flat[0].platform
-        self._params = params
+        self.params = params
         self._param_specs = jax.tree.map(lambda array: array.sharding.spec, params)
         self._shard = ModelShard(config, mesh.shape[MODEL_AXIS], MODEL_AXIS, jnp.dtype(dtype))
         self._network = network(self._shard)
@@ -114,7 +115,7 @@ class Engine:
 
     def new_cache(self, batch: int) -> KVCache:
         """A cache for `batch` sequences, a multiple of `data_rows`; its content means nothing yet."""
-        abstract = self._abstract_cache(batch)
+        abstract = self.abstract_cache(batch)
 
         def zeros() -> KVCache:
             return jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), abstract)
@@ -122,7 +123,8 @@ class Engine:
         placed = NamedSharding(self.mesh, _CACHE)
         return self._run(("cache", batch), "cache", lambda: jax.jit(zeros, out_shardings=placed))
 
-    def _abstract_cache(self, batch: int) -> KVCache:
+    def abstract_cache(self, batch: int) -> KVCache:
+        """What `new_cache` gives, with a `jax.ShapeDtypeStruct` for each array."""
         config, shard = self.config, self._shard
         heads = shard.num_kv_heads * shard.shards
         shape = (config.num_layers, batch, heads, self.capacity, config.key_size)
@@ -208,7 +210,7 @@ class Engine:
             ("read", batch, length, every_position),
             "prefill",
             lambda: self._read_program(every_position),
-            self._params,
+            self.params,
             cache,
             padded,
             positions,
@@ -326,7 +328,7 @@ class Engine:
             ("decode", len(active), wanted),
             "decoding",
             lambda: self._decode_program(wanted),
-            self._params,
+            self.params,
             state,
             active,
         )
@@ -363,7 +365,7 @@ class Engine:
         Args:
             slots: of the batch, a multiple of `data_rows`.
         """
-        return self._decode_program(0).lower(self._params, *self.abstract_batch(slots))
+        return self._decode_program(0).lower(self.params, *self._abstract_batch(slots))
 
     def lower_prefill(self, length: int) -> jax.stages.Lowered:
         """The program by which `prefill` reads tokens, not compiled yet, for parameters that may be abstract.
@@ -371,9 +373,9 @@ class Engine:
         Args:
             length: number of tokens, 1 to `max_chunk`; the program's is `chunk_length` of it.
         """
-        return self._read_program(every_position=False).lower(self._params, *self.abstract_chunk(length))
+        return self._read_program(every_position=False).lower(self.params, *self._abstract_chunk(length))
 
-    def abstract_batch(self, slots: int) -> tuple[BatchState, jax.ShapeDtypeStruct]:
+    def _abstract_batch(self, slots: int) -> tuple[BatchState, jax.ShapeDtypeStruct]:
         """What `decode` takes beside the parameters, as `jax.ShapeDtypeStruct`: the batch and its active slots."""
         batch = NamedSharding(self.mesh, _BATCH)
 
@@ -382,14 +384,14 @@ class Engine:
 
         tokens = placed(jax.ShapeDtypeStruct((slots,), jnp.int32))
         sampling = jax.tree.map(placed, jax.eval_shape(lambda: SamplingState.empty(slots)))
-        state = BatchState(self._abstract_cache(slots), tokens, tokens, sampling)
+        state = BatchState(self.abstract_cache(slots), tokens, tokens, sampling)
         return state, placed(jax.ShapeDtypeStruct((slots,), jnp.bool_))
 
-    def abstract_chunk(self, length: int) -> tuple[KVCache, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    def _abstract_chunk(self, length: int) -> tuple[KVCache, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """What a step of `prefill` takes beside the parameters: the cache, tokens and positions."""
         shape = (self.data_rows, self.chunk_length(length))
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self.mesh, _BATCH))
-        return self._abstract_cache(self.data_rows), tokens, tokens
+        return self.abstract_cache(self.data_rows), tokens, tokens
 
     def _top_logprobs(self, wanted: bool) -> int:
         return min(MAX_LOGPROBS, self.config.vocab_size) if wanted else 0
