@@ -38,8 +38,10 @@ TOPOLOGIES = {
 For TPU v4, whose chips JAX runs as one device too, the compiler describes two devices a chip: it is left out.
 """
 
-# Asked of the machine otherwise, with complaints where it is no TPU host.
+# What libtpu asks of the machine otherwise, with complaints where it is no TPU host; and that others may use it too,
+# which it refuses for the sake of the devices that nobody opens here.
 _LIBTPU_ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -217,7 +219,10 @@ def topology_mesh(kind: str, config: ModelConfig, shape: tuple[int, int]) -> Mes
         slice_ = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{name}", **bounds)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(". ")
-        raise CompileError(f"the compiler for TPUs refuses {kind}:{name} ({reason}): try another libtpu") from None
+        raise CompileError(
+            f"the compiler for TPUs refuses {kind}:{name} ({reason}): end other programs that use libtpu, "
+            "or install another version of it"
+        ) from None
     return make_mesh(config, shape, slice_.devices)
 
 
