@@ -25,5 +25,9 @@ class MeshError(Grok1Error):
     """A device mesh that the devices or the model cannot be divided by."""
 
 
+class CompileError(Grok1Error):
+    """A program that the compiler cannot make for a device, or a compiler that is not installed."""
+
+
 class RequestError(Grok1Error, ValueError):
     """A request that cannot be served: an empty or too long prompt, or a sampling option out of range."""

@@ -87,7 +87,8 @@ class Engine:
 
         Args:
             config: the model.
-            params: its parameters on the mesh, as `load_parameters` gives them.
+            params: its parameters on the mesh, as `load_parameters` gives them; to lower programs without running
+                them, as `abstract_parameters` does.
             mesh: a (data, model) mesh.
             dtype: dtype of activations and of the cache.
             progress: is called with what a long step does: "compiling" and a program's name before it is compiled,
@@ -99,7 +100,7 @@ class Engine:
         self.compile_seconds = 0.0
         self._progress = progress or (lambda stage, detail, done, total: None)
         self._platform = mesh.devices.flat[0].platform
-        self._params = params
+        self.params = params
         self._param_specs = jax.tree.map(lambda array: array.sharding.spec, params)
         self._shard = ModelShard(config, mesh.shape[MODEL_AXIS], MODEL_AXIS, jnp.dtype(dtype))
         self._network = network(self._shard)
@@ -114,15 +115,21 @@ class Engine:
 
     def new_cache(self, batch: int) -> KVCache:
         """A cache for `batch` sequences, a multiple of `data_rows`; its content means nothing yet."""
-        config, shard = self.config, self._shard
-        heads = shard.num_kv_heads * shard.shards
-        shape = (config.num_layers, batch, heads, self.capacity, config.key_size)
+        abstract = self.abstract_cache(batch)
 
         def zeros() -> KVCache:
-            return KVCache(jnp.zeros(shape, shard.dtype), jnp.zeros(shape, shard.dtype))
+            return jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), abstract)
 
         placed = NamedSharding(self.mesh, _CACHE)
         return self._run(("cache", batch), "cache", lambda: jax.jit(zeros, out_shardings=placed))
+
+    def abstract_cache(self, batch: int) -> KVCache:
+        """What `new_cache` gives, with a `jax.ShapeDtypeStruct` for each array."""
+        config, shard = self.config, self._shard
+        heads = shard.num_kv_heads * shard.shards
+        shape = (config.num_layers, batch, heads, self.capacity, config.key_size)
+        array = jax.ShapeDtypeStruct(shape, shard.dtype, sharding=NamedSharding(self.mesh, _CACHE))
+        return KVCache(array, array)  # type: ignore[arg-type]
 
     def read(self, cache: KVCache, tokens: np.ndarray, start: int) -> tuple[jax.Array, KVCache]:
         """Reads tokens into a cache and gives the logits at every one of them.
@@ -202,16 +209,19 @@ class Engine:
         return self._run(
             ("read", batch, length, every_position),
             "prefill",
-            lambda: self._over_mesh(
-                partial(self._read_step, every_position=every_position),
-                (self._param_specs, _CACHE, _BATCH, _BATCH),
-                (_BATCH, _CACHE),
-                donate=(1,),
-            ),
-            self._params,
+            lambda: self._read_program(every_position),
+            self.params,
             cache,
             padded,
             positions,
+        )
+
+    def _read_program(self, every_position: bool) -> Any:
+        return self._over_mesh(
+            partial(self._read_step, every_position=every_position),
+            (self._param_specs, _CACHE, _BATCH, _BATCH),
+            (_BATCH, _CACHE),
+            donate=(1,),
         )
 
     def _read_step(
@@ -317,15 +327,18 @@ class Engine:
         return self._run(
             ("decode", len(active), wanted),
             "decoding",
-            lambda: self._over_mesh(
-                partial(self._decode_step, top_logprobs=wanted),
-                (self._param_specs, _STATE, _BATCH),
-                (_STATE, _BATCH),
-                donate=(1,),
-            ),
-            self._params,
+            lambda: self._decode_program(wanted),
+            self.params,
             state,
             active,
+        )
+
+    def _decode_program(self, top_logprobs: int) -> Any:
+        return self._over_mesh(
+            partial(self._decode_step, top_logprobs=top_logprobs),
+            (self._param_specs, _STATE, _BATCH),
+            (_STATE, _BATCH),
+            donate=(1,),
         )
 
     def _decode_step(
@@ -340,6 +353,45 @@ class Engine:
         return BatchState(cache, tokens, positions, state.sampling), sampled
 
     # Compiling
+
+    @property
+    def compiler_options(self) -> dict[str, Any] | None:
+        """What every program of this engine is compiled with, for `jax.stages.Lowered.compile`."""
+        return _COMPILER_OPTIONS.get(self._platform)
+
+    def lower_decode(self, slots: int) -> jax.stages.Lowered:
+        """The program that `decode` runs, not compiled yet, for parameters that may be abstract.
+
+        Args:
+            slots: of the batch, a multiple of `data_rows`.
+        """
+        return self._decode_program(0).lower(self.params, *self._abstract_batch(slots))
+
+    def lower_prefill(self, length: int) -> jax.stages.Lowered:
+        """The program by which `prefill` reads tokens, not compiled yet, for parameters that may be abstract.
+
+        Args:
+            length: number of tokens, 1 to `max_chunk`; the program's is `chunk_length` of it.
+        """
+        return self._read_program(every_position=False).lower(self.params, *self._abstract_chunk(length))
+
+    def _abstract_batch(self, slots: int) -> tuple[BatchState, jax.ShapeDtypeStruct]:
+        """What `decode` takes beside the parameters, as `jax.ShapeDtypeStruct`: the batch and its active slots."""
+        batch = NamedSharding(self.mesh, _BATCH)
+
+        def placed(array: jax.ShapeDtypeStruct) -> Any:
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=batch)
+
+        tokens = placed(jax.ShapeDtypeStruct((slots,), jnp.int32))
+        sampling = jax.tree.map(placed, jax.eval_shape(lambda: SamplingState.empty(slots)))
+        state = BatchState(self.abstract_cache(slots), tokens, tokens, sampling)
+        return state, placed(jax.ShapeDtypeStruct((slots,), jnp.bool_))
+
+    def _abstract_chunk(self, length: int) -> tuple[KVCache, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """What a step of `prefill` takes beside the parameters: the cache, tokens and positions."""
+        shape = (self.data_rows, self.chunk_length(length))
+        tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self.mesh, _BATCH))
+        return self.abstract_cache(self.data_rows), tokens, tokens
 
     def _top_logprobs(self, wanted: bool) -> int:
         return min(MAX_LOGPROBS, self.config.vocab_size) if wanted else 0
@@ -357,7 +409,7 @@ class Engine:
         if key not in self._programs:
             self._progress("compiling", name, 0, 0)
             start = time.perf_counter()
-            self._programs[key] = make().lower(*arguments).compile(_COMPILER_OPTIONS.get(self._platform))
+            self._programs[key] = make().lower(*arguments).compile(self.compiler_options)
             self.compile_seconds += time.perf_counter() - start
             self._progress("running", name, 0, 0)
         return self._programs[key](*arguments)

@@ -7,6 +7,8 @@ while it is in the cache, so that the weight is read once and no copy of it is e
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -16,7 +18,7 @@ from grok1.quantize import QuantizedWeight
 # Up to this many rows of activations a block is multiplied as a sum of scaled weight rows, which XLA fuses with the
 # conversion; with more, a matrix product per block is faster.
 _FUSED_ROWS = 4
-_PRODUCT_BLOCK = {"cpu": 256}
+_PRODUCT_BLOCK = 256
 _PRODUCT_BLOCK_ACCELERATOR = 2048
 
 
@@ -43,12 +45,23 @@ def multiply(x: jax.Array, weight: QuantizedWeight, index: tuple[jax.Array | int
     Returns:
         float32 `[M, N]`.
     """
+    fused = x.shape[0] <= _FUSED_ROWS
+    block = _fused_block(*weight.shape[-2:]) if fused else _PRODUCT_BLOCK
+    return lax.platform_dependent(
+        x,
+        weight,
+        index,
+        cpu=partial(_multiply, block=block, fused=fused),
+        default=partial(_multiply, block=_PRODUCT_BLOCK_ACCELERATOR, fused=False),
+    )
+
+
+def _multiply(
+    x: jax.Array, weight: QuantizedWeight, index: tuple[jax.Array | int, ...], *, block: int, fused: bool
+) -> jax.Array:
     *_, inner, columns = weight.shape
     group_rows = inner // weight.groups
-    platform = jax.default_backend()
-    fused = platform == "cpu" and x.shape[0] <= _FUSED_ROWS
-    product_block = _PRODUCT_BLOCK.get(platform, _PRODUCT_BLOCK_ACCELERATOR)
-    block = min(_fused_block(inner, columns) if fused else product_block, group_rows)
+    block = min(block, group_rows)
     lead = len(index)
 
     def slice_rows(start: jax.Array | int, size: int) -> jax.Array:
