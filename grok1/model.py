@@ -177,6 +177,7 @@ def load(
     mesh: tuple[int, int] | None = None,
     dtype: DTypeName | None = None,
     devices: Sequence[jax.Device] | None = None,
+    load_memory: int = memory.DEFAULT_LOAD_MEMORY,
     progress: ProgressCallback | None = None,
 ) -> Model:
     """Loads a checkpoint onto the devices there are.
@@ -191,6 +192,7 @@ def load(
         mesh: sizes of the (data, model) axes; by default all devices on `model`, as far as the model divides.
         dtype: of activations and the key/value cache; by default bfloat16 on accelerators, float32 on CPUs.
         devices: the devices to use; by default all.
+        load_memory: bytes of host memory beyond the weights that loading may take at a time; at least 16 MB.
         progress: is called while files are checked, weights loaded and programs compiled, also later by the model's
             methods, from whichever thread does the work.
 
@@ -199,6 +201,7 @@ def load(
         ConfigError: if its `config.json` describes no possible model.
         MeshError: if the model cannot be divided so.
         TokenizerError: if the tokenizer cannot be read or has another vocabulary.
+        ValueError: if `load_memory` is too little.
     """
 
     def report(stage: Any, detail: str, done: int = 0, total: int = 0) -> None:
@@ -213,7 +216,11 @@ def load(
     kind = np.dtype(dtype or default_dtype(list(device_mesh.devices.flat)))
     enable_compilation_cache()
     params = load_parameters(
-        opened, device_mesh, kind, lambda done, total: report("loading", str(opened.directory), done, total)
+        opened,
+        device_mesh,
+        kind,
+        lambda done, total: report("loading", str(opened.directory), done, total),
+        load_memory,
     )
     engine = Engine(config, params, device_mesh, kind, progress=report)
     return Model(engine, text)
