@@ -1,11 +1,95 @@
-"""How much memory this process has needed."""
+"""How much memory there is, how much this process has needed, and a budget for what it takes for a while."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
+
+DEFAULT_LOAD_MEMORY = 2_000_000_000
+"""Bytes of host memory beyond the weights that loading takes at most."""
+
+MIN_LOAD_MEMORY = 16_000_000
+"""The fewest that it can do with."""
+
+
+class MemoryBudget:
+    """Bytes that several threads may hold at a time, all together.
+
+    with budget.hold(buffer_bytes):
+        ...
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.held = 0
+        self._released = threading.Condition()
+
+    @contextlib.contextmanager
+    def hold(self, count: int) -> Iterator[None]:
+        """Waits until so many bytes are free, and holds them for the length of a `with` block.
+
+        Raises:
+            ValueError: if it is more than the whole budget.
+        """
+        if count > self.limit:
+            raise ValueError(f"{count:,} bytes are more than the budget of {self.limit:,}")
+        with self._released:
+            self._released.wait_for(lambda: self.held + count <= self.limit)
+            self.held += count
+        try:
+            yield
+        finally:
+            with self._released:
+                self.held -= count
+                self._released.notify_all()
+
+
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """How much memory processes can still get without swapping; None where the system does not say.
+
+    It is what Linux counts as available, or what the process's control groups leave of their limits if that is less;
+    the page cache counts as available in both.
+
+    Args:
+        root: the folder that holds `proc` and `sys`.
+    """
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    return max(0, min([available, *_left_by_groups(root)]))
+
+
+def _left_by_groups(root: Path) -> Iterator[int]:
+    """What each control group that the process is in, of either version, leaves of its limit."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mount, names, cached = root / "sys/fs/cgroup", ("memory.max", "memory.current"), ""
+        elif "memory" in controllers.split(","):
+            mount, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            cached = "total_"
+        else:
+            continue
+        group = mount / path.lstrip("/")
+        while group.is_relative_to(mount):
+            with contextlib.suppress(OSError, KeyError, ValueError):  # ValueError: the limit is "max"
+                limit, usage = (int((group / name).read_text()) for name in names)
+                counts = dict(entry.split() for entry in (group / "memory.stat").read_text().splitlines())
+                cache = sum(int(counts[f"{cached}{state}_file"]) for state in ("active", "inactive"))
+                yield limit - usage + cache
+            group = group.parent
 
 
 def peak_resident_bytes() -> int | None:
@@ -33,14 +117,4 @@ def total_bytes() -> int | None:
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # Windows, or a system without these names
-        return None
-
-
-def available_bytes() -> int | None:
-    """Main memory that programs may still take without anything being swapped out; None if not known."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, ValueError, KeyError):
         return None

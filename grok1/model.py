@@ -180,6 +180,7 @@ def load(
     mesh: tuple[int, int] | None = None,
     dtype: DTypeName | None = None,
     devices: Sequence[jax.Device] | None = None,
+    load_memory: int = memory.DEFAULT_LOAD_MEMORY,
     progress: ProgressCallback | None = None,
 ) -> Model:
     """Loads a checkpoint onto the devices there are.
@@ -194,6 +195,7 @@ def load(
         mesh: sizes of the (data, model) axes; by default all devices on `model`, as far as the model divides.
         dtype: of activations and the key/value cache; by default bfloat16 on accelerators, float32 on CPUs.
         devices: the devices to use; by default all.
+        load_memory: bytes of host memory beyond the weights that loading may take at a time; at least 16 MB.
         progress: is called while files are checked, weights loaded and programs compiled, also later by the model's
             methods, from whichever thread does the work.
 
@@ -203,6 +205,7 @@ def load(
         MeshError: if the model cannot be divided so.
         TokenizerError: if the tokenizer cannot be read or has another vocabulary.
         TooSmallError: if there is too little memory; no weight has been read then.
+        ValueError: if `load_memory` is too little.
     """
 
     def report(stage: Any, detail: str, done: int = 0, total: int = 0) -> None:
@@ -219,7 +222,11 @@ def load(
     room = require_room(config, (data, model), devices or jax.devices(), kind.name)
     enable_compilation_cache()
     params = load_parameters(
-        opened, device_mesh, kind, lambda done, total: report("loading", str(opened.directory), done, total)
+        opened,
+        device_mesh,
+        kind,
+        lambda done, total: report("loading", str(opened.directory), done, total),
+        load_memory,
     )
     engine = Engine(config, params, device_mesh, kind, progress=report)
     return Model(engine, text, room)

@@ -1,5 +1,7 @@
 """What each device holds of a checkpoint, against the files' bytes read and cut another way."""
 
+import contextlib
+import dataclasses
 import shutil
 
 import ml_dtypes
@@ -7,10 +9,13 @@ import numpy as np
 import pytest
 import reference
 
-from grok1.checkpoint import load
+from grok1.checkpoint import byte_ranges, load
+from grok1.checkpoint.parameters import stored_leaves
+from grok1.checkpoint.parts import HostPart, local_parts
 from grok1.checkpoint.reader import Checkpoint
 from grok1.config import ModelConfig
 from grok1.errors import CheckpointError
+from grok1.memory import MIN_LOAD_MEMORY, MemoryBudget
 from grok1.quantize import QuantizedWeight
 from grok1.sharding import make_mesh
 
@@ -121,15 +126,124 @@ def test_each_device_holds_its_slices(shape, dtype, checkpoint, stacks):
     assert_devices_hold_their_parts(params, stacks, mesh, dtype)
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [((2, 2), ml_dtypes.bfloat16), ((1, 16), np.float32)])
-def test_filling_arrays_on_the_devices_gives_the_same(shape, dtype, checkpoint, stacks, monkeypatch):
-    """The way of accelerators."""
-    monkeypatch.setattr(load, "_fill_on_host", load._fill_on_device)
+@pytest.fixture
+def as_accelerators(monkeypatch):
+    """Loads to CPU devices as if they had memory of their own."""
+    monkeypatch.setattr(load, "local_parts", lambda leaf, mesh, on_host: local_parts(leaf, mesh, False))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("shape", MESHES)
+def test_filling_arrays_on_the_devices_gives_the_same(shape, dtype, checkpoint, stacks, as_accelerators):
     mesh = make_mesh(CONFIG, shape)
     reports = []
     params = load.load_parameters(checkpoint, mesh, dtype, lambda *report: reports.append(report))
     assert_devices_hold_their_parts(params, stacks, mesh, dtype)
     assert reports[-1][0] == reports[-1][1]
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+@pytest.mark.parametrize("shape", MESHES)
+def test_little_memory_cuts_pieces_and_is_never_exceeded(shape, on_host, checkpoint, stacks, monkeypatch):
+    monkeypatch.setattr(load, "MIN_LOAD_MEMORY", 0)
+    monkeypatch.setattr(load, "local_parts", lambda leaf, mesh, _: local_parts(leaf, mesh, on_host))
+    monkeypatch.setattr(load, "STAGING_BYTES", 64)
+    monkeypatch.setattr(byte_ranges, "STAGING_BYTES", 64)
+    held = []
+
+    class Watched(MemoryBudget):
+        @contextlib.contextmanager
+        def hold(self, count):
+            with super().hold(count):
+                held.append((count, self.held))
+                yield
+
+    monkeypatch.setattr(load, "MemoryBudget", Watched)
+    mesh = make_mesh(CONFIG, shape)
+    params = load.load_parameters(checkpoint, mesh, ml_dtypes.bfloat16, load_memory=1000)
+    assert_devices_hold_their_parts(params, stacks, mesh, ml_dtypes.bfloat16)
+    assert len(held) > len(checkpoint.table)
+    assert max(together for _, together in held) <= 1000
+    if on_host:
+        return
+    # What is held beyond the staging are the pieces, all of them: each distinct part of each array once.
+    distinct = 0
+    for path, (weight, scales) in stacks.items():
+        for is_scales, array in enumerate((weight, scales)):
+            if array is not None:
+                parts = [part_of_shard(path, array, bool(is_scales), shard, shape[1]) for shard in range(shape[1])]
+                distinct += sum(part.nbytes for part in {part.tobytes(): part for part in parts}.values())
+    assert sum(count - 64 for count, _ in held) == distinct
+
+
+def test_too_little_memory_is_refused(checkpoint):
+    with pytest.raises(ValueError, match=r"load_memory is 15.0 MB, expected at least 16.0 MB"):
+        load.load_parameters(checkpoint, make_mesh(CONFIG, (1, 1)), load_memory=15_000_000)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_no_byte_is_read_twice(shape, folder, stacks):
+    """On one machine that has all shards: also of what several of them hold."""
+    checkpoint = Checkpoint.open(folder)
+    load.load_parameters(checkpoint, make_mesh(CONFIG, shape))
+    arrays = [array for both in stacks.values() for array in both if array is not None]
+    assert checkpoint.bytes_read == sum(array.nbytes for array in arrays)
+
+
+@pytest.mark.parametrize("shards", [8, 16])
+def test_a_shard_of_the_release_reads_its_own_bytes_and_no_others(shards, hollow_release):
+    """One layer's; as a process does that has the devices of that shard alone."""
+    checkpoint = Checkpoint.open(hollow_release)
+    chosen = [
+        dataclasses.replace(leaf, specs=tuple(spec for spec in leaf.specs if spec.layer == 5))
+        for leaf in stored_leaves(checkpoint.config)
+        if leaf.stacked
+    ]
+    held = [[HostPart(leaf, leaf.file_key(shards, 3), 1, [])] for leaf in chosen]
+    before = _bytes_read_by_process()
+    load.read_parts(checkpoint, chosen, held)
+    after = _bytes_read_by_process()
+    experts = 3 * 8 * 6144 * 32768 // shards
+    queries_and_output = 2 * 6144 * 6144 // shards
+    keys_and_values = 2 * 6144 * 128  # one head each
+    scales = 8 * 2 * 32768 // shards * 2 + 8 * 6144 * 2  # of linear and linear_v, and a group of linear_1
+    scales += 6144 // shards * 2 + 2 * 128 * 2 + 6144 * 2  # of queries, keys and values, and a group of the output
+    norms_and_router = 4 * 6144 * 4 + 6144 * 8 * 4
+    expected = experts + queries_and_output + keys_and_values + scales + norms_and_router
+    assert checkpoint.bytes_read == expected
+    assert expected <= after - before <= expected + 100_000 or before is None
+
+
+def _bytes_read_by_process():
+    """As the system counts them; None where it does not."""
+    try:
+        with open("/proc/self/io") as file:
+            return int(file.readline().removeprefix("rchar: "))
+    except OSError:
+        return None
+
+
+def test_shards_that_hold_the_same_share_it(checkpoint):
+    """Key/value heads of 16 shards, of which there are 4, and scale groups, of which there are 8."""
+    params = load.load_parameters(checkpoint, make_mesh(CONFIG, (1, 16)))
+    for path, is_scales, array in leaves(params):
+        distinct = {shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards}
+        match path.split("/")[-2:], is_scales:
+            case ["key" | "value", _], _:
+                assert len(distinct) == 4
+            case ["linear_1", "w"], True:
+                assert len(distinct) == 8
+
+
+@pytest.mark.parametrize("crowded", [True, False])
+def test_files_leave_the_page_cache_only_where_memory_is_short(crowded, folder, monkeypatch):
+    checkpoint = Checkpoint.open(folder)
+    needed = 2 * checkpoint.total_bytes + MIN_LOAD_MEMORY
+    monkeypatch.setattr(load, "available_bytes", lambda: needed if crowded else 2 * needed)
+    forgotten = []
+    monkeypatch.setattr(Checkpoint, "forget", lambda self, index: forgotten.append(index))
+    load.load_parameters(checkpoint, make_mesh(CONFIG, (1, 2)), load_memory=MIN_LOAD_MEMORY)
+    assert sorted(forgotten) == (list(range(len(checkpoint.table))) if crowded else [])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])

@@ -1,35 +1,37 @@
 """Loading a checkpoint onto a mesh: each device's slices from the files' bytes to the device, and nothing else.
 
-In memory the layers of a parameter are one array with a leading axis of layers. On a CPU each device's part of it is
-read from the files straight into its final place. Elsewhere it is allocated on the device and filled layer by layer,
-with a few slices in flight on the host.
+In memory the layers of a parameter are one array with a leading axis of layers. Work goes file by file, in pieces: a
+piece is read for all devices of this process together, so that no byte is read twice. On a CPU it is read straight into
+its final place. Elsewhere the arrays are allocated on the devices, and pieces on their way are in host memory, as many
+as a budget allows.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
-import threading
-from collections.abc import Callable, Iterator
-from functools import partial
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 
 import haiku as hk
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
-from grok1.checkpoint.layout import TensorSpec
+from grok1.byte_size import format_bytes
+from grok1.checkpoint.byte_ranges import STAGING_BYTES
+from grok1.checkpoint.parallel import Advance, Progress, in_parallel
 from grok1.checkpoint.parameters import StoredLeaf, parameter_tree, stored_leaves
+from grok1.checkpoint.parts import Part, Place, local_parts
 from grok1.checkpoint.reader import Checkpoint
+from grok1.memory import DEFAULT_LOAD_MEMORY, MIN_LOAD_MEMORY, MemoryBudget, available_bytes
 from grok1.sharding import MODEL_AXIS
 
 _READERS = 4
-_STAGING_BYTES = 1 << 30  # host memory for slices on their way to a device
-_CAST_BYTES = 32 << 20  # a slice that changes its dtype goes through a buffer of this size
-_ALIGNMENT = 64  # XLA takes a host buffer as it is if it is aligned so
-
-Progress = Callable[[int, int], None]
+_PIECE_BYTES = 64 << 20
+_PIECES = 4  # the budget holds at least so many pieces
+_CACHEABLE = 0.8  # of the available memory
 
 
 def load_parameters(
@@ -37,6 +39,7 @@ def load_parameters(
     mesh: Mesh,
     dtype: np.dtype | type = np.float32,
     progress: Progress | None = None,
+    load_memory: int = DEFAULT_LOAD_MEMORY,
 ) -> hk.Params:
     """Reads a checkpoint onto a mesh.
 
@@ -44,149 +47,151 @@ def load_parameters(
         checkpoint: an opened checkpoint, whose files have been found to be right.
         mesh: a (data, model) mesh that the model divides over.
         dtype: dtype of the embedding matrix in memory.
-        progress: is called with the bytes read so far and the bytes to read, from several threads in turn.
+        progress: is called in this thread with the bytes read so far and the bytes to read. What several model
+            shards hold is read once and counts for each.
+        load_memory: bytes of host memory beyond the weights that may be taken at a time.
 
     Returns:
         the parameter tree: Haiku modules with arrays and `QuantizedWeight`s, placed by the partition rules.
 
     Raises:
         CheckpointError: if a file cannot be read.
+        MemoryError: if there is no memory for the weights.
+        ValueError: if `load_memory` is less than `MIN_LOAD_MEMORY`.
     """
+    if load_memory < MIN_LOAD_MEMORY:
+        raise ValueError(
+            f"load_memory is {format_bytes(load_memory)}, expected at least {format_bytes(MIN_LOAD_MEMORY)}"
+        )
     leaves = stored_leaves(checkpoint.config, dtype)
     on_host = all(device.platform == "cpu" for device in mesh.devices.flat)
-    fill = _fill_on_host if on_host else _fill_on_device
-    counter = _Counter(leaves, mesh.shape[MODEL_AXIS], progress)
-    arrays: list[jax.Array] = []
-    pool = concurrent.futures.ThreadPoolExecutor(_READERS, thread_name_prefix="grok1-read")
-    try:
-        for leaf in leaves:
-            arrays.append(fill(checkpoint, leaf, mesh, pool, counter))
-        jax.block_until_ready(arrays)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    parts = [local_parts(leaf, mesh, on_host) for leaf in leaves]
+    read_parts(checkpoint, leaves, parts, progress, load_memory)
+    arrays = []
+    for leaf, held in zip(leaves, parts, strict=True):
+        shape = leaf.global_shape(mesh.shape[MODEL_AXIS])
+        on_devices = [array for part in held for array in part.arrays()]
+        arrays.append(jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, leaf.partition), on_devices))
+    jax.block_until_ready(arrays)
     return parameter_tree(leaves, arrays)
 
 
-class _Counter:
-    """Counts the bytes read."""
-
-    def __init__(self, leaves: tuple[StoredLeaf, ...], shards: int, progress: Progress | None):
-        self._progress = progress
-        self._lock = threading.Lock()
-        self._done = 0
-        self._total = shards * sum(
-            len(leaf.specs) * int(np.prod(leaf.part_shape(shards))) * leaf.file_dtype.itemsize for leaf in leaves
-        )
-
-    def add(self, count: int) -> None:
-        if self._progress is not None:
-            with self._lock:
-                self._done += count
-                self._progress(self._done, self._total)
-
-
-def _read_part(
-    checkpoint: Checkpoint, leaf: StoredLeaf, spec: TensorSpec, key: tuple[slice, ...], out: np.ndarray
+def read_parts(
+    checkpoint: Checkpoint,
+    leaves: Sequence[StoredLeaf],
+    parts: Sequence[Sequence[Part]],
+    progress: Progress | None = None,
+    load_memory: int = DEFAULT_LOAD_MEMORY,
 ) -> None:
-    """Reads a part of one file's array into `out`, which may have another dtype than the file."""
-    if out.dtype == leaf.file_dtype:
-        checkpoint.read_into(spec.index, out, key, scales=leaf.scales)
-        return
-    row_bytes = int(np.prod(out.shape[1:])) * leaf.file_dtype.itemsize
-    rows = max(1, _CAST_BYTES // row_bytes)
-    for start in range(0, out.shape[0], rows):
-        piece = out[start : start + rows]
-        buffer = np.empty(piece.shape, leaf.file_dtype)
-        first = key[0].start + start
-        checkpoint.read_into(spec.index, buffer, (slice(first, first + len(piece)), *key[1:]), scales=leaf.scales)
-        piece[...] = buffer
+    """Reads parts of arrays, file by file in the order of the layers, and nothing else.
+
+    Args:
+        checkpoint: an opened checkpoint.
+        leaves: the arrays, of all layers or of some.
+        parts: for each array its parts, which are filled.
+        progress: as for `load_parameters`.
+        load_memory: as for `load_parameters`.
+
+    Raises:
+        CheckpointError: if a file cannot be read.
+    """
+    budget = MemoryBudget(load_memory)
+    pieces = sorted(
+        (
+            piece
+            for leaf, held in zip(leaves, parts, strict=True)
+            for piece in _cut(leaf, held, min(_PIECE_BYTES, load_memory // _PIECES - STAGING_BYTES))
+        ),
+        key=lambda piece: (piece.leaf.specs[piece.layer].layer or 0, piece.index),
+    )
+    crowded = _crowds_memory(checkpoint, sum(part.host_bytes for held in parts for part in held), load_memory)
+    unread = Counter(piece.index for piece in pieces)
+
+    def read(piece: _Piece, advance: Advance) -> None:
+        with budget.hold(STAGING_BYTES + piece.staged_bytes):
+            _read_piece(checkpoint, piece, advance)
+
+    total = sum(piece.progress_bytes for piece in pieces)
+    with closing(in_parallel(pieces, read, total, progress, threads=_READERS)) as finished:
+        for piece, _ in finished:
+            unread[piece.index] -= 1
+            if crowded and not unread[piece.index]:
+                checkpoint.forget(piece.index)
 
 
-def _devices_by_shard(mesh: Mesh) -> Iterator[tuple[int, list[jax.Device]]]:
-    """Each model shard that has devices in this process, with those devices: one for each data row."""
-    for shard in range(mesh.shape[MODEL_AXIS]):
-        devices = [d for d in mesh.devices[:, shard] if d.process_index == jax.process_index()]
-        if devices:
-            yield shard, devices
+def _crowds_memory(checkpoint: Checkpoint, host_bytes: int, load_memory: int) -> bool:
+    """Whether the files, once read, are to leave the page cache.
+
+    They may stay, for a quick second start, if with the weights on the host and the memory of loading they take at
+    most 80 % of what is available before, or if nobody knows how much that is.
+    """
+    available = available_bytes()
+    needed = checkpoint.total_bytes + host_bytes + load_memory
+    return available is not None and needed > _CACHEABLE * available
 
 
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(size + _ALIGNMENT, np.uint8)
-    offset = -raw.ctypes.data % _ALIGNMENT
-    return raw[offset : offset + size].view(dtype).reshape(shape)
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """A box of one layer of an array, the same in each of its parts."""
+
+    leaf: StoredLeaf
+    parts: Sequence[Part]
+    layer: int
+    box: tuple[slice, ...]
+
+    @property
+    def index(self) -> int:
+        return self.leaf.specs[self.layer].index
+
+    @property
+    def place(self) -> Place:
+        return (slice(self.layer, self.layer + 1), *self.box) if self.leaf.stacked else self.box
+
+    @property
+    def size(self) -> int:
+        return math.prod(axis.stop - axis.start for axis in self.box)
+
+    @property
+    def staged_bytes(self) -> int:
+        return self.size * sum(part.staged_item_bytes for part in self.parts)
+
+    @property
+    def progress_bytes(self) -> int:
+        return self.size * self.leaf.file_dtype.itemsize * sum(part.shards for part in self.parts)
 
 
-def _assemble(leaf: StoredLeaf, mesh: Mesh, parts: list[jax.Array]) -> jax.Array:
-    shape = leaf.global_shape(mesh.shape[MODEL_AXIS])
-    return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, leaf.partition), parts)
+def _cut(leaf: StoredLeaf, parts: Sequence[Part], piece_bytes: int) -> Iterator[_Piece]:
+    """Cuts an array into pieces that take at most so many bytes of all its parts together."""
+    shape = [axis.stop - axis.start for axis in parts[0].key]
+    for layer in range(len(leaf.specs)):
+        for box in _boxes(shape, max(1, piece_bytes // (len(parts) * leaf.file_dtype.itemsize))):
+            yield _Piece(leaf, parts, layer, box)
 
 
-def _fill_on_host(
-    checkpoint: Checkpoint,
-    leaf: StoredLeaf,
-    mesh: Mesh,
-    pool: concurrent.futures.ThreadPoolExecutor,
-    counter: _Counter,
-) -> jax.Array:
-    """Reads into host memory that the CPU devices then use as it is; data rows share it."""
-    shards = mesh.shape[MODEL_AXIS]
-    parts: list[jax.Array] = []
-    for shard, devices in _devices_by_shard(mesh):
-        key = leaf.file_key(shards, shard)
-        whole = _aligned_empty(leaf.local_shape(shards), leaf.dtype)
-
-        def read(layer: int, key: tuple[slice, ...] = key, whole: np.ndarray = whole) -> None:
-            out = whole[layer] if leaf.stacked else whole
-            _read_part(checkpoint, leaf, leaf.specs[layer], key, out)
-            counter.add(out.size * leaf.file_dtype.itemsize)
-
-        for _ in pool.map(read, range(len(leaf.specs))):
-            pass
-        parts.extend(jax.device_put(whole, device, may_alias=True) for device in devices)
-    return _assemble(leaf, mesh, parts)
+def _boxes(shape: Sequence[int], size: int) -> Iterator[tuple[slice, ...]]:
+    """Cuts an array into contiguous boxes of at most `size` items, nearly all of one shape."""
+    axis = next(i for i in range(len(shape)) if math.prod(shape[i + 1 :]) <= size)
+    length = size // math.prod(shape[axis + 1 :])
+    length = -(-shape[axis] // -(-shape[axis] // length))
+    for outer in np.ndindex(*shape[:axis]):
+        for start in range(0, shape[axis], length):
+            yield (
+                *(slice(place, place + 1) for place in outer),
+                slice(start, min(start + length, shape[axis])),
+                *(slice(0, whole) for whole in shape[axis + 1 :]),
+            )
 
 
-@partial(jax.jit, donate_argnums=0)
-def _put_layer(stack: jax.Array, part: jax.Array, layer: jax.Array) -> jax.Array:
-    return lax.dynamic_update_index_in_dim(stack, part, layer, 0)
-
-
-def _fill_on_device(
-    checkpoint: Checkpoint,
-    leaf: StoredLeaf,
-    mesh: Mesh,
-    pool: concurrent.futures.ThreadPoolExecutor,
-    counter: _Counter,
-) -> jax.Array:
-    """Fills arrays on the devices layer by layer; a few slices are on the host at a time."""
-    shards = mesh.shape[MODEL_AXIS]
-    part_shape = leaf.part_shape(shards)
-    part_bytes = int(np.prod(part_shape)) * leaf.file_dtype.itemsize
-    parts: list[jax.Array] = []
-    for shard, devices in _devices_by_shard(mesh):
-        key = leaf.file_key(shards, shard)
-
-        def read(spec: TensorSpec, key: tuple[slice, ...] = key) -> np.ndarray:
-            part = np.empty(part_shape, leaf.dtype)
-            _read_part(checkpoint, leaf, spec, key, part)
-            counter.add(part_bytes)
-            return part
-
-        if not leaf.stacked:
-            part = read(leaf.specs[0])
-            parts.extend(jax.device_put(part, device) for device in devices)
-            continue
-        stacks = [jnp.zeros(leaf.local_shape(shards), leaf.dtype, device=device) for device in devices]
-        ahead = max(1, min(_READERS, _STAGING_BYTES // part_bytes))
-        waiting = [pool.submit(read, spec) for spec in leaf.specs[:ahead]]
-        for layer in range(len(leaf.specs)):
-            part = waiting.pop(0).result()
-            for i, device in enumerate(devices):
-                stacks[i] = _put_layer(stacks[i], jax.device_put(part, device), layer)
-            jax.block_until_ready(stacks)  # the host's slice is free again only then
-            del part
-            if layer + ahead < len(leaf.specs):
-                waiting.append(pool.submit(read, leaf.specs[layer + ahead]))
-        parts.extend(stacks)
-    return _assemble(leaf, mesh, parts)
+def _read_piece(checkpoint: Checkpoint, piece: _Piece, advance: Advance) -> None:
+    buffers = [part.buffer(piece.place) for part in piece.parts]
+    slices = []
+    for part, buffer in zip(piece.parts, buffers, strict=True):
+        key = tuple(
+            slice(whole.start + axis.start, whole.start + axis.stop)
+            for whole, axis in zip(part.key, piece.box, strict=True)
+        )
+        slices.append((key, buffer[0] if piece.leaf.stacked else buffer))
+    checkpoint.read_slices(piece.index, slices, scales=piece.leaf.scales, check=lambda: advance(0))
+    landed = [part.put(piece.place, buffer) for part, buffer in zip(piece.parts, buffers, strict=True)]
+    jax.block_until_ready(landed)
+    advance(piece.progress_bytes)

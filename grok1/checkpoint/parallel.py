@@ -26,7 +26,11 @@ class _Stopped(Exception):
 
 
 def in_parallel(
-    items: Sequence[Item], work: Callable[[Item, Advance], Result], total: int, progress: Progress | None
+    items: Sequence[Item],
+    work: Callable[[Item, Advance], Result],
+    total: int,
+    progress: Progress | None,
+    threads: int | None = None,
 ) -> Generator[tuple[Item, Result], None, None]:
     """Runs `work` for each item in threads, and yields the results as they come, each with its item.
 
@@ -38,6 +42,7 @@ def in_parallel(
         work: gets an item and `advance`, which it calls after every few megabytes.
         total: bytes of all items.
         progress: called in the consumer's thread.
+        threads: how many; by default one a processor, but at least 2 and at most 8.
 
     Raises:
         Exception: what `work` raises.
@@ -57,8 +62,9 @@ def in_parallel(
     def submit(item: Item) -> None:
         pool.submit(run, item).add_done_callback(lambda future: events.put((item, future)))
 
-    threads = min(_MAX_THREADS, max(2, os.cpu_count() or 2))
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="grok1-verify")
+    pool = ThreadPoolExecutor(
+        threads or min(_MAX_THREADS, max(2, os.cpu_count() or 2)), thread_name_prefix="grok1-read"
+    )
     try:
         for item in items:
             submit(item)

@@ -8,12 +8,14 @@ import os
 import re
 import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from grok1.checkpoint.byte_ranges import Check, RangeReader, ReadCounter, became_shorter, go_on, read_columns
 from grok1.checkpoint.layout import CHECKPOINT_DIR, TensorSpec
 from grok1.checkpoint.pickle_scan import StoredArray, StoredTensor
 from grok1.checkpoint.structure import FileFault, find_faults
@@ -23,8 +25,9 @@ from grok1.errors import CheckpointError
 _FILE_NAME = re.compile(r"tensor\d+_\d+")
 
 _FAULTS_TOLD = 3
-_MAPPED_RUN = 64 * 1024
-"""Contiguous runs of fewer bytes are copied from a mapping: a system call for each would cost more."""
+
+_Ranges = tuple[tuple[int, int], ...]
+_Box = tuple[_Ranges, np.ndarray]
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -95,6 +98,7 @@ class Checkpoint:
     table: tuple[TensorSpec, ...]
     tensors: tuple[StoredTensor, ...]
     total_bytes: int
+    _counter: ReadCounter = field(default_factory=ReadCounter, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
     _mappings: weakref.WeakValueDictionary[int, mmap.mmap] = field(
         default_factory=weakref.WeakValueDictionary, init=False, repr=False
@@ -143,38 +147,62 @@ class Checkpoint:
         stored = self.tensors[index].scales
         return None if stored is None else self._view(index, stored)
 
+    @property
+    def bytes_read(self) -> int:
+        """How many bytes were read from the files, not counting those of views."""
+        return self._counter.total
+
     def read_into(self, index: int, out: np.ndarray, key: tuple[slice, ...] = (), *, scales: bool = False) -> None:
-        """Fills `out` with a slice of an array, straight from the file.
+        """Fills `out` with a slice of an array, straight from the file; as `read_slices` does for several."""
+        self.read_slices(index, [(key, out)], scales=scales)
+
+    def read_slices(
+        self,
+        index: int,
+        slices: Sequence[tuple[tuple[slice, ...], np.ndarray]],
+        *,
+        scales: bool = False,
+        check: Check = go_on,
+    ) -> None:
+        """Fills arrays with slices of one array of a file.
+
+        Slices that differ in one axis alone, such as columns, share what is read. At most `STAGING_BYTES` of memory
+        are taken beyond the arrays.
 
         Args:
             index: number of the file.
-            out: C-contiguous, of the slice's shape and the array's dtype.
-            key: a slice, of step 1, for each of the first dimensions; dimensions without one are read whole.
+            slices: for each a key and where it goes. The key has a slice, of step 1, for each of the first
+                dimensions; dimensions without one are read whole. Where it goes is C-contiguous, of the slice's shape
+                and the array's dtype.
             scales: reads the file's scales instead of its weight.
+            check: is called every few megabytes; what it raises ends the reading.
 
         Raises:
             CheckpointError: if the file cannot be read or changed since it was opened.
-            ValueError: if `out` or `key` does not fit the array.
+            ValueError: if a key does not fit the array, or an array the key.
         """
         stored = self.tensors[index].scales if scales else self.tensors[index].array
         if stored is None:
             raise ValueError(f"{self.table[index].file_name} has no scales")
-        ranges = _ranges(stored.shape, key)
-        shape = tuple(stop - start for start, stop in ranges)
-        if out.shape != shape or out.dtype != stored.dtype or not out.flags.c_contiguous or not out.flags.writeable:
-            raise ValueError(
-                f"out is {out.dtype} {out.shape}, expected {stored.dtype} {shape}, C-contiguous and writeable"
-            )
-        if out.size == 0:
-            return
-        run_dimensions = _run_dimensions(stored.shape, shape)
-        run_bytes = math.prod(shape[len(shape) - run_dimensions :]) * stored.dtype.itemsize
-        if run_bytes < _MAPPED_RUN and run_bytes < out.nbytes:
-            selected = self._view(index, stored)[tuple(slice(start, stop) for start, stop in ranges)]
-            unsigned = np.dtype(f"u{stored.dtype.itemsize}")  # plain bits: NumPy copies them without the GIL
-            np.copyto(out.view(unsigned), selected.view(unsigned))
-        else:
-            self._read_runs(index, stored, out, ranges, run_dimensions)
+        boxes = [(_ranges(stored.shape, key), out) for key, out in slices]
+        for ranges, out in boxes:
+            shape = tuple(stop - start for start, stop in ranges)
+            if out.shape != shape or out.dtype != stored.dtype or not out.flags.c_contiguous or not out.flags.writeable:
+                raise ValueError(
+                    f"out is {out.dtype} {out.shape}, expected {stored.dtype} {shape}, C-contiguous and writeable"
+                )
+        with RangeReader(self._path(index), self._counter, check) as file:
+            for together in _side_by_side(stored.shape, [box for box in boxes if box[1].size]):
+                _read_boxes(file, stored, together)
+
+    def forget(self, index: int) -> None:
+        """Takes a file out of the system's page cache, where the system lets one.
+
+        Raises:
+            CheckpointError: if the file cannot be opened.
+        """
+        with RangeReader(self._path(index), self._counter) as file:
+            file.forget()
 
     def _path(self, index: int) -> Path:
         return self.directory / self.table[index].file_name
@@ -182,7 +210,7 @@ class Checkpoint:
     def _view(self, index: int, stored: StoredArray) -> np.ndarray:
         mapping = self._mapping(index)
         if stored.offset + stored.nbytes > len(mapping):
-            raise _changed(self._path(index))
+            raise became_shorter(self._path(index))
         # An offset that is no multiple of the item size gives an unaligned array, which NumPy handles.
         return np.ndarray(stored.shape, stored.dtype, buffer=mapping, offset=stored.offset)
 
@@ -198,36 +226,6 @@ class Checkpoint:
                     raise CheckpointError(f"cannot map {path} ({error}): check the file and its disk") from None
                 self._mappings[index] = mapping
             return mapping
-
-    def _read_runs(
-        self,
-        index: int,
-        stored: StoredArray,
-        out: np.ndarray,
-        ranges: list[tuple[int, int]],
-        run_dimensions: int,
-    ) -> None:
-        """Reads one contiguous run of the file after the other, each straight to its place in `out`."""
-        path = self._path(index)
-        outer = len(ranges) - run_dimensions
-        starts = [start for start, _ in ranges]
-        strides = [math.prod(stored.shape[axis + 1 :]) * stored.dtype.itemsize for axis in range(len(ranges))]
-        first = stored.offset + sum(start * stride for start, stride in zip(starts, strides, strict=True))
-        target = memoryview(out.reshape(-1).view(np.uint8).data)
-        run_bytes = out.nbytes // math.prod(out.shape[:outer])
-        try:
-            with path.open("rb", buffering=0) as file:
-                for run, place in enumerate(np.ndindex(out.shape[:outer])):
-                    offset = first + sum(step * stride for step, stride in zip(place, strides, strict=False))
-                    file.seek(offset)
-                    rest = target[run * run_bytes : (run + 1) * run_bytes]
-                    while rest:
-                        count = file.readinto(rest)
-                        if not count:
-                            raise _changed(path)
-                        rest = rest[count:]
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path} ({error.strerror}): check the file and its disk") from None
 
 
 def faults_sentence(
@@ -253,11 +251,7 @@ def faults_sentence(
     return f"{directory}: {count} of {expected} files {verb} not right: " + (f"{sentence}; " if told else "") + advice
 
 
-def _changed(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path} became shorter since it was opened: leave the files alone and start again")
-
-
-def _ranges(shape: tuple[int, ...], key: tuple[slice, ...]) -> list[tuple[int, int]]:
+def _ranges(shape: tuple[int, ...], key: tuple[slice, ...]) -> _Ranges:
     if len(key) > len(shape):
         raise ValueError(f"{len(key)} slices for an array of {len(shape)} dimensions")
     ranges = []
@@ -266,14 +260,39 @@ def _ranges(shape: tuple[int, ...], key: tuple[slice, ...]) -> list[tuple[int, i
         if step != 1:
             raise ValueError(f"a slice has step {step}, expected 1")
         ranges.append((start, max(start, stop)))
-    return ranges
+    return tuple(ranges)
 
 
-def _run_dimensions(shape: tuple[int, ...], part: tuple[int, ...]) -> int:
-    """How many of the last dimensions of a slice lie in the file without a gap."""
-    count = 0
-    for whole, size in zip(reversed(shape), reversed(part), strict=True):
-        count += 1
-        if whole != size:
-            break
-    return count
+def _last_cut(shape: tuple[int, ...], ranges: _Ranges) -> int:
+    """The last axis that is not read whole; 0 if all are."""
+    return max((i for i, part in enumerate(ranges) if part != (0, shape[i])), default=0)
+
+
+def _side_by_side(shape: tuple[int, ...], boxes: list[_Box]) -> list[list[_Box]]:
+    """Boxes in groups that differ in the last axis that is cut and in no other."""
+    groups: dict[tuple[int, _Ranges], list[_Box]] = defaultdict(list)
+    for ranges, out in boxes:
+        axis = _last_cut(shape, ranges)
+        groups[axis, ranges[:axis]].append((ranges, out))
+    return list(groups.values())
+
+
+def _read_boxes(file: RangeReader, stored: StoredArray, boxes: list[_Box]) -> None:
+    """Reads boxes that lie side by side, as columns of matrices: one matrix where no axis before the last is cut."""
+    shape, ranges = stored.shape, boxes[0][0]
+    axis = _last_cut(shape, ranges)
+    strides = [math.prod(shape[i + 1 :]) * stored.dtype.itemsize for i in range(len(shape))]
+    outer = _last_cut(shape, ranges[:axis])  # from here to `axis` the rows follow each other
+    first, last = ranges[outer] if outer < axis else (0, 1)
+    rows = (last - first) * math.prod(shape[outer + 1 : axis])
+    starts = [start for start, _ in ranges[:axis]]
+    base = stored.offset + sum(start * stride for start, stride in zip(starts, strides, strict=False))
+    lengths = [stop - start for start, stop in ranges[:outer]]
+    flat = [
+        (box[axis][0] * strides[axis], out.reshape(-1).view(np.uint8).reshape(math.prod(lengths), rows, -1))
+        for box, out in boxes
+    ]
+    for number, place in enumerate(np.ndindex(*lengths)):
+        offset = base + sum(step * stride for step, stride in zip(place, strides, strict=False))
+        row_bytes = strides[axis] * shape[axis]
+        read_columns(file, offset, row_bytes, [(start, out[number]) for start, out in flat])

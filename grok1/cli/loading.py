@@ -106,6 +106,7 @@ def load_model(choice: ModelChoice, terminal: Terminal) -> tuple[Model, float]:
         tokenizer=choice.tokenizer,
         mesh=choice.mesh,
         dtype=choice.dtype,  # type: ignore[arg-type]
+        load_memory=choice.load_memory,
         progress=terminal.progress,
     )
     terminal.clear()

@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from grok1.byte_size import parse_bytes
+from grok1.byte_size import format_bytes, parse_bytes
 from grok1.cli.terminal import Terminal
 from grok1.engine.request import MAX_LOGPROBS, MAX_SEED, SamplingOptions
 from grok1.errors import RequestError
+from grok1.memory import DEFAULT_LOAD_MEMORY, MIN_LOAD_MEMORY
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -30,12 +31,14 @@ class ModelChoice:
         tokenizer: a SentencePiece model; None looks in and beside the checkpoint.
         mesh: sizes of the data and the model axis; None uses all devices.
         dtype: of activations and the key/value cache; None chooses by device.
+        load_memory: bytes of host memory beyond the weights that loading may take.
     """
 
     checkpoint: Path
     tokenizer: Path | None
     mesh: tuple[int, int] | None = None
     dtype: str | None = None
+    load_memory: int = DEFAULT_LOAD_MEMORY
 
 
 class _MeshType(click.ParamType):
@@ -52,9 +55,12 @@ class _MeshType(click.ParamType):
 
 
 class ByteSize(click.ParamType):
-    """A size in bytes, such as 80GB or 512MiB; the command gets an int above 0."""
+    """A size in bytes, such as 80GB or 512MiB; the command gets an int of `at_least` or more."""
 
     name = "SIZE"
+
+    def __init__(self, at_least: int = 1):
+        self.at_least = at_least
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Reads the size."""
@@ -64,8 +70,9 @@ class ByteSize(click.ParamType):
             size = parse_bytes(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
-        if not size:
-            self.fail(f"{value!r} is no size to work with: expected more than 0", param, ctx)
+        if size < self.at_least:
+            least = f"at least {format_bytes(self.at_least)}" if self.at_least > 1 else "more than 0"
+            self.fail(f"{value!r} is no size to work with: expected {least}", param, ctx)
         return size
 
 
@@ -101,6 +108,13 @@ _DTYPE = click.option(
     help="The type of activations and of the key/value cache.  [default: bfloat16 on accelerators, float32 on "
     "processors]",
 )
+_LOAD_MEMORY = click.option(
+    "--load-memory",
+    type=ByteSize(MIN_LOAD_MEMORY),
+    default=DEFAULT_LOAD_MEMORY,
+    help="The most memory of the host that loading takes beyond the weights, for what is on its way to the devices; "
+    f"at least {format_bytes(MIN_LOAD_MEMORY)}.  [default: {format_bytes(DEFAULT_LOAD_MEMORY)}]",
+)
 
 
 def tokenizer_choice_options(command: Command) -> Command:
@@ -123,11 +137,12 @@ def model_options(command: Command) -> Command:
         tokenizer: Path | None,
         mesh: tuple[int, int] | None,
         dtype: str | None,
+        load_memory: int,
         **rest: Any,
     ) -> Any:
-        return command(*args, choice=ModelChoice(checkpoint, tokenizer, mesh, dtype), **rest)
+        return command(*args, choice=ModelChoice(checkpoint, tokenizer, mesh, dtype, load_memory), **rest)
 
-    return CHECKPOINT(TOKENIZER(MESH(_DTYPE(with_choice))))  # type: ignore[return-value]
+    return CHECKPOINT(TOKENIZER(MESH(_DTYPE(_LOAD_MEMORY(with_choice)))))  # type: ignore[return-value]
 
 
 def _set_on_terminal(ctx: click.Context, param: click.Parameter, value: bool) -> None:

@@ -18,6 +18,7 @@ from grok1.config import PRESETS, ModelConfig, preset
 from grok1.plan.devices import DEVICE_KINDS
 
 if TYPE_CHECKING:
+    from grok1.plan.compiled import CompiledStep
     from grok1.plan.devices import Devices
     from grok1.plan.estimate import Estimate
 
@@ -69,6 +70,14 @@ _PROMPT = 2048  # tokens of the prompt whose speed is told
     metavar="DIR",
     help="Plan for the model of this checkpoint, instead of a preset.",
 )
+@click.option(
+    "--compile",
+    "compiles",
+    is_flag=True,
+    help="Also compile the model's decode and prefill steps, for virtual devices of the processor or, for tpu-v5e, "
+    "tpu-v5p and tpu-v6e, for the true slice if the tpu extra is installed, and tell the compiler's own figures of "
+    "memory. It takes seconds and no weights.",
+)
 @output_options
 @pass_terminal
 def command(
@@ -81,6 +90,7 @@ def command(
     dtype: str | None,
     preset_name: str,
     checkpoint: Path | None,
+    compiles: bool,
     as_json: bool,
 ) -> None:
     """Tell whether a model fits on some devices, and how fast it could be there at best. No weights are needed.
@@ -93,6 +103,7 @@ def command(
     \b
     grok1 plan
     grok1 plan --device h100-80gb --count 8
+    grok1 plan --device tpu-v5p --count 16 --compile
     grok1 plan --device cpu --memory 512GB --bandwidth 300GB
     """
     named = click.get_current_context().get_parameter_source("preset_name") is not ParameterSource.DEFAULT
@@ -108,20 +119,25 @@ def command(
     estimate = _estimate(config, devices, mesh, dtype, choose_count=bool(device) and count is None)
     other = next_fit(estimate) if estimate.fits is False else None
     estimates = [estimate] if other is None else [estimate, other]
+    steps = _compile(terminal, estimate) if compiles else None
     if as_json:
-        fields = {
+        fields: dict[str, Any] = {
             "model": name,
             "parameters": config.num_parameters,
             "active_parameters": config.num_active_parameters,
             "context": config.sequence_len,
             **_fields(estimate),
             "alternative": _fields(other) if other else None,
+            "compiled": None if steps is None else [dataclasses.asdict(step) for step in steps],
             "verdict": verdict(estimate),
         }
         terminal.write(json_line(fields))
         return
     parameters = f"{config.num_parameters:,} parameters, of which a token uses {config.num_active_parameters:,}"
-    terminal.write(f"{name}: {parameters}\n\n{_table(estimates)}\n{verdict(estimate)}\n")
+    terminal.write(f"{name}: {parameters}\n\n{_table(estimates)}\n")
+    if steps:
+        terminal.write(f"{_compiled_table(estimate, steps)}\n")
+    terminal.write(f"{verdict(estimate)}\n")
 
 
 def _config(preset_name: str, checkpoint: Path | None) -> ModelConfig:
@@ -168,6 +184,61 @@ def _estimate(
         mesh = default_mesh_shape(config, devices.count)
     check_mesh_shape(config, mesh, devices.count)
     return Estimate(config, devices, mesh, dtype)
+
+
+def _compile(terminal: Terminal, estimate: Estimate) -> list[CompiledStep]:
+    """Compiles the steps of a plan for a batch of one sequence on each data row."""
+    import numpy as np
+
+    from grok1.cli.loading import prepare_jax
+
+    prepare_jax(terminal)
+    from grok1.plan.compiled import TOPOLOGIES, compile_steps, topology_mesh, virtual_cpu_mesh
+
+    kind = estimate.devices.kind.name.removeprefix("tpu-")
+    with terminal.interruptible():
+        if kind in TOPOLOGIES:
+            mesh = topology_mesh(kind, estimate.config, estimate.mesh)
+        else:
+            mesh = virtual_cpu_mesh(estimate.config, estimate.mesh)
+        steps = list(
+            compile_steps(
+                estimate.config,
+                mesh,
+                np.dtype(estimate.dtype),
+                slots=estimate.mesh[0],
+                prefill_tokens=min(_PROMPT, estimate.config.sequence_len),
+                progress=lambda name: terminal.show_status(f"compiling the {name} step"),
+            )
+        )
+    terminal.clear()
+    return steps
+
+
+def _compiled_table(estimate: Estimate, steps: list[CompiledStep]) -> str:
+    """What the compiler says of each step on one device, beside the estimate."""
+    expected = estimate.weight_bytes + estimate.cache_bytes
+
+    def difference(step: CompiledStep) -> str:
+        return f"{100 * (step.argument_bytes - expected) / expected:+.2f} %"
+
+    rows: list[tuple[str, Callable[[CompiledStep], str]]] = [
+        ("compiled, each device", lambda step: f"{step.name}, {step.sequences} x {step.tokens}"),
+        ("weights and cache, estimated", lambda step: format_bytes(expected)),
+        ("arguments of the step", lambda step: f"{format_bytes(step.argument_bytes)} ({difference(step)})"),
+        ("temporaries", lambda step: format_bytes(step.temporary_bytes)),
+        ("most at a time", lambda step: format_bytes(step.peak_bytes)),
+        ("time to compile", lambda step: f"{step.compile_seconds:.1f} s"),
+    ]
+    return _columns([[label, *(tell(step) for step in steps)] for label, tell in rows])
+
+
+def _columns(cells: list[list[str]]) -> str:
+    """Lines of columns aligned to the left."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n" for row in cells
+    )
 
 
 def _fields(estimate: Estimate) -> dict[str, Any]:
@@ -231,11 +302,7 @@ def _table(estimates: list[Estimate]) -> str:
         (f"  at {context} tokens", lambda e: largest(e, context)),
         (f"prefill, {prompt} tokens, at most", lambda e: speed(e.prefill_tokens_per_second(prompt))),
     ]
-    cells = [[label, *(tell(estimate) for estimate in estimates)] for label, tell in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n" for row in cells
-    )
+    return _columns([[label, *(tell(estimate) for estimate in estimates)] for label, tell in rows])
 
 
 def _bytes(count: float | None) -> str:

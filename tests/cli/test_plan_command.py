@@ -30,6 +30,7 @@ JSON_KEYS = {
     "prefill_tokens",
     "prefill_tokens_per_second",
     "alternative",
+    "compiled",
     "verdict",
 }
 
@@ -95,6 +96,21 @@ def test_bandwidth_and_dtype_are_the_users(grok1):
     assert ratio == pytest.approx(2)
     narrow = planned(grok1, *common, "--dtype", "bfloat16")
     assert narrow["cache_bytes_per_sequence"] * 2 == slow["cache_bytes_per_sequence"]
+
+
+def test_the_compilers_figures_stand_beside_the_estimate(grok1):
+    options = ["--preset", "tiny", "--device", "h200", "--count", "8", "--mesh", "2,4", "--compile"]
+    fields = planned(grok1, *options)
+    decode, prefill = fields["compiled"]
+    assert (decode["name"], prefill["name"]) == ("decode", "prefill")
+    for step in (decode, prefill):
+        assert step["weight_bytes"] == fields["weight_bytes"]
+        assert step["argument_bytes"] == pytest.approx(
+            fields["weight_bytes"] + fields["cache_bytes_per_sequence"], rel=0.05
+        )
+    text = grok1("plan", *options).out
+    assert "decode, 2 x 1" in text
+    assert text.splitlines()[-1] == fields["verdict"]
 
 
 def test_the_model_of_a_checkpoint(grok1, checkpoint):

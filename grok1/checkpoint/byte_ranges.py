@@ -1,0 +1,187 @@
+"""Ranges of a file's bytes, read without mapping it: mapped pages count as resident, and kill where a file is cut."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from grok1.errors import CheckpointError
+
+STAGING_BYTES = 1 << 20
+"""The most memory that `read_columns` takes for rows that it reads whole."""
+
+_STEP_BYTES = 4 << 20  # so much is read between two looks at whether to go on
+_RUNS_AHEAD = 64
+
+Check = Callable[[], None]
+"""Called every few megabytes; raises when the reading is to stop."""
+
+
+def go_on() -> None:
+    """The `Check` that never stops."""
+
+
+class ReadCounter:
+    """Counts the bytes that several threads have read from files."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._total = 0
+
+    @property
+    def total(self) -> int:
+        """All bytes so far."""
+        return self._total
+
+    def add(self, count: int) -> None:
+        """Counts more bytes."""
+        with self._lock:
+            self._total += count
+
+
+if hasattr(os, "preadv"):
+
+    def _read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
+        return os.preadv(descriptor, [buffer], offset)
+
+else:  # macOS before 11
+
+    def _read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
+        content = os.pread(descriptor, len(buffer), offset)
+        buffer[: len(content)] = content
+        return len(content)
+
+
+class RangeReader:
+    """An open file that can be read at any place.
+
+    with RangeReader(path, ReadCounter()) as file:
+        file.read(memoryview(buffer), 128)
+    """
+
+    def __init__(self, path: Path, counter: ReadCounter, check: Check = go_on):
+        """Opens the file.
+
+        Args:
+            path: the file.
+            counter: counts what is read.
+            check: is called every few megabytes.
+
+        Raises:
+            CheckpointError: if it cannot be opened.
+        """
+        self._path = path
+        self._counter = counter
+        self.check = check
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _unreadable(path, error) from None
+
+    def __enter__(self) -> RangeReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+    def read(self, target: memoryview, offset: int) -> None:
+        """Fills `target`, of bytes, from `offset` on.
+
+        Raises:
+            CheckpointError: if the file ends before, or cannot be read.
+        """
+        done = 0
+        while done < len(target):
+            if done:
+                self.check()
+            step = target[done : done + _STEP_BYTES]
+            try:
+                count = _read_at(self._descriptor, step, offset + done)
+            except OSError as error:
+                raise _unreadable(self._path, error) from None
+            if not count:
+                raise became_shorter(self._path)
+            self._counter.add(count)
+            done += count
+
+    def expect(self, offset: int, length: int) -> None:
+        """Tells the system that these bytes are read next, where it listens."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def forget(self) -> None:
+        """Takes the file out of the page cache, where the system lets one."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_columns(file: RangeReader, offset: int, row_bytes: int, columns: Sequence[tuple[int, np.ndarray]]) -> None:
+    """Reads columns of a matrix of bytes that lies in a file row by row.
+
+    If the columns are half of each row or more, rows are read whole and in order, and their columns are copied from a
+    small buffer; otherwise only the columns are read. A column that lies in the file without a gap is read straight to
+    its place in any case.
+
+    Args:
+        file: the file.
+        offset: where the matrix begins in it.
+        row_bytes: length of a row.
+        columns: for each the byte of the row where it begins, and where it goes: uint8 [rows, width], C-contiguous.
+
+    Raises:
+        CheckpointError: if the file cannot be read or has become shorter.
+    """
+    rows = len(columns[0][1])
+    gapless = [(start, out) for start, out in columns if rows == 1 or out.shape[1] == row_bytes]
+    for start, out in gapless:
+        file.read(out.reshape(-1).data, offset + start)
+    rest = [(start, out) for start, out in columns if rows > 1 and out.shape[1] < row_bytes]
+    if 2 * sum(out.shape[1] for _, out in rest) >= row_bytes and row_bytes <= STAGING_BYTES:
+        _read_rows(file, offset, row_bytes, rest)
+    else:
+        _read_runs(file, offset, row_bytes, rest)
+
+
+def _read_rows(file: RangeReader, offset: int, row_bytes: int, columns: Sequence[tuple[int, np.ndarray]]) -> None:
+    """Reads rows one after the other, whole, and copies the columns out of them."""
+    rows = len(columns[0][1])
+    block = min(rows, STAGING_BYTES // row_bytes)
+    staging = np.empty((block, row_bytes), np.uint8)
+    for first in range(0, rows, block):
+        file.check()
+        count = min(block, rows - first)
+        begin = offset + first * row_bytes
+        file.read(staging[:count].reshape(-1).data, begin)
+        if first + count < rows:
+            file.expect(begin + count * row_bytes, min(block, rows - first - count) * row_bytes)
+        for start, out in columns:
+            out[first : first + count] = staging[:count, start : start + out.shape[1]]
+
+
+def _read_runs(file: RangeReader, offset: int, row_bytes: int, columns: Sequence[tuple[int, np.ndarray]]) -> None:
+    """Reads each row of each column by itself; the system hears of some runs ahead, so that a disk has work."""
+    for start, out in columns:
+        target, width = out.reshape(-1).data, out.shape[1]
+        for first in range(0, len(out), _RUNS_AHEAD):
+            file.check()
+            rows = range(first, min(first + _RUNS_AHEAD, len(out)))
+            for row in rows:
+                file.expect(offset + row * row_bytes + start, width)
+            for row in rows:
+                file.read(target[row * width : (row + 1) * width], offset + row * row_bytes + start)
+
+
+def became_shorter(path: Path) -> CheckpointError:
+    """The error for a file that has lost its end while it was in use."""
+    return CheckpointError(f"{path} became shorter since it was opened: leave the files alone and start again")
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"cannot read {path} ({error.strerror}): check the file and its disk")
