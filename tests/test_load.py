@@ -132,8 +132,7 @@ def as_accelerators(monkeypatch):
     monkeypatch.setattr(load, "local_parts", lambda leaf, mesh, on_host: local_parts(leaf, mesh, False))
 
 
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize(("shape", "dtype"), [((2, 2), ml_dtypes.bfloat16), ((1, 16), np.float32)])
 def test_filling_arrays_on_the_devices_gives_the_same(shape, dtype, checkpoint, stacks, as_accelerators):
     mesh = make_mesh(CONFIG, shape)
     reports = []

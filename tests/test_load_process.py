@@ -30,7 +30,6 @@ import resource, sys
 from pathlib import Path
 import jax
 from grok1.checkpoint import load, parts, reader
-from grok1.memory import peak_resident_bytes
 from grok1.sharding import make_mesh
 
 folder, way, model = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -108,9 +107,9 @@ def test_too_little_memory_for_the_weights_is_an_error_of_python(folder, weights
 def test_peak_of_resident_memory(model, folder, weights_bytes):
     code = """
     jax.block_until_ready(jax.numpy.zeros(1))
-    before = peak_resident_bytes()
+    before = status("VmRSS")
     run()
-    print(peak_resident_bytes() - before)
+    print(status("VmHWM") - before)
     """
     grown = int(result(code, folder, "host", model))
     assert weights_bytes * 0.9 < grown < weights_bytes + MIN_LOAD_MEMORY + SLACK
