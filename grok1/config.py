@@ -10,12 +10,15 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from grok1.errors import ConfigError
 
 SCALE_GROUPS = 8
 """Row groups in the scales of a matrix whose input dimension the release split over its 8 devices."""
+
+DTypeName = Literal["float32", "bfloat16"]
+"""Dtypes of activations and of the key/value cache."""
 
 _MAX_SIZE = 2**31 - 1  # every index into an axis is an int32 on the device
 _MAX_LAYERS = 4096
@@ -211,6 +214,11 @@ PRESETS: dict[str, ModelConfig] = {
     ),
 }
 """The configs that `grok1 init --preset` knows: the release, a model of 20 million weights, one of 3.3 billion."""
+
+
+def default_dtype(platform: str) -> DTypeName:
+    """The dtype of activations on a platform: bfloat16 on accelerators, float32 on "cpu", which it suits better."""
+    return "float32" if platform == "cpu" else "bfloat16"
 
 
 def preset(name: str) -> ModelConfig:

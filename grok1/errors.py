@@ -25,6 +25,14 @@ class MeshError(Grok1Error):
     """A device mesh that the devices or the model cannot be divided by."""
 
 
+class DeviceKindError(Grok1Error):
+    """A kind of device that is not known, or whose memory is not."""
+
+
+class TooSmallError(Grok1Error):
+    """Devices without room for a model."""
+
+
 class CompileError(Grok1Error):
     """A program that the compiler cannot make for a device, or a compiler that is not installed."""
 

@@ -14,7 +14,7 @@ import numpy as np
 from grok1 import memory
 from grok1.checkpoint.load import load_parameters
 from grok1.checkpoint.reader import Checkpoint
-from grok1.config import ModelConfig
+from grok1.config import DTypeName, ModelConfig, default_dtype
 from grok1.engine.compilation_cache import enable_compilation_cache
 from grok1.engine.engine import Engine
 from grok1.engine.generate import GeneratedSequence, GenerationRequest, generate
@@ -26,8 +26,6 @@ from grok1.prompt import check_token_ids, encode_prompt, encode_scored, required
 from grok1.sharding import make_mesh
 from grok1.stop_text import StopMatcher
 from grok1.tokenizer import Tokenizer, find_tokenizer
-
-DTypeName = Literal["float32", "bfloat16"]
 
 _BATCH_SIZE = 8  # sequences that are continued at a time, unless the caller says otherwise
 
@@ -168,11 +166,6 @@ class CompletionStream(Iterator[str]):
         return self._completion
 
 
-def default_dtype(devices: Sequence[jax.Device]) -> DTypeName:
-    """The dtype of activations on these devices: bfloat16 on accelerators, float32 on CPUs, which it suits better."""
-    return "float32" if devices[0].platform == "cpu" else "bfloat16"
-
-
 def load(
     checkpoint: str | Path = "checkpoints",
     *,
@@ -217,7 +210,7 @@ def load(
     config = opened.config
     text = _open_tokenizer(opened, tokenizer)
     device_mesh = make_mesh(config, mesh, devices)
-    kind = np.dtype(dtype or default_dtype(list(device_mesh.devices.flat)))
+    kind = np.dtype(dtype or default_dtype(device_mesh.devices.flat[0].platform))
     data, model = device_mesh.devices.shape
     room = require_room(config, (data, model), devices or jax.devices(), kind.name)
     enable_compilation_cache()

@@ -60,13 +60,13 @@ class StoredLeaf:
             key[axis] = shard_range(self.file_shape[axis], self.split.units, shards, shard)
         return tuple(key)
 
-    def part_shape(self, shards: int) -> tuple[int, ...]:
-        """Shape of what a model shard holds of each file."""
-        return tuple(part.stop - part.start for part in self.file_key(shards, 0))
+    def memory_shape(self, key: tuple[slice, ...]) -> tuple[int, ...]:
+        """Shape in memory of a part of each file's array, all layers of it."""
+        return (*((len(self.specs),) if self.stacked else ()), *(part.stop - part.start for part in key))
 
     def local_shape(self, shards: int) -> tuple[int, ...]:
         """Shape of what a model shard holds in memory."""
-        return (*((len(self.specs),) if self.stacked else ()), *self.part_shape(shards))
+        return self.memory_shape(self.file_key(shards, 0))
 
     def global_shape(self, shards: int) -> tuple[int, ...]:
         """Shape of the array over the whole mesh, with parts that several shards hold counted for each."""

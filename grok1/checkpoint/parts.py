@@ -54,15 +54,10 @@ class HostPart:
         self.key = key
         self.shards = shards
         self._devices = devices
-        self._whole = _aligned_empty(_shape(leaf, key), leaf.dtype)
+        self._whole = _aligned_empty(leaf.memory_shape(key), leaf.dtype)
         self._file_dtype = leaf.file_dtype
         self.host_bytes = self._whole.nbytes
         self.staged_item_bytes = 0 if leaf.dtype == leaf.file_dtype else leaf.file_dtype.itemsize
-
-    @property
-    def whole(self) -> np.ndarray:
-        """All of it."""
-        return self._whole
 
     def buffer(self, place: Place) -> np.ndarray:
         """The box itself, or a copy if it is to change its dtype."""
@@ -86,7 +81,7 @@ class DevicePart:
     def __init__(self, leaf: StoredLeaf, key: tuple[slice, ...], shards: int, devices: list[jax.Device]):
         self.key = key
         self.shards = shards
-        self._wholes = [jnp.zeros(_shape(leaf, key), leaf.dtype, device=device) for device in devices]
+        self._wholes = [jnp.zeros(leaf.memory_shape(key), leaf.dtype, device=device) for device in devices]
         self._devices = devices
         self._file_dtype = leaf.file_dtype
         self._lock = threading.Lock()
@@ -133,11 +128,6 @@ def _put_box(whole: jax.Array, box: jax.Array, start: jax.Array) -> tuple[jax.Ar
     """Also gives an item of the box, which is ready when the box is in its place: `whole` is donated again by then."""
     place = [start[axis] for axis in range(whole.ndim)]
     return lax.dynamic_update_slice(whole, box.astype(whole.dtype), place), box[(0,) * box.ndim]
-
-
-def _shape(leaf: StoredLeaf, key: tuple[slice, ...]) -> tuple[int, ...]:
-    layers = (len(leaf.specs),) if leaf.stacked else ()
-    return (*layers, *(part.stop - part.start for part in key))
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

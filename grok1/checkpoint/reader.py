@@ -76,6 +76,17 @@ def read_config(directory: Path) -> ModelConfig | None:
     return None
 
 
+def stated_or_release(directory: Path) -> tuple[ModelConfig, bool]:
+    """The config of a folder of tensor files, and whether a `config.json` states it; otherwise it is the release's.
+
+    Raises:
+        ConfigError: as `read_config`.
+        CheckpointError: as `read_config`.
+    """
+    stated = read_config(directory)
+    return stated or PRESETS["grok-1"], stated is not None
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """An opened checkpoint, whose every file was scanned and is of the config's shape and dtype.
@@ -117,13 +128,10 @@ class Checkpoint:
             ConfigError: if there is a `config.json` that is no config.
         """
         directory = find_checkpoint(path)
-        stated = read_config(directory)
-        config = stated or PRESETS["grok-1"]
+        config, stated = stated_or_release(directory)
         structure = find_faults(directory, config)
         if structure.faults:
-            raise CheckpointError(
-                faults_sentence(directory, structure.faults, len(structure.table), has_config=stated is not None)
-            )
+            raise CheckpointError(faults_sentence(directory, structure.faults, len(structure.table), has_config=stated))
         tensors = tuple(structure.tensors[spec.index] for spec in structure.table)
         return cls(config, directory, structure.table, tensors, structure.total_bytes)
 

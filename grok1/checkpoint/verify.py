@@ -23,7 +23,7 @@ from grok1.checkpoint.manifest import (
 )
 from grok1.checkpoint.parallel import in_parallel
 from grok1.checkpoint.pickle_source import ScanError
-from grok1.checkpoint.reader import find_checkpoint, read_config
+from grok1.checkpoint.reader import find_checkpoint, stated_or_release
 from grok1.checkpoint.structure import FileFault, Structure, find_faults
 from grok1.config import PRESETS, ModelConfig
 from grok1.errors import CheckpointError
@@ -114,8 +114,7 @@ def verify(
         ConfigError: if there is a `config.json` that is no config.
     """
     directory = find_checkpoint(path).absolute()
-    stated = read_config(directory)
-    config = stated or PRESETS["grok-1"]
+    config, stated = stated_or_release(directory)
     entries = read_manifest(manifest) if manifest is not None else None  # before hours of reading
     if new_manifest is not None:
         _check_place(new_manifest, directory)
@@ -123,7 +122,7 @@ def verify(
     report = Report(
         directory,
         config,
-        stated is not None,
+        stated,
         len(structure.table),
         structure.total_bytes,
         list(structure.faults),

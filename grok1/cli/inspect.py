@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from grok1.cli.columns import columns
 from grok1.cli.completions import json_line
 from grok1.cli.options import output_options
 from grok1.cli.terminal import Terminal, pass_terminal
@@ -118,7 +118,7 @@ def _kind_lines(inspection: Inspection) -> str:
             shape = f"{form.count} of {_shape(form.shape)}"
             rows.append((*head, shape, str(form.dtype), _shape(form.scales_shape)))
             head = ("", "", "", "")
-    return _columns(rows, right={1, 2, 3})
+    return columns(rows, right={1, 2, 3})
 
 
 def _tensor_lines(inspection: Inspection) -> str:
@@ -136,21 +136,8 @@ def _tensor_lines(inspection: Inspection) -> str:
                 str(tensor.file_bytes),
             )
         )
-    return _columns(rows, right={5, 6, 7})
+    return columns(rows, right={5, 6, 7})
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
     return "-" if shape is None else ",".join(map(str, shape))
-
-
-def _columns(rows: Sequence[Sequence[str]], right: set[int]) -> str:
-    """Lines of aligned columns; those numbered in `right` are aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if number in right else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip() + "\n")
-    return "".join(lines)

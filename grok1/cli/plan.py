@@ -11,7 +11,9 @@ import click
 from click.core import ParameterSource
 
 from grok1.byte_size import format_bytes
+from grok1.cli.columns import columns
 from grok1.cli.completions import json_line
+from grok1.cli.loading import prepare_jax, start_jax
 from grok1.cli.options import MESH, ByteSize, output_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.config import PRESETS, ModelConfig, preset
@@ -109,6 +111,7 @@ def command(
     named = click.get_current_context().get_parameter_source("preset_name") is not ParameterSource.DEFAULT
     if checkpoint is not None and named:
         raise click.UsageError("--checkpoint and --preset are both given: give one of them.")
+    prepare_jax(terminal)
     config = _config(preset_name, checkpoint)
     name = str(checkpoint) if checkpoint else preset_name
     devices = _devices(terminal, device, count, memory, bandwidth)
@@ -141,11 +144,11 @@ def command(
 
 
 def _config(preset_name: str, checkpoint: Path | None) -> ModelConfig:
-    from grok1.checkpoint.reader import find_checkpoint, read_config
+    from grok1.checkpoint.reader import find_checkpoint, stated_or_release
 
     if checkpoint is None:
         return preset(preset_name)
-    return read_config(find_checkpoint(checkpoint)) or preset("grok-1")
+    return stated_or_release(find_checkpoint(checkpoint))[0]
 
 
 def _devices(
@@ -156,8 +159,6 @@ def _devices(
     if device is not None:
         devices = named_devices(device, count or 1, memory)
     else:
-        from grok1.cli.loading import start_jax
-
         devices = present_devices(start_jax(terminal))
         terminal.clear()
         devices = dataclasses.replace(
@@ -190,9 +191,6 @@ def _compile(terminal: Terminal, estimate: Estimate) -> list[CompiledStep]:
     """Compiles the steps of a plan for a batch of one sequence on each data row."""
     import numpy as np
 
-    from grok1.cli.loading import prepare_jax
-
-    prepare_jax(terminal)
     from grok1.plan.compiled import TOPOLOGIES, compile_steps, topology_mesh, virtual_cpu_mesh
 
     kind = estimate.devices.kind.name.removeprefix("tpu-")
@@ -230,15 +228,7 @@ def _compiled_table(estimate: Estimate, steps: list[CompiledStep]) -> str:
         ("most at a time", lambda step: format_bytes(step.peak_bytes)),
         ("time to compile", lambda step: f"{step.compile_seconds:.1f} s"),
     ]
-    return _columns([[label, *(tell(step) for step in steps)] for label, tell in rows])
-
-
-def _columns(cells: list[list[str]]) -> str:
-    """Lines of columns aligned to the left."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n" for row in cells
-    )
+    return columns([[label, *(tell(step) for step in steps)] for label, tell in rows])
 
 
 def _fields(estimate: Estimate) -> dict[str, Any]:
@@ -302,7 +292,7 @@ def _table(estimates: list[Estimate]) -> str:
         (f"  at {context} tokens", lambda e: largest(e, context)),
         (f"prefill, {prompt} tokens, at most", lambda e: speed(e.prefill_tokens_per_second(prompt))),
     ]
-    return _columns([[label, *(tell(estimate) for estimate in estimates)] for label, tell in rows])
+    return columns([[label, *(tell(estimate) for estimate in estimates)] for label, tell in rows])
 
 
 def _bytes(count: float | None) -> str:

@@ -26,6 +26,8 @@ from grok1.network import KVCache, ModelShard, network
 from grok1.sharding import DATA_AXIS, MODEL_AXIS
 
 MAX_CHUNK = 512
+"""The most tokens of a sequence that one step reads."""
+
 _MIN_CHUNK = 16
 
 # XLA:CPU uses half of a 512-bit register unless told otherwise; where there are none this changes nothing.

@@ -7,16 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from grok1 import memory
-from grok1.errors import Grok1Error
+from grok1.config import DTypeName, default_dtype
+from grok1.errors import DeviceKindError
 
 GPU_MEMORY_FRACTION = 0.92
 """How much of a GPU's memory `grok1` lets JAX take; the rest is for the driver, collectives and kernels."""
 
 _USABLE = {"gpu": GPU_MEMORY_FRACTION, "tpu": 0.97, "cpu": 0.95}
-
-
-class DeviceKindError(Grok1Error):
-    """A kind of device that is not known, or whose memory is not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +38,9 @@ class DeviceKind:
     jax_name: str | None = None
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> DTypeName:
         """Dtype of activations and of the key/value cache, unless the user chooses."""
-        return "float32" if self.platform == "cpu" else "bfloat16"
+        return default_dtype(self.platform)
 
     @property
     def shares_memory(self) -> bool:

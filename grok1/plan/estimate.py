@@ -64,13 +64,18 @@ class Estimate:
         return 2 * self.config.num_layers * heads * self.config.key_size * np.dtype(self.dtype).itemsize
 
     @property
+    def _chunk(self) -> int:
+        """The most tokens of a sequence that one step reads."""
+        return min(MAX_CHUNK, self.config.sequence_len)
+
+    @property
     def workspace_bytes(self) -> int:
         """What the steps themselves take at most on one device, about.
 
         Reading a chunk for its score has the float32 logits of every position; and the experts' activations, gate and
         up in float32, for each expert that a token selects.
         """
-        config, chunk = self.config, min(MAX_CHUNK, self.config.sequence_len)
+        config, chunk = self.config, self._chunk
         experts = 2 * config.num_selected_experts * config.ffn_size // self.mesh[1]
         return 4 * chunk * (config.vocab_size + experts + 8 * config.emb_size)
 
@@ -141,7 +146,7 @@ class Estimate:
 
         Every chunk of it reads all weights once.
         """
-        chunk = min(MAX_CHUNK, self.config.sequence_len)
+        chunk = self._chunk
         total = 0.0
         for start in range(0, tokens, chunk):
             count = min(chunk, tokens - start)

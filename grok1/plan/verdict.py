@@ -7,13 +7,9 @@ from typing import Any
 
 from grok1.byte_size import format_bytes
 from grok1.config import ModelConfig
-from grok1.errors import Grok1Error
+from grok1.errors import TooSmallError
 from grok1.plan.devices import present_devices
 from grok1.plan.estimate import Estimate, next_fit, widest_split
-
-
-class TooSmallError(Grok1Error):
-    """Devices without room for a model."""
 
 
 def verdict(estimate: Estimate) -> str:

@@ -135,19 +135,22 @@ class PseudoTerminal:
 
     def __init__(self):
         self.here, self.there = pty.openpty()
+        self._unread = b""
 
     def type(self, text):
         """Types as a person would, fewer characters than the system buffers."""
         os.write(self.here, text.encode())
 
     def read_until(self, text):
-        """Waits for a text; what has come until then."""
-        seen = b""
-        while text.encode() not in seen:
-            ready, _, _ = select.select([self.here], [], [], 20)
+        """Waits for a text; what has come up to its end. What came with it is left for the next call."""
+        seen, mark = self._unread, text.encode()
+        while mark not in seen:
+            ready, _, _ = select.select([self.here], [], [], 60)
             assert ready, f"{text!r} did not come after {seen!r}"
             seen += os.read(self.here, 4096)
-        return seen.decode(errors="replace")
+        end = seen.index(mark) + len(mark)
+        self._unread = seen[end:]
+        return seen[:end].decode(errors="replace")
 
     def close(self):
         os.close(self.here)

@@ -16,7 +16,8 @@ from grok1.checkpoint.load import load_parameters
 from grok1.checkpoint.reader import Checkpoint
 from grok1.config import PRESETS
 from grok1.engine.engine import Engine
-from grok1.plan.devices import DEVICE_KINDS, DeviceKind, DeviceKindError, Devices, named_devices, present_devices
+from grok1.errors import DeviceKindError
+from grok1.plan.devices import DEVICE_KINDS, DeviceKind, Devices, named_devices, present_devices
 from grok1.plan.estimate import Estimate, next_fit, smallest_fit, widest_split
 from grok1.sharding import make_mesh, possible_model_shards
 

@@ -3,10 +3,11 @@ import pytest
 
 from grok1 import memory
 from grok1.config import PRESETS
+from grok1.errors import TooSmallError
 from grok1.model import load
 from grok1.plan.devices import DeviceKind, Devices
 from grok1.plan.estimate import Estimate
-from grok1.plan.verdict import TooSmallError, require_room, verdict
+from grok1.plan.verdict import require_room, verdict
 
 RELEASE = PRESETS["grok-1"]
 TINY = PRESETS["tiny"]
