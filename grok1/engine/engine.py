@@ -1,7 +1,8 @@
 """The compiled steps: reading prompts, joining sequences to a batch, and decoding one token for each of them.
 
-A prompt is read in chunks of a few fixed lengths into a cache of its own, which is then copied into the slots of the
-batch that continues it. Every step is one program over the whole mesh, compiled once for each of its shapes.
+A prompt is read into the slot of the batch that continues it, in parts of a few fixed lengths, one prompt or several at
+a time; what two prompts have in common is copied from one's slot to the other's. Every step is one program over the
+whole mesh, compiled once for each of its shapes.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from grok1.network import KVCache, ModelShard, network
 from grok1.sharding import DATA_AXIS, MODEL_AXIS
 
 MAX_CHUNK = 512
-"""The most tokens of a sequence that one step reads."""
+"""The most tokens that a step reads on a data row."""
 
 _MIN_CHUNK = 16
+_MOST_TOGETHER = 8  # prompts that one step reads on a data row
+_COPY_BLOCK = 256  # positions
 
 # XLA:CPU uses half of a 512-bit register unless told otherwise; where there are none this changes nothing.
 _COMPILER_OPTIONS = {"cpu": {"xla_cpu_prefer_vector_width": 512}}
@@ -60,18 +63,63 @@ _STATE: Any = BatchState(_CACHE, _BATCH, _BATCH, _BATCH)  # type: ignore[arg-typ
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
-    """A prompt that has been read, ready to be continued any number of times.
+class PromptPart:
+    """Some tokens of a prompt, to be read into a slot of a batch.
 
     Attributes:
-        cache: its keys and values; every data row of the mesh holds them.
-        logits: float32 `[data rows, vocab]`, what may come next.
-        length: its number of tokens.
+        slot: which slot.
+        tokens: the token ids, int32 `[count]`.
+        start: position of the first of them; the slot's cache holds all before it.
+        ending: how to sample and the seed of the random stream if the prompt ends here and is to be continued.
     """
 
-    cache: KVCache
-    logits: jax.Array
-    length: int
+    slot: int
+    tokens: np.ndarray
+    start: int
+    ending: tuple[SamplingOptions, int] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _PartBatch:
+    """Parts of prompts as one step takes them, NumPy arrays with a row for each part or for none.
+
+    Attributes:
+        tokens: int32 `[rows, length]`.
+        positions: the same, negative for padding.
+        slots: int32 `[rows]`, counted within the data row.
+        ends: bool `[rows]`, whether the prompt ends.
+        sampling: how its first token is drawn.
+    """
+
+    tokens: Any
+    positions: Any
+    slots: Any
+    ends: Any
+    sampling: SamplingState
+
+    @classmethod
+    def empty(cls, rows: int, length: int) -> _PartBatch:
+        return cls(
+            tokens=np.zeros((rows, length), np.int32),
+            positions=np.full((rows, length), -1, np.int32),
+            slots=np.zeros(rows, np.int32),
+            ends=np.zeros(rows, bool),
+            sampling=SamplingState.empty(rows),
+        )
+
+    def put(self, row: int, part: PromptPart, slots: int) -> None:
+        """Puts a part in a row; `slots` is the number of slots of a data row."""
+        count = len(part.tokens)
+        self.tokens[row, :count] = part.tokens
+        self.positions[row, :count] = np.arange(part.start, part.start + count)
+        self.slots[row] = part.slot % slots
+        if part.ending is not None:
+            self.ends[row] = True
+            for whole, one in zip(
+                jax.tree.leaves(self.sampling), jax.tree.leaves(SamplingState.of(*part.ending)), strict=True
+            ):
+                whole[row] = one[0]
 
 
 class Engine:
@@ -144,26 +192,8 @@ class Engine:
         Returns:
             float32 `[batch, n, vocab]`, and the cache.
         """
-        logits, cache = self._read(cache, tokens, start, every_position=True)
+        logits, cache = self._read(cache, tokens, start)
         return logits[:, : tokens.shape[1]], cache
-
-    def prefill(self, tokens: Sequence[int]) -> Prompt:
-        """Reads a prompt of 1 to `capacity` tokens.
-
-        Args:
-            tokens: the prompt's token ids.
-        """
-        ids = np.asarray(tokens, np.int32)
-        cache = self.new_cache(self.data_rows)
-        logits = None
-        for start in range(0, len(ids), self.max_chunk):
-            if start:
-                jax.block_until_ready(logits)  # so that progress is true, and Ctrl-C comes through
-                self._progress("reading", "prompt", start, len(ids))
-            chunk = np.tile(ids[start : start + self.max_chunk], (self.data_rows, 1))
-            logits, cache = self._read(cache, chunk, start, every_position=False)
-        assert logits is not None
-        return Prompt(cache, logits, len(ids))
 
     def score(self, tokens: Sequence[int]) -> SampledTokens:
         """The log-probability of each of 2 to `capacity` tokens but the first, given all before it.
@@ -177,7 +207,7 @@ class Engine:
         for start in range(0, len(ids) - 1, self.max_chunk):
             chunk = ids[start : start + self.max_chunk][: len(ids) - 1 - start]
             targets = ids[start + 1 : start + 1 + len(chunk)]
-            logits, cache = self._read(cache, np.tile(chunk, (self.data_rows, 1)), start, every_position=True)
+            logits, cache = self._read(cache, np.tile(chunk, (self.data_rows, 1)), start)
             padded = np.zeros(logits.shape[1], np.int32)
             padded[: len(chunk)] = targets
             key = ("score", logits.shape[1])
@@ -199,9 +229,7 @@ class Engine:
             length *= 2
         return min(length, self.max_chunk)
 
-    def _read(
-        self, cache: KVCache, tokens: np.ndarray, start: int, *, every_position: bool
-    ) -> tuple[jax.Array, KVCache]:
+    def _read(self, cache: KVCache, tokens: np.ndarray, start: int) -> tuple[jax.Array, KVCache]:
         batch, count = tokens.shape
         length = self.chunk_length(count)
         padded = np.zeros((batch, length), np.int32)
@@ -209,27 +237,21 @@ class Engine:
         positions = np.full((batch, length), -1, np.int32)
         positions[:, :count] = np.arange(start, start + count)
         return self._run(
-            ("read", batch, length, every_position),
-            "prefill",
-            lambda: self._read_program(every_position),
+            ("read", batch, length),
+            "scoring",
+            lambda: self._over_mesh(
+                self._read_step, (self._param_specs, _CACHE, _BATCH, _BATCH), (_BATCH, _CACHE), donate=(1,)
+            ),
             self.params,
             cache,
             padded,
             positions,
         )
 
-    def _read_program(self, every_position: bool) -> Any:
-        return self._over_mesh(
-            partial(self._read_step, every_position=every_position),
-            (self._param_specs, _CACHE, _BATCH, _BATCH),
-            (_BATCH, _CACHE),
-            donate=(1,),
-        )
-
     def _read_step(
-        self, params: hk.Params, cache: KVCache, tokens: jax.Array, positions: jax.Array, every_position: bool
+        self, params: hk.Params, cache: KVCache, tokens: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, KVCache]:
-        return self._network.apply(params, tokens, positions, cache, every_position)
+        return self._network.apply(params, tokens, positions, cache, True)
 
     def _score_step(self, logits: jax.Array, targets: jax.Array) -> SampledTokens:
         return token_logprobs(logits[0], targets, min(MAX_LOGPROBS, self.config.vocab_size))
@@ -251,66 +273,125 @@ class Engine:
             sampling=jax.device_put(SamplingState.empty(slots), batch),
         )
 
-    def insert(
-        self, state: BatchState, prompt: Prompt, slot: int, options: SamplingOptions, seed: int
-    ) -> tuple[BatchState, SampledTokens]:
-        """Lets a slot continue a prompt and draws the first token.
+    def part_length(self, parts: int) -> int:
+        """The most tokens that one part may have where a data row reads that many parts together, 1 to `most_parts`."""
+        return self.max_chunk if parts == 1 else max(_MIN_CHUNK, self.max_chunk // _MOST_TOGETHER)
+
+    @property
+    def most_parts(self) -> int:
+        """The most parts that a data row reads together."""
+        return _MOST_TOGETHER
+
+    def read_prompts(
+        self, state: BatchState, parts: Sequence[PromptPart], logprobs: bool = False
+    ) -> tuple[BatchState, SampledTokens, list[int]]:
+        """Reads parts of prompts into their slots, and draws the first token of those that end.
+
+        Returns at once; the arrays are ready when the devices are.
 
         Args:
             state: the batch; it is consumed.
-            prompt: a prompt that has been read; it can be used again.
-            slot: which slot; whatever it held is gone.
-            options: how to sample.
-            seed: of the sequence's random stream.
+            parts: of different slots, at most `most_parts` of each data row, none longer than `part_length`.
+            logprobs: whether to report the likeliest tokens.
 
         Returns:
-            the batch, and the sequence's first token as arrays with a leading axis of 1.
+            the batch, the first tokens, and for each part where its token is among them; the token of a part that
+            does not end its prompt means nothing.
         """
-        wanted = self._top_logprobs(options.logprobs is not None)
-        return self._run(
-            ("insert", state.tokens.shape[0], wanted),
-            "sampling",
-            lambda: self._over_mesh(
-                partial(self._insert_step, top_logprobs=wanted),
-                (_STATE, _CACHE, _BATCH, _REPLICATED, _REPLICATED, _REPLICATED),
-                (_STATE, _REPLICATED),
-                donate=(0,),
-            ),
+        slots = state.tokens.shape[0] // self.data_rows
+        rows = [[i for i, part in enumerate(parts) if part.slot // slots == row] for row in range(self.data_rows)]
+        together = 1 if max(map(len, rows)) == 1 else _MOST_TOGETHER
+        length = self.part_bucket(max(len(part.tokens) for part in parts))
+        batch = _PartBatch.empty(self.data_rows * together, length)
+        places = [0] * len(parts)
+        for row, indices in enumerate(rows):
+            for lane, index in enumerate(indices, row * together):
+                batch.put(lane, parts[index], slots)
+                places[index] = lane
+        wanted = self._top_logprobs(logprobs)
+        state, first = self._run(
+            ("prompts", state.tokens.shape[0], together, length, wanted),
+            "prefill",
+            lambda: self._prompt_program(wanted),
+            self.params,
             state,
-            prompt.cache,
-            prompt.logits,
-            np.int32(prompt.length),
-            np.int32(slot),
-            SamplingState.of(options, seed),
+            batch,
+        )
+        return state, first, places
+
+    def part_bucket(self, count: int) -> int:
+        """The compiled length that parts of up to `count` tokens of prompts are padded to."""
+        length = _MIN_CHUNK
+        while length < count:
+            length *= 2
+        return min(length, self.max_chunk)
+
+    def _prompt_program(self, top_logprobs: int) -> Any:
+        return self._over_mesh(
+            partial(self._prompt_step, top_logprobs=top_logprobs),
+            (self._param_specs, _STATE, _BATCH),
+            (_STATE, _BATCH),
+            donate=(1,),
         )
 
-    def _insert_step(
-        self,
-        state: BatchState,
-        cache: KVCache,
-        logits: jax.Array,
-        length: jax.Array,
-        slot: jax.Array,
-        sampling: SamplingState,
-        top_logprobs: int,
+    def _prompt_step(
+        self, params: hk.Params, state: BatchState, parts: _PartBatch, top_logprobs: int
     ) -> tuple[BatchState, SampledTokens]:
-        first = sample(logits[:1], sampling, length[None], top_logprobs)
-        local_slots = state.tokens.shape[0]
-        place = slot - (lax.axis_index(DATA_AXIS) * local_slots if self.data_rows > 1 else 0)
-        mine = (place >= 0) & (place < local_slots)
-        place = jnp.clip(place, 0, local_slots - 1)
+        logits, cache = self._network.apply(params, parts.tokens, parts.positions, state.cache, False, parts.slots)
+        following = jnp.max(parts.positions, axis=1) + 1
+        first = sample(logits, parts.sampling, following, top_logprobs)
+        places = jnp.where(parts.ends, parts.slots, state.tokens.shape[0])  # past the end: dropped
 
-        def put(whole: jax.Array, new: jax.Array, axis: int = 0) -> jax.Array:
-            old = lax.dynamic_slice_in_dim(whole, place, 1, axis)
-            return lax.dynamic_update_slice_in_dim(whole, jnp.where(mine, new, old), place, axis)
+        def put(whole: jax.Array, new: jax.Array) -> jax.Array:
+            return whole.at[places].set(new, mode="drop")
 
-        joined = BatchState(
-            cache=jax.tree.map(partial(put, axis=1), state.cache, cache),
-            tokens=put(state.tokens, first.tokens),
-            positions=put(state.positions, length[None]),
-            sampling=jax.tree.map(put, state.sampling, sampling),
+        sampling = jax.tree.map(put, state.sampling, parts.sampling)
+        return BatchState(cache, put(state.tokens, first.tokens), put(state.positions, following), sampling), first
+
+    def report_reading(self, done: int, total: int) -> None:
+        """Tells the caller's `progress` how far a prompt has been read, if it takes more than a step."""
+        if total > self.max_chunk:
+            self._progress("reading", "prompt", done, total)
+
+    def copy_prompt(self, state: BatchState, source: int, target: int, length: int) -> BatchState:
+        """Copies what one slot's cache holds to another slot of the same data row.
+
+        Args:
+            state: the batch; it is consumed.
+            source: from this slot.
+            target: to this one.
+            length: how many positions.
+        """
+        slots = state.tokens.shape[0] // self.data_rows
+        if source // slots != target // slots:
+            raise ValueError(f"slots {source} and {target} are of different data rows")
+        pairs = np.full((self.data_rows, 2), -1, np.int32)
+        pairs[source // slots] = source % slots, target % slots
+        return self._run(
+            ("copy", state.tokens.shape[0]),
+            "copying",
+            lambda: self._over_mesh(self._copy_step, (_STATE, _BATCH, _REPLICATED), _STATE, donate=(0,)),
+            state,
+            pairs,
+            np.int32(length),
         )
-        return joined, first
+
+    def _copy_step(self, state: BatchState, pair: jax.Array, length: jax.Array) -> BatchState:
+        source, target = jnp.maximum(pair[0, 0], 0), jnp.maximum(pair[0, 1], 0)
+        block = min(_COPY_BLOCK, self.capacity)
+
+        def copy_block(i: jax.Array, cache: KVCache) -> KVCache:
+            start = jnp.minimum(i * block, self.capacity - block)
+
+            def copy(array: jax.Array) -> jax.Array:
+                layers, _, heads, _, size = array.shape
+                taken = lax.dynamic_slice(array, (0, source, 0, start, 0), (layers, 1, heads, block, size))
+                return lax.dynamic_update_slice(array, taken, (0, target, 0, start, 0))
+
+            return jax.tree.map(copy, cache)
+
+        blocks = jnp.where(pair[0, 0] < 0, 0, -(-length // block))
+        return dataclasses.replace(state, cache=lax.fori_loop(0, blocks, copy_block, state.cache))
 
     def decode(self, state: BatchState, active: np.ndarray, logprobs: bool = False) -> tuple[BatchState, SampledTokens]:
         """Reads each active sequence's last token and draws its next.
@@ -369,13 +450,14 @@ class Engine:
         """
         return self._decode_program(0).lower(self.params, *self._abstract_batch(slots))
 
-    def lower_prefill(self, length: int) -> jax.stages.Lowered:
-        """The program by which `prefill` reads tokens, not compiled yet, for parameters that may be abstract.
+    def lower_prefill(self, slots: int, length: int) -> jax.stages.Lowered:
+        """The program by which a prompt is read, not compiled yet, for parameters that may be abstract.
 
         Args:
-            length: number of tokens, 1 to `max_chunk`; the program's is `chunk_length` of it.
+            slots: of the batch, a multiple of `data_rows`.
+            length: number of tokens, 1 to `max_chunk`.
         """
-        return self._read_program(every_position=False).lower(self.params, *self._abstract_chunk(length))
+        return self._prompt_program(0).lower(self.params, *self._abstract_prompt(slots, length))
 
     def _abstract_batch(self, slots: int) -> tuple[BatchState, jax.ShapeDtypeStruct]:
         """What `decode` takes beside the parameters, as `jax.ShapeDtypeStruct`: the batch and its active slots."""
@@ -389,11 +471,15 @@ class Engine:
         state = BatchState(self.abstract_cache(slots), tokens, tokens, sampling)
         return state, placed(jax.ShapeDtypeStruct((slots,), jnp.bool_))
 
-    def _abstract_chunk(self, length: int) -> tuple[KVCache, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        """What a step of `prefill` takes beside the parameters: the cache, tokens and positions."""
-        shape = (self.data_rows, self.chunk_length(length))
-        tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self.mesh, _BATCH))
-        return self.abstract_cache(self.data_rows), tokens, tokens
+    def _abstract_prompt(self, slots: int, length: int) -> tuple[BatchState, _PartBatch]:
+        """What the program by which a prompt is read takes beside the parameters, as `jax.ShapeDtypeStruct`."""
+        state, _ = self._abstract_batch(slots)
+        batch = NamedSharding(self.mesh, _BATCH)
+        parts = jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=batch),
+            _PartBatch.empty(self.data_rows, self.part_bucket(length)),
+        )
+        return state, parts
 
     def _top_logprobs(self, wanted: bool) -> int:
         return min(MAX_LOGPROBS, self.config.vocab_size) if wanted else 0

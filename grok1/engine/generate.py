@@ -1,6 +1,8 @@
-"""The loop that continues sequences: fills free slots, dispatches decoding steps, hands out tokens.
+"""The loop that continues sequences: gives prompts to free slots, dispatches steps, hands out tokens.
 
-The next step is dispatched before the tokens of the last are read, so that devices do not wait for the host.
+While sequences are continued, new prompts are read a part at a time between the decoding steps. What a prompt has in
+common with one that a slot holds is copied from there instead of being read again. The next step is dispatched before
+the tokens of the last are read, so that devices do not wait for the host.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from grok1.engine.engine import BatchState, Engine, Prompt
+from grok1.engine.engine import BatchState, Engine, PromptPart
 from grok1.engine.request import FinishReason, SamplingOptions, TokenLogprobs
 
 
@@ -24,9 +26,10 @@ class GenerationRequest:
 
     Attributes:
         tokens: the prompt, of 1 to `sequence_len - 1` tokens.
-        options: how to continue; its seed is not None. Stop texts are the reader's to find: see `Sequence.stop`.
+        options: how to continue; its seed is not None. Stop texts are the reader's to find, see
+            `GeneratedSequence.stop`.
         samples: how many continuations; the prompt is read once for all of them.
-        tag: anything, handed back in `Generated.request`.
+        tag: anything, handed back in `GeneratedSequence.request`.
     """
 
     tokens: Sequence[int]
@@ -46,10 +49,9 @@ class GeneratedSequence:
         tokens: what has been generated so far; an end-of-text token that ended it is not among them.
         logprobs: for each of these tokens, if asked for.
         finish_reason: None while it goes on.
-        started: `time.perf_counter()` when reading its prompt began.
+        started: `time.perf_counter()` when it got a slot.
         prompt_read: when its first token was there.
         finished: when its last token was there.
-        prefill_seconds: time to read the prompt, without compiling; for the first sample, 0 for others.
         compile_seconds: time spent compiling before its first token.
         decode_compile_seconds: time spent compiling after it.
         limit: the most tokens that it may get.
@@ -60,8 +62,7 @@ class GeneratedSequence:
     sample: int
     seed: int
     limit: int
-    started: float
-    prefill_seconds: float
+    started: float = 0.0
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -70,6 +71,11 @@ class GeneratedSequence:
     compile_seconds: float = 0.0
     decode_compile_seconds: float = 0.0
     dispatched: int = 0
+
+    @property
+    def prefill_seconds(self) -> float:
+        """Time to read the prompt, with other prompts and decoding steps between, without compiling."""
+        return max(0.0, self.prompt_read - self.started - self.compile_seconds)
 
     def stop(self) -> None:
         """Ends the sequence with the reason "stop"; its slot is free from the next step on."""
@@ -80,12 +86,50 @@ class GeneratedSequence:
         self.finished = time.perf_counter()
 
 
+@dataclasses.dataclass(eq=False)
+class _Slot:
+    """One place of the batch.
+
+    Attributes:
+        sequence: who has it; None if it is free.
+        prompt: int32, the prompt whose keys and values its cache holds, or is going to hold.
+        read: how many of the prompt's tokens it holds, as soon as everything dispatched is done.
+        source: another slot that is reading what this one begins with, and has to be waited for.
+        shared: how much of that is to be copied.
+    """
+
+    index: int
+    sequence: GeneratedSequence | None = None
+    prompt: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    read: int = 0
+    source: _Slot | None = None
+    shared: int = 0
+
+    @property
+    def reading(self) -> GeneratedSequence | None:
+        """The sequence whose prompt is not wholly read yet, if there is one."""
+        return self.sequence if self.read < len(self.prompt) else None
+
+
 @dataclasses.dataclass(frozen=True)
 class _Dispatched:
-    """A step whose tokens have not been read: the arrays, and the sequence of each row."""
+    """A step whose tokens have not been read: the arrays, and the row of each sequence that gets one."""
 
     sampled: Any
     sequences: list[tuple[int, GeneratedSequence]]
+
+
+_WORTH_COPYING = 16
+"""Fewer tokens than this that two prompts have in common are read for each."""
+
+
+def _sequences(request: GenerationRequest, capacity: int) -> list[GeneratedSequence]:
+    """The sequences of a request, which have no slot yet."""
+    limit = min(request.options.max_tokens, capacity - len(request.tokens))
+    seed = request.options.seed
+    if limit < 1 or not request.tokens or seed is None:
+        raise ValueError("a request needs a seed, and a prompt that leaves room for a token")
+    return [GeneratedSequence(request, sample, seed + sample, limit) for sample in range(request.samples)]
 
 
 def generate(engine: Engine, requests: Iterable[GenerationRequest], slots: int) -> Iterator[GeneratedSequence]:
@@ -106,77 +150,158 @@ class _Loop:
     def __init__(self, engine: Engine, requests: Iterator[GenerationRequest], slots: int):
         self._engine = engine
         self._requests = requests
-        rows = engine.data_rows
-        self._state: BatchState = engine.new_batch(-(-slots // rows) * rows)
-        self._slots: list[GeneratedSequence | None] = [None] * (-(-slots // rows) * rows)
-        self._waiting: deque[GeneratedSequence] = deque()  # samples of the last prompt without a slot
-        self._prompt: Prompt | None = None
-        self._unread: deque[_Dispatched] = deque()
+        self._row_slots = -(-slots // engine.data_rows)
+        self._state: BatchState = engine.new_batch(self._row_slots * engine.data_rows)
+        self._slots = [_Slot(index) for index in range(self._row_slots * engine.data_rows)]
+        self._waiting: deque[GeneratedSequence] = deque()  # samples of the last request without a slot
+        self._reading: list[_Slot] = []  # in the order in which they came
 
     def run(self) -> Iterator[GeneratedSequence]:
+        before: list[_Dispatched] = []
         while True:
-            yield from self._fill_slots()
-            dispatched = self._dispatch()
-            if self._unread and (len(self._unread) > 1 or not dispatched):
-                yield from self._read(self._unread.popleft())
-            elif not dispatched and not any(self._slots):
-                return
+            self._admit()
+            if not any(slot.sequence for slot in self._slots):
+                return  # what is still dispatched belongs to nobody
+            alone = not any(slot.sequence and not slot.reading for slot in self._slots)
+            steps = self._read_prompts()
+            if alone:  # nobody else waits: hand out the first token before anything else
+                for step in steps:
+                    yield from self._hand_out(step)
+                steps = []
+            steps += self._decode()
+            for step in before:
+                yield from self._hand_out(step)
+            before = steps
 
-    def _fill_slots(self) -> Iterator[GeneratedSequence]:
-        while None in self._slots:
+    # Prompts
+
+    def _admit(self) -> None:
+        """Gives free slots to sequences."""
+        while any(slot.sequence is None for slot in self._slots):
             if not self._waiting:
                 request = next(self._requests, None)
                 if request is None:
                     return
-                self._read_prompt(request)
-            slot = self._slots.index(None)
+                self._waiting.extend(_sequences(request, self._engine.capacity))
             sequence = self._waiting.popleft()
-            assert self._prompt is not None
-            before = self._engine.compile_seconds
-            self._state, first = self._engine.insert(
-                self._state, self._prompt, slot, sequence.request.options, sequence.seed
-            )
-            sequence.compile_seconds += self._engine.compile_seconds - before
-            sequence.dispatched = 1
-            self._slots[slot] = sequence
-            yield from self._read(_Dispatched(first, [(0, sequence)]))
+            sequence.started = time.perf_counter()
+            self._take_slot(sequence)
 
-    def _read_prompt(self, request: GenerationRequest) -> None:
-        limit = min(request.options.max_tokens, self._engine.capacity - len(request.tokens))
-        seed = request.options.seed
-        if limit < 1 or not request.tokens or seed is None:
-            raise ValueError("a request needs a seed, and a prompt that leaves room for a token")
-        started, before = time.perf_counter(), self._engine.compile_seconds
-        self._prompt = None  # its memory is free for the next
-        self._prompt = self._engine.prefill(request.tokens)
-        jax.block_until_ready(self._prompt.logits)
-        compiling = self._engine.compile_seconds - before
-        seconds = time.perf_counter() - started - compiling
-        for sample in range(request.samples):
-            self._waiting.append(
-                GeneratedSequence(
-                    request=request,
-                    sample=sample,
-                    seed=seed + sample,
-                    limit=limit,
-                    started=started,
-                    prefill_seconds=seconds if sample == 0 else 0.0,
-                    compile_seconds=compiling if sample == 0 else 0.0,
+    def _take_slot(self, sequence: GeneratedSequence) -> None:
+        prompt = np.asarray(sequence.request.tokens, np.int32)
+        source, shared = self._longest_beginning(prompt)
+        free = [slot for slot in self._slots if slot.sequence is None]
+        if source is None:
+            target = min(free, key=lambda slot: (self._busy(slot), len(slot.prompt)))
+        elif source.sequence is None:
+            target = source
+        else:
+            target = min((slot for slot in free if self._same_row(slot, source)), key=lambda slot: len(slot.prompt))
+        target.sequence, target.prompt, target.read = sequence, prompt, 0
+        if target is source:
+            target.read = shared
+        elif source is not None:
+            target.source, target.shared = source, shared
+        self._reading.append(target)
+
+    def _longest_beginning(self, prompt: np.ndarray) -> tuple[_Slot | None, int]:
+        """The slot that holds or is reading most of a prompt's beginning, if it is worth a copy, and how much."""
+        best, most = None, _WORTH_COPYING - 1
+        for slot in self._slots:
+            if not any(other.sequence is None and self._same_row(slot, other) for other in self._slots):
+                continue
+            # A free slot holds what it has read; one that is reading will hold its whole prompt.
+            held = slot.prompt[: slot.read] if slot.sequence is None else slot.prompt
+            length = min(len(held), len(prompt) - 1)  # the last token has to be read for its logits
+            differs = np.flatnonzero(held[:length] != prompt[:length])
+            common = int(differs[0]) if len(differs) else length
+            if common > most or (common == most and best is not None and slot.sequence is None):
+                best, most = slot, common
+        return best, most
+
+    def _same_row(self, slot: _Slot, other: _Slot) -> bool:
+        return slot.index // self._row_slots == other.index // self._row_slots
+
+    def _busy(self, slot: _Slot) -> int:
+        """How many slots of its data row are taken."""
+        return sum(other.sequence is not None and self._same_row(slot, other) for other in self._slots)
+
+    def _copy_beginnings(self) -> None:
+        """Copies to those that wait for another slot to read what they begin with, where it has."""
+        for slot in self._reading:
+            if slot.source is not None and slot.source.read >= slot.shared:
+                self._state = self._engine.copy_prompt(self._state, slot.source.index, slot.index, slot.shared)
+                slot.read, slot.source = slot.shared, None
+
+    def _read_prompts(self) -> list[_Dispatched]:
+        """Starts a step that reads parts of prompts, if there are any to read."""
+        if not self._reading:
+            return []
+        before = self._engine.compile_seconds
+        self._copy_beginnings()
+        chosen = self._next_parts()
+        if not chosen:
+            return []
+        parts, ending = [], []
+        for slot, count in chosen:
+            sequence = slot.sequence
+            assert sequence is not None
+            start, slot.read = slot.read, slot.read + count
+            ends = slot.read == len(slot.prompt)
+            options = sequence.request.options
+            parts.append(
+                PromptPart(
+                    slot.index, slot.prompt[start : slot.read], start, (options, sequence.seed) if ends else None
                 )
             )
+            if ends:
+                ending.append((len(parts) - 1, sequence))
+        wanted = any(sequence.request.options.logprobs is not None for _, sequence in ending)
+        self._state, sampled, places = self._engine.read_prompts(self._state, parts, wanted)
+        self._engine.report_reading(chosen[0][0].read, len(chosen[0][0].prompt))
+        compiling = self._engine.compile_seconds - before
+        for slot in self._reading:
+            assert slot.sequence is not None
+            slot.sequence.compile_seconds += compiling
+        for _, sequence in ending:
+            sequence.dispatched = 1
+        self._reading = [slot for slot in self._reading if slot.reading]
+        return [_Dispatched(sampled, [(places[index], sequence) for index, sequence in ending])]
 
-    def _dispatch(self) -> bool:
+    def _next_parts(self) -> list[tuple[_Slot, int]]:
+        """The slots that read next, and how many tokens: one long part of a prompt on each data row, or several short.
+
+        It is whichever has more tokens. Who came first reads first.
+        """
+        engine = self._engine
+        rows: dict[int, list[_Slot]] = {}
+        for slot in self._reading:
+            if slot.source is None:
+                rows.setdefault(slot.index // self._row_slots, []).append(slot)
+
+        def parts(most: int) -> list[tuple[_Slot, int]]:
+            length = engine.part_length(most)
+            return [
+                (slot, min(length, len(slot.prompt) - slot.read)) for slots in rows.values() for slot in slots[:most]
+            ]
+
+        single, several = parts(1), parts(engine.most_parts)
+        return single if sum(count for _, count in single) >= sum(count for _, count in several) else several
+
+    # Continuing
+
+    def _decode(self) -> list[_Dispatched]:
         """Starts a step for every sequence that wants another token."""
         rows = [
-            (slot, sequence)
-            for slot, sequence in enumerate(self._slots)
-            if sequence is not None and sequence.dispatched < sequence.limit
+            (slot.index, slot.sequence)
+            for slot in self._slots
+            if slot.sequence is not None and 0 < slot.sequence.dispatched < slot.sequence.limit
         ]
         if not rows:
-            return False
+            return []
         active = np.zeros(len(self._slots), bool)
-        for slot, sequence in rows:
-            active[slot] = True
+        for index, sequence in rows:
+            active[index] = True
             sequence.dispatched += 1
         wanted = any(sequence.request.options.logprobs is not None for _, sequence in rows)
         before = self._engine.compile_seconds
@@ -184,10 +309,9 @@ class _Loop:
         compiling = self._engine.compile_seconds - before
         for _, sequence in rows:
             sequence.decode_compile_seconds += compiling
-        self._unread.append(_Dispatched(sampled, rows))
-        return True
+        return [_Dispatched(sampled, rows)]
 
-    def _read(self, step: _Dispatched) -> Iterator[GeneratedSequence]:
+    def _hand_out(self, step: _Dispatched) -> Iterator[GeneratedSequence]:
         """Takes the tokens of a step, waiting for it; tokens of sequences that have ended since are dropped."""
         sampled = jax.device_get(step.sampled)
         now = time.perf_counter()
@@ -210,4 +334,6 @@ class _Loop:
                     sequence._finish("max_tokens" if sequence.limit == options.max_tokens else "context")
             yield sequence
             if sequence.finish_reason is not None:
-                self._slots = [None if held is sequence else held for held in self._slots]
+                for slot in self._slots:
+                    if slot.sequence is sequence:
+                        slot.sequence = None

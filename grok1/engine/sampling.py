@@ -47,13 +47,13 @@ class SamplingState:
 
     @classmethod
     def empty(cls, batch: int) -> SamplingState:
-        """Greedy for every sequence of a batch."""
+        """Greedy for every sequence of a batch, as NumPy arrays."""
         return cls(
-            temperature=jnp.zeros(batch, jnp.float32),
-            top_k=jnp.zeros(batch, jnp.int32),
-            top_p=jnp.ones(batch, jnp.float32),
-            min_p=jnp.zeros(batch, jnp.float32),
-            seed=jnp.zeros((batch, 2), jnp.uint32),
+            temperature=np.zeros(batch, np.float32),  # type: ignore[arg-type]
+            top_k=np.zeros(batch, np.int32),  # type: ignore[arg-type]
+            top_p=np.ones(batch, np.float32),  # type: ignore[arg-type]
+            min_p=np.zeros(batch, np.float32),  # type: ignore[arg-type]
+            seed=np.zeros((batch, 2), np.uint32),  # type: ignore[arg-type]
         )
 
 

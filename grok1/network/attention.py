@@ -19,7 +19,12 @@ class MultiHeadAttention(hk.Module):
         self.shard = shard
 
     def __call__(
-        self, x: jax.Array, cache: KVCache, layer: jax.Array | int, positions: jax.Array
+        self,
+        x: jax.Array,
+        cache: KVCache,
+        layer: jax.Array | int,
+        positions: jax.Array,
+        slots: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Attends from `x` to everything in the cache up to each position, after adding `x` to the cache.
 
@@ -28,6 +33,7 @@ class MultiHeadAttention(hk.Module):
             cache: the whole model's cache.
             layer: which layer.
             positions: int32 `[batch, seq]`, negative for padding.
+            slots: int32 `[batch]`, the sequence of the cache that each row belongs to; by default one after the other.
 
         Returns:
             float32 `[batch, seq, emb]` and the cache.
@@ -42,13 +48,14 @@ class MultiHeadAttention(hk.Module):
         query = heads(QuantizedLinear(layers, emb, q_size, 1, name="query")(x, layer))
         key = heads(QuantizedLinear(layers, emb, kv_size, 1, name="key")(x, layer))
         value = heads(QuantizedLinear(layers, emb, kv_size, 1, name="value")(x, layer))
-        cache = cache.write(layer, rotary_embedding(key, positions), value, positions)
+        cache = cache.write(layer, rotary_embedding(key, positions), value, positions, slots)
         attended = cached_attention(
             rotary_embedding(query, positions),
             cache.keys,
             cache.values,
             layer,
             positions,
+            slots,
             multiplier=config.attn_output_multiplier,
             cap=config.attn_logit_cap,
         )

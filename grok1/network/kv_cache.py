@@ -21,16 +21,24 @@ class KVCache:
     keys: jax.Array
     values: jax.Array
 
-    def write(self, layer: jax.Array | int, keys: jax.Array, values: jax.Array, positions: jax.Array) -> KVCache:
+    def write(
+        self,
+        layer: jax.Array | int,
+        keys: jax.Array,
+        values: jax.Array,
+        positions: jax.Array,
+        slots: jax.Array | None = None,
+    ) -> KVCache:
         """The cache with new keys and values of one layer.
 
         Args:
             layer: which layer.
-            keys: `[batch, seq, kv_heads, key]`.
+            keys: `[rows, seq, kv_heads, key]`.
             values: the same.
-            positions: int32 `[batch, seq]`; nothing is written for negative ones.
+            positions: int32 `[rows, seq]`; nothing is written for negative ones.
+            slots: int32 `[rows]`, the sequence of the cache that each row belongs to; by default one after the other.
         """
-        rows = jnp.arange(positions.shape[0])[:, None]
+        rows = (jnp.arange(positions.shape[0]) if slots is None else slots)[:, None]
         places = jnp.where(positions < 0, self.keys.shape[3], positions)  # past the end: dropped
 
         def put(cache: jax.Array, new: jax.Array) -> jax.Array:

@@ -30,7 +30,12 @@ class DecoderLayer(hk.Module):
         self.shard = shard
 
     def __call__(
-        self, h: jax.Array, cache: KVCache, layer: jax.Array | int, positions: jax.Array
+        self,
+        h: jax.Array,
+        cache: KVCache,
+        layer: jax.Array | int,
+        positions: jax.Array,
+        slots: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """One layer over the residual stream `h`, float32 `[batch, seq, emb]`."""
         shard, emb = self.shard, self.shard.config.emb_size
@@ -38,7 +43,7 @@ class DecoderLayer(hk.Module):
         def norm(x: jax.Array) -> jax.Array:  # Haiku numbers the four: rms_norm, rms_norm_1, _2, _3
             return RMSNorm(emb, shard.config.num_layers, name="rms_norm")(x, layer)
 
-        attended, cache = MultiHeadAttention(shard)(norm(h).astype(shard.dtype), cache, layer, positions)
+        attended, cache = MultiHeadAttention(shard)(norm(h).astype(shard.dtype), cache, layer, positions, slots)
         h = h + norm(attended)
         x = norm(h).reshape(-1, emb)
         probabilities, experts = Router(shard)(x, layer)
@@ -54,14 +59,16 @@ class Transformer(hk.Module):
         super().__init__(name=name)
         self.shard = shard
 
-    def __call__(self, h: jax.Array, cache: KVCache, positions: jax.Array) -> tuple[jax.Array, KVCache]:
+    def __call__(
+        self, h: jax.Array, cache: KVCache, positions: jax.Array, slots: jax.Array | None = None
+    ) -> tuple[jax.Array, KVCache]:
         """All layers over the residual stream `h`, float32 `[batch, seq, emb]`."""
         decoder_layer = DecoderLayer(self.shard)
         if hk.running_init():
-            return decoder_layer(h, cache, 0, positions)
+            return decoder_layer(h, cache, 0, positions, slots)
 
         def step(layer: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
-            return decoder_layer(*carry, layer, positions)
+            return decoder_layer(*carry, layer, positions, slots)
 
         return hk.fori_loop(0, self.shard.config.num_layers, step, (h, cache))
 
@@ -107,7 +114,12 @@ class LanguageModel(hk.Module):
         self.shard = shard
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array, cache: KVCache, every_position: bool
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        cache: KVCache,
+        every_position: bool,
+        slots: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Reads tokens into the cache and says what may come next.
 
@@ -116,6 +128,7 @@ class LanguageModel(hk.Module):
             positions: int32 `[batch, seq]`, rising by 1; negative for padding, which stands behind the tokens.
             cache: keys and values of all earlier positions.
             every_position: whether to give logits for every token or for each sequence's last.
+            slots: int32 `[batch]`, the sequence of the cache that each row belongs to; by default one after the other.
 
         Returns:
             float32 logits, `[batch, seq, vocab]` or `[batch, vocab]`, and the cache. Logits at padding mean nothing.
@@ -123,7 +136,7 @@ class LanguageModel(hk.Module):
         config = self.shard.config
         in_out_embed = InOutEmbed(self.shard)
         h = in_out_embed.embed(tokens) * config.embedding_multiplier_scale
-        h, cache = self.transformer(h, cache, positions)
+        h, cache = self.transformer(h, cache, positions, slots)
         if not every_position:
             last = jnp.maximum(jnp.sum(positions >= 0, axis=1) - 1, 0)
             h = jnp.take_along_axis(h, last[:, None, None], axis=1)
@@ -139,7 +152,7 @@ class Network(NamedTuple):
 
     Attributes:
         init: makes a tree of parameters, of the right shapes and dtypes but of no useful values.
-        apply: `apply(params, tokens, positions, cache, every_position)`, as `LanguageModel.__call__`.
+        apply: `apply(params, tokens, positions, cache, every_position, slots=None)`, as `LanguageModel.__call__`.
     """
 
     init: Callable[..., hk.Params]
@@ -150,9 +163,13 @@ def network(shard: ModelShard) -> Network:
     """The network of one shard; with more shards than one it runs inside `jax.shard_map` over `shard.axis`."""
 
     def forward(
-        tokens: jax.Array, positions: jax.Array, cache: KVCache, every_position: bool
+        tokens: jax.Array,
+        positions: jax.Array,
+        cache: KVCache,
+        every_position: bool,
+        slots: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        return LanguageModel(Transformer(shard), shard)(tokens, positions, cache, every_position)
+        return LanguageModel(Transformer(shard), shard)(tokens, positions, cache, every_position, slots)
 
     transformed: hk.Transformed = hk.without_apply_rng(hk.transform(forward))
     return Network(transformed.init, transformed.apply)

@@ -15,6 +15,7 @@ def cached_attention(
     values: jax.Array,
     layer: jax.Array | int,
     positions: jax.Array,
+    slots: jax.Array | None = None,
     *,
     multiplier: float,
     cap: float,
@@ -26,10 +27,11 @@ def cached_attention(
 
     Args:
         query: float `[batch, seq, heads, key]`; head h reads key/value head `h * kv_heads // heads`.
-        keys: a stack of caches `[layers, batch, kv_heads, capacity, key]`.
+        keys: a stack of caches `[layers, sequences, kv_heads, capacity, key]`.
         values: the same for values.
         layer: the layer's index in the stack; may be traced.
         positions: int32 `[batch, seq]`, each query's position; negative for a query that is padding.
+        slots: int32 `[batch]`, the sequence of the cache that each row attends to; by default one after the other.
         multiplier: factor on the products of queries and keys.
         cap: bound of the logits.
 
@@ -43,7 +45,13 @@ def cached_attention(
     grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, size).astype(keys.dtype)
 
     def slice_block(cache: jax.Array, start: jax.Array) -> jax.Array:
-        return lax.dynamic_slice(cache, (layer, 0, 0, start, 0), (1, batch, kv_heads, block, size))[0]
+        if slots is None:
+            return lax.dynamic_slice(cache, (layer, 0, 0, start, 0), (1, batch, kv_heads, block, size))[0]
+        rows = [
+            lax.dynamic_slice(cache, (layer, slots[row], 0, start, 0), (1, 1, kv_heads, block, size))[0]
+            for row in range(batch)
+        ]
+        return jnp.concatenate(rows)
 
     def add_block(i: jax.Array, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         weighted, mass = totals
@@ -75,13 +83,15 @@ def definition(
     values: jax.Array,
     layer: jax.Array | int,
     positions: jax.Array,
+    slots: jax.Array | None = None,
     *,
     multiplier: float,
     cap: float,
 ) -> jax.Array:
     """What `cached_attention` computes, with all logits and the mask built whole."""
     heads, kv_heads, capacity = query.shape[2], keys.shape[2], keys.shape[3]
-    spread = [jnp.repeat(cache[layer], heads // kv_heads, axis=1).astype(jnp.float32) for cache in (keys, values)]
+    rows = jnp.arange(query.shape[0]) if slots is None else slots
+    spread = [jnp.repeat(cache[layer][rows], heads // kv_heads, axis=1).astype(jnp.float32) for cache in (keys, values)]
     logits = jnp.einsum("bqhd,bhsd->bhqs", query.astype(jnp.float32), spread[0], precision="highest")
     logits = cap * jnp.tanh(logits * multiplier / cap)
     mask = (jnp.arange(capacity) <= positions[..., None])[:, None]

@@ -118,7 +118,7 @@ def compile_steps(
     length = min(prefill_tokens, engine.max_chunk)
     cases: tuple[tuple[str, int, int, Callable[[], jax.stages.Lowered]], ...] = (
         ("decode", slots, 1, lambda: engine.lower_decode(slots)),
-        ("prefill", rows, engine.chunk_length(length), lambda: engine.lower_prefill(length)),
+        ("prefill", slots, engine.part_bucket(length), lambda: engine.lower_prefill(slots, length)),
     )
     for name, sequences, tokens, lower in cases:
         if progress is not None:
