@@ -8,6 +8,7 @@ import pytest
 
 import grok1
 from grok1.checkpoint.reader import Checkpoint
+from grok1.engine.engine import PromptPart
 from grok1.engine.request import SamplingOptions
 from grok1.errors import MeshError
 from grok1.model import Model
@@ -70,11 +71,9 @@ def test_decoding_given_tokens_matches_the_whole_pass(golden, golden_sequences, 
     engine = make_engine(golden, (2, 4))
     sequence = golden_sequences[3]
     half = len(sequence.tokens) // 2
-    prompt = engine.prefill(sequence.tokens[:half])
     slots, slot = 4, 3
-    options = SamplingOptions(temperature=0, logprobs=20)
-    state, sampled = engine.insert(engine.new_batch(slots), prompt, slot, options, seed=0)
-    row = 0  # of the first token's arrays; later ones have a row for each slot
+    part = PromptPart(slot, sequence.tokens[:half], 0, (SamplingOptions(temperature=0), 0))
+    state, sampled, [row] = engine.read_prompts(engine.new_batch(slots), [part], logprobs=True)
     active = np.arange(slots) == slot
     for position in range(half, len(sequence.tokens) + 1):
         expected = log_softmax(sequence.float64[position - 1])

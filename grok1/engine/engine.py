@@ -29,8 +29,9 @@ from grok1.sharding import DATA_AXIS, MODEL_AXIS
 MAX_CHUNK = 512
 """The most tokens that a step reads on a data row."""
 
-_MIN_CHUNK = 16
-_MOST_TOGETHER = 8  # prompts that one step reads on a data row
+LANE_TOKENS = 16
+"""Tokens in each lane of a step that reads several parts of prompts, and the shortest step that reads one."""
+
 _COPY_BLOCK = 256  # positions
 
 # XLA:CPU uses half of a 512-bit register unless told otherwise; where there are none this changes nothing.
@@ -222,12 +223,7 @@ class Engine:
 
     def chunk_length(self, count: int) -> int:
         """The compiled length that `count` tokens are padded to."""
-        if count == 1:
-            return 1
-        length = _MIN_CHUNK
-        while length < count:
-            length *= 2
-        return min(length, self.max_chunk)
+        return 1 if count == 1 else self.part_bucket(count)
 
     def _read(self, cache: KVCache, tokens: np.ndarray, start: int) -> tuple[jax.Array, KVCache]:
         batch, count = tokens.shape
@@ -273,25 +269,21 @@ class Engine:
             sampling=jax.device_put(SamplingState.empty(slots), batch),
         )
 
-    def part_length(self, parts: int) -> int:
-        """The most tokens that one part may have where a data row reads that many parts together, 1 to `most_parts`."""
-        return self.max_chunk if parts == 1 else max(_MIN_CHUNK, self.max_chunk // _MOST_TOGETHER)
-
-    @property
-    def most_parts(self) -> int:
-        """The most parts that a data row reads together."""
-        return _MOST_TOGETHER
-
     def read_prompts(
-        self, state: BatchState, parts: Sequence[PromptPart], logprobs: bool = False
+        self, state: BatchState, parts: Sequence[PromptPart], lanes: int = 1, logprobs: bool = False
     ) -> tuple[BatchState, SampledTokens, list[int]]:
         """Reads parts of prompts into their slots, and draws the first token of those that end.
+
+        A step of one lane is as long as its longest part needs. A step of several is of `LANE_TOKENS` for each, however
+        many are used, so that what is computed for a part depends on nothing that is read beside it.
 
         Returns at once; the arrays are ready when the devices are.
 
         Args:
             state: the batch; it is consumed.
-            parts: of different slots, at most `most_parts` of each data row, none longer than `part_length`.
+            parts: at most `lanes` of each data row. Of one lane, none is longer than `max_chunk`; of several, none than
+                `LANE_TOKENS`, and parts of one prompt may follow each other in one step.
+            lanes: parts that the step has room for on each data row.
             logprobs: whether to report the likeliest tokens.
 
         Returns:
@@ -299,18 +291,20 @@ class Engine:
             does not end its prompt means nothing.
         """
         slots = state.tokens.shape[0] // self.data_rows
-        rows = [[i for i, part in enumerate(parts) if part.slot // slots == row] for row in range(self.data_rows)]
-        together = 1 if max(map(len, rows)) == 1 else _MOST_TOGETHER
-        length = self.part_bucket(max(len(part.tokens) for part in parts))
-        batch = _PartBatch.empty(self.data_rows * together, length)
-        places = [0] * len(parts)
-        for row, indices in enumerate(rows):
-            for lane, index in enumerate(indices, row * together):
-                batch.put(lane, parts[index], slots)
-                places[index] = lane
+        length = LANE_TOKENS if lanes > 1 else self.part_bucket(max(len(part.tokens) for part in parts))
+        batch = _PartBatch.empty(self.data_rows * lanes, length)
+        used = [0] * self.data_rows
+        places = []
+        for part in parts:
+            row = part.slot // slots
+            places.append(row * lanes + used[row])
+            used[row] += 1
+            if used[row] > lanes or len(part.tokens) > length:
+                raise ValueError(f"{used[row]} parts of up to {len(part.tokens)} tokens in {lanes} lanes of {length}")
+            batch.put(places[-1], part, slots)
         wanted = self._top_logprobs(logprobs)
         state, first = self._run(
-            ("prompts", state.tokens.shape[0], together, length, wanted),
+            ("prompts", state.tokens.shape[0], lanes, length, wanted),
             "prefill",
             lambda: self._prompt_program(wanted),
             self.params,
@@ -320,8 +314,8 @@ class Engine:
         return state, first, places
 
     def part_bucket(self, count: int) -> int:
-        """The compiled length that parts of up to `count` tokens of prompts are padded to."""
-        length = _MIN_CHUNK
+        """The length of a step of one lane that reads `count` tokens, 1 to `max_chunk`."""
+        length = LANE_TOKENS
         while length < count:
             length *= 2
         return min(length, self.max_chunk)
@@ -349,7 +343,7 @@ class Engine:
         return BatchState(cache, put(state.tokens, first.tokens), put(state.positions, following), sampling), first
 
     def report_reading(self, done: int, total: int) -> None:
-        """Tells the caller's `progress` how far a prompt has been read, if it takes more than a step."""
+        """Tells the caller's `progress` how far a prompt has been read, if it is longer than any step."""
         if total > self.max_chunk:
             self._progress("reading", "prompt", done, total)
 

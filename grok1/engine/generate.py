@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from grok1.engine.engine import BatchState, Engine, PromptPart
+from grok1.engine.engine import LANE_TOKENS, BatchState, Engine, PromptPart
 from grok1.engine.request import FinishReason, SamplingOptions, TokenLogprobs
 
 
@@ -119,10 +119,6 @@ class _Dispatched:
     sequences: list[tuple[int, GeneratedSequence]]
 
 
-_WORTH_COPYING = 16
-"""Fewer tokens than this that two prompts have in common are read for each."""
-
-
 def _sequences(request: GenerationRequest, capacity: int) -> list[GeneratedSequence]:
     """The sequences of a request, which have no slot yet."""
     limit = min(request.options.max_tokens, capacity - len(request.tokens))
@@ -132,24 +128,40 @@ def _sequences(request: GenerationRequest, capacity: int) -> list[GeneratedSeque
     return [GeneratedSequence(request, sample, seed + sample, limit) for sample in range(request.samples)]
 
 
-def generate(engine: Engine, requests: Iterable[GenerationRequest], slots: int) -> Iterator[GeneratedSequence]:
+def generate(
+    engine: Engine,
+    requests: Iterable[GenerationRequest],
+    slots: int,
+    *,
+    lanes: int = 1,
+    logprobs: bool = False,
+) -> Iterator[GeneratedSequence]:
     """Continues prompts, as many at a time as there are slots.
+
+    With several lanes every step is of one shape. Then what a sequence gets, to the last bit of its log-probabilities,
+    depends on its own request and on `slots`, `lanes` and `logprobs` alone, as long as the program's sums for one row
+    do not depend on what is in the other rows.
 
     Args:
         engine: the model.
         requests: taken one by one, when a slot is free.
         slots: how many sequences go on at a time; rounded up to a multiple of the mesh's data axis.
+        lanes: a step reads this many parts of prompts, of `LANE_TOKENS` each, on each data row; with 1, a part of one
+            prompt, as long as it needs up to the engine's `max_chunk`.
+        logprobs: computes log-probabilities in every step, rather than only where a sequence in it wants them.
 
     Yields:
         a sequence, each time it has got a token or has finished. The caller may `stop()` it then.
     """
-    yield from _Loop(engine, iter(requests), slots).run()
+    yield from _Loop(engine, iter(requests), slots, lanes, logprobs).run()
 
 
 class _Loop:
-    def __init__(self, engine: Engine, requests: Iterator[GenerationRequest], slots: int):
+    def __init__(self, engine: Engine, requests: Iterator[GenerationRequest], slots: int, lanes: int, logprobs: bool):
         self._engine = engine
         self._requests = requests
+        self._lanes = lanes
+        self._logprobs = logprobs
         self._row_slots = -(-slots // engine.data_rows)
         self._state: BatchState = engine.new_batch(self._row_slots * engine.data_rows)
         self._slots = [_Slot(index) for index in range(self._row_slots * engine.data_rows)]
@@ -162,7 +174,7 @@ class _Loop:
             self._admit()
             if not any(slot.sequence for slot in self._slots):
                 return  # what is still dispatched belongs to nobody
-            alone = not any(slot.sequence and not slot.reading for slot in self._slots)
+            alone = self._lanes == 1 and not any(slot.sequence and not slot.reading for slot in self._slots)
             steps = self._read_prompts()
             if alone:  # nobody else waits: hand out the first token before anything else
                 for step in steps:
@@ -205,8 +217,8 @@ class _Loop:
         self._reading.append(target)
 
     def _longest_beginning(self, prompt: np.ndarray) -> tuple[_Slot | None, int]:
-        """The slot that holds or is reading most of a prompt's beginning, if it is worth a copy, and how much."""
-        best, most = None, _WORTH_COPYING - 1
+        """The slot that holds or is reading most of a prompt's beginning, in whole lanes, and how much."""
+        best, most = None, 0
         for slot in self._slots:
             if not any(other.sequence is None and self._same_row(slot, other) for other in self._slots):
                 continue
@@ -215,6 +227,7 @@ class _Loop:
             length = min(len(held), len(prompt) - 1)  # the last token has to be read for its logits
             differs = np.flatnonzero(held[:length] != prompt[:length])
             common = int(differs[0]) if len(differs) else length
+            common -= common % LANE_TOKENS
             if common > most or (common == most and best is not None and slot.sequence is None):
                 best, most = slot, common
         return best, most
@@ -247,18 +260,14 @@ class _Loop:
             sequence = slot.sequence
             assert sequence is not None
             start, slot.read = slot.read, slot.read + count
-            ends = slot.read == len(slot.prompt)
-            options = sequence.request.options
-            parts.append(
-                PromptPart(
-                    slot.index, slot.prompt[start : slot.read], start, (options, sequence.seed) if ends else None
-                )
-            )
+            ends = (sequence.request.options, sequence.seed) if slot.read == len(slot.prompt) else None
+            parts.append(PromptPart(slot.index, slot.prompt[start : slot.read], start, ends))
             if ends:
                 ending.append((len(parts) - 1, sequence))
-        wanted = any(sequence.request.options.logprobs is not None for _, sequence in ending)
-        self._state, sampled, places = self._engine.read_prompts(self._state, parts, wanted)
-        self._engine.report_reading(chosen[0][0].read, len(chosen[0][0].prompt))
+        wanted = self._wants_logprobs(sequence for _, sequence in ending)
+        self._state, sampled, places = self._engine.read_prompts(self._state, parts, self._lanes, wanted)
+        first = chosen[0][0]
+        self._engine.report_reading(first.read, len(first.prompt))
         compiling = self._engine.compile_seconds - before
         for slot in self._reading:
             assert slot.sequence is not None
@@ -269,24 +278,24 @@ class _Loop:
         return [_Dispatched(sampled, [(places[index], sequence) for index, sequence in ending])]
 
     def _next_parts(self) -> list[tuple[_Slot, int]]:
-        """The slots that read next, and how many tokens: one long part of a prompt on each data row, or several short.
+        """The parts to be read next: each slot, once for each of its parts, and how many tokens.
 
-        It is whichever has more tokens. Who came first reads first.
+        On each data row who came first reads first.
         """
-        engine = self._engine
-        rows: dict[int, list[_Slot]] = {}
+        length = LANE_TOKENS if self._lanes > 1 else self._engine.max_chunk
+        free = [self._lanes] * self._engine.data_rows
+        parts = []
         for slot in self._reading:
-            if slot.source is None:
-                rows.setdefault(slot.index // self._row_slots, []).append(slot)
+            row, left = slot.index // self._row_slots, len(slot.prompt) - slot.read
+            while slot.source is None and left and free[row]:
+                count = min(length, left)
+                parts.append((slot, count))
+                left -= count
+                free[row] -= 1
+        return parts
 
-        def parts(most: int) -> list[tuple[_Slot, int]]:
-            length = engine.part_length(most)
-            return [
-                (slot, min(length, len(slot.prompt) - slot.read)) for slots in rows.values() for slot in slots[:most]
-            ]
-
-        single, several = parts(1), parts(engine.most_parts)
-        return single if sum(count for _, count in single) >= sum(count for _, count in several) else several
+    def _wants_logprobs(self, sequences: Iterable[GeneratedSequence]) -> bool:
+        return self._logprobs or any(sequence.request.options.logprobs is not None for sequence in sequences)
 
     # Continuing
 
@@ -303,7 +312,7 @@ class _Loop:
         for index, sequence in rows:
             active[index] = True
             sequence.dispatched += 1
-        wanted = any(sequence.request.options.logprobs is not None for _, sequence in rows)
+        wanted = self._wants_logprobs(sequence for _, sequence in rows)
         before = self._engine.compile_seconds
         self._state, sampled = self._engine.decode(self._state, active, wanted)
         compiling = self._engine.compile_seconds - before

@@ -89,9 +89,9 @@ class Estimate:
 
     @property
     def fixed_bytes(self) -> int:
-        """Weights, workspace and the cache that a prompt is read into, in one memory."""
-        weights, caches = self._memories
-        return weights * self.weight_bytes + caches * (self.workspace_bytes + self.cache_bytes)
+        """Weights and workspace, in one memory."""
+        weights, rows = self._memories
+        return weights * self.weight_bytes + rows * self.workspace_bytes
 
     def needed_bytes(self, sequences: int = 1) -> int:
         """What one memory must hold to continue that many sequences of full context at a time."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from grok1.checkpoint.parameters import abstract_parameters
-from grok1.engine.engine import Engine
+from grok1.engine.engine import Engine, PromptPart
 from grok1.sharding import make_mesh
 
 
@@ -44,8 +44,9 @@ def test_the_decode_step(engines):
 
 def test_the_prefill_step(engines):
     engine, abstract = engines
-    engine.prefill(range(3, 23))
-    ran = engine._programs["read", engine.data_rows, 32, False]
-    compiled = abstract.lower_prefill(20).compile(abstract.compiler_options)
+    slots = 2 * engine.data_rows
+    engine.read_prompts(engine.new_batch(slots), [PromptPart(0, np.arange(3, 23), 0, None)])
+    ran = engine._programs["prompts", slots, 1, 32, 0]
+    compiled = abstract.lower_prefill(slots, 20).compile(abstract.compiler_options)
     assert _computation(compiled) == _computation(ran)
     assert _sizes(compiled) == _sizes(ran)

@@ -2,9 +2,12 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
+from grok1.engine.engine import LANE_TOKENS, PromptPart
+from grok1.engine.request import SamplingOptions
 from grok1.model import Model
 
 LENGTHS = [1, 2, 15, 16, 17, 32, 33, 100, 255, 256, 257, 511, 512, 513, 1024, 1040, 1099]
@@ -35,12 +38,60 @@ def test_logits_of_a_full_context(long_folder, tokens, whole, make_engine, relat
     assert max(errors) < 5e-5
 
 
+def read_prompt(engine, state, slot, tokens, lanes=1):
+    """Reads a prompt in as few steps as it takes; the batch and the 20 likeliest first tokens."""
+    size = engine.max_chunk if lanes == 1 else LANE_TOKENS
+    ending = SamplingOptions(temperature=0), 0
+    parts = [
+        PromptPart(slot, tokens[start : start + size], start, ending if start + size >= len(tokens) else None)
+        for start in range(0, len(tokens), size)
+    ]
+    for start in range(0, len(parts), lanes):
+        state, first, places = engine.read_prompts(state, parts[start : start + lanes], lanes, logprobs=True)
+    return state, jax.tree.map(lambda array: np.asarray(array)[places[-1]], first)
+
+
+def check(first, logits):
+    """That first tokens with their log-probabilities are those of float64 logits."""
+    exact = logits - np.log(np.sum(np.exp(logits)))
+    assert first.tokens == np.argmax(exact)
+    np.testing.assert_allclose(first.logprobs, exact.max(), atol=5e-4)
+    np.testing.assert_allclose(first.top_logprobs, np.sort(exact)[:-21:-1], atol=5e-4)
+
+
+@pytest.mark.parametrize("lanes", [1, 8])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_prompt_is_read_to_its_last_token(length, long_folder, tokens, whole, make_engine, relative_error):
+def test_a_prompt_is_read_to_its_last_token(length, lanes, long_folder, tokens, whole, make_engine):
     engine = make_engine(long_folder)
-    prompt = engine.prefill(tokens[:length])
-    assert prompt.length == length
-    assert relative_error(prompt.logits[0], whole[length - 1]) < 5e-5
+    _, first = read_prompt(engine, engine.new_batch(2), 1, tokens[:length], lanes)
+    check(first, whole[length - 1])
+
+
+def test_parts_of_several_prompts_in_one_step(long_folder, tokens, whole, make_engine):
+    engine = make_engine(long_folder)
+    ending = SamplingOptions(temperature=0), 0
+    parts = [
+        PromptPart(2, tokens[:16], 0, None),
+        PromptPart(0, tokens[:5], 0, ending),
+        PromptPart(2, tokens[16:32], 16, None),  # of one prompt, another between them
+        PromptPart(2, tokens[32:39], 32, ending),
+        PromptPart(1, tokens[:16], 0, ending),
+    ]
+    _, first, places = engine.read_prompts(engine.new_batch(3), parts, 8, logprobs=True)
+    for part, place in zip(parts, places, strict=True):
+        if part.ending:
+            end = part.start + len(part.tokens)
+            check(jax.tree.map(lambda array, place=place: np.asarray(array)[place], first), whole[end - 1])
+
+
+def test_a_copied_beginning_is_as_good_as_one_read(long_folder, tokens, whole, make_engine):
+    engine = make_engine(long_folder)
+    for shared in (16, 256, 272, 1024):
+        state, _ = read_prompt(engine, engine.new_batch(3), 2, tokens[: shared + 1])
+        state = engine.copy_prompt(state, 2, 0, shared)
+        parts = [PromptPart(0, tokens[shared : shared + 20], shared, (SamplingOptions(temperature=0), 0))]
+        _, first, [place] = engine.read_prompts(state, parts, logprobs=True)
+        check(jax.tree.map(lambda array, place=place: np.asarray(array)[place], first), whole[shared + 19])
 
 
 def test_only_a_few_lengths_are_compiled(long_folder, make_engine):
@@ -58,9 +109,21 @@ def test_scores_are_the_log_probabilities_of_the_given_tokens(long_folder, token
     np.testing.assert_allclose(scored.top_logprobs, -np.sort(-exact, axis=1)[:, :20], atol=5e-4)
 
 
-def test_every_data_row_reads_the_prompt(make_checkpoint, small_config, make_engine, make_reference, relative_error):
+def test_data_rows_read_prompts_of_their_own(make_checkpoint, small_config, make_engine, make_reference):
     folder = make_checkpoint(small_config)
-    prompt = make_engine(folder, (2, 2)).prefill([5, 6, 7])
-    expected = make_reference(folder)([5, 6, 7])[0][-1]
-    for row in range(2):
-        assert relative_error(prompt.logits[row], expected) < 5e-5
+    engine = make_engine(folder, (2, 2))
+    prompts = {1: [5, 6, 7], 2: [9, 8, 7, 6, 5], 3: [11]}
+    ending = SamplingOptions(temperature=0), 0
+    parts = [PromptPart(slot, np.asarray(prompt), 0, ending) for slot, prompt in prompts.items()]
+    _, first, places = engine.read_prompts(engine.new_batch(4), parts, 2, logprobs=True)
+    for part, place in zip(parts, places, strict=True):
+        logits = make_reference(folder)(part.tokens)[0][-1]
+        check(jax.tree.map(lambda array, place=place: np.asarray(array)[place], first), logits)
+
+
+def test_parts_that_do_not_fit_a_step_are_refused(long_folder, tokens, make_engine):
+    engine = make_engine(long_folder)
+    with pytest.raises(ValueError, match="2 parts"):
+        engine.read_prompts(engine.new_batch(2), [PromptPart(i, tokens[:3], 0, None) for i in range(2)])
+    with pytest.raises(ValueError, match="17 tokens"):
+        engine.read_prompts(engine.new_batch(2), [PromptPart(0, tokens[:17], 0, None)], lanes=2)

@@ -12,8 +12,8 @@ CAP = 30.0
 
 
 @functools.partial(jax.jit, static_argnames="multiplier")
-def attend(query, keys, values, layer, positions, multiplier):
-    return cached_attention(query, keys, values, layer, positions, multiplier=multiplier, cap=CAP)
+def attend(query, keys, values, layer, positions, multiplier, slots=None):
+    return cached_attention(query, keys, values, layer, positions, slots, multiplier=multiplier, cap=CAP)
 
 
 def exact(query, keys, values, positions, multiplier):
@@ -64,6 +64,17 @@ def test_each_query_sees_the_cache_up_to_its_position(heads, kv_heads, capacity,
     np.testing.assert_allclose(found, expected, atol=2e-5)
     stacks = jnp.asarray(keys), jnp.asarray(values)
     plain = definition(query, *stacks, 1, jnp.asarray(positions), multiplier=size**-0.5, cap=CAP)
+    np.testing.assert_allclose(plain, expected, atol=2e-5)
+
+
+def test_rows_attend_to_the_sequences_that_they_belong_to():
+    positions = np.asarray([[3, 4], [298, 299], [5, 6], [-1, -1]], np.int32)
+    slots = np.asarray([2, 0, 2, 1], np.int32)  # two rows of one sequence
+    query, keys, values = random_case(4, 2, 4, 2, 300, 4)
+    expected = exact(query, keys[1][slots], values[1][slots], positions, 0.5)
+    np.testing.assert_allclose(attend(query, keys, values, 1, positions, 0.5, slots), expected, atol=2e-5)
+    stacks = jnp.asarray(keys), jnp.asarray(values)
+    plain = definition(query, *stacks, 1, jnp.asarray(positions), jnp.asarray(slots), multiplier=0.5, cap=CAP)
     np.testing.assert_allclose(plain, expected, atol=2e-5)
 
 

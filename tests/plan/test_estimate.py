@@ -118,7 +118,7 @@ def test_the_sequences_that_fit_fill_the_memory(mesh, usable):
 
 def test_data_rows_of_a_cpu_share_the_weights():
     one, rows = estimate(mesh=(1, 2), kind=CPU), estimate(mesh=(4, 2), kind=CPU)
-    caches = 3 * 2 * (one.workspace_bytes + 2 * one.cache_bytes)
+    caches = 3 * 2 * (one.workspace_bytes + one.cache_bytes)
     assert rows.needed_bytes(4) - one.needed_bytes(1) == caches
     assert one.fixed_bytes > 2 * one.weight_bytes
 

@@ -23,36 +23,36 @@ def told(mesh, usable, kind=GPU, dtype="bfloat16", count=None):
 @pytest.mark.parametrize(
     ("sentence", "expected"),
     [
-        (told((1, 8), 60 * GB), "fits: the weights and 73 sequences of 8192 tokens at a time"),
+        (told((1, 8), 60 * GB), "fits: the weights and 74 sequences of 8192 tokens at a time"),
         (
             told((1, 4), 60 * GB),
-            "does not fit: the model needs 80.7 GB on each device (79.2 GB of weights, and one sequence), but 60.0 GB "
+            "does not fit: the model needs 80.1 GB on each device (79.2 GB of weights, and one sequence), but 60.0 GB "
             "can be had on each device; it fits with 8 such devices and --mesh 1,8",
         ),
         (
             told((4, 2), 60 * GB),
-            "does not fit: the model needs 161 GB on each device (158 GB of weights, and one sequence), but 60.0 GB "
+            "does not fit: the model needs 160 GB on each device (158 GB of weights, and one sequence), but 60.0 GB "
             "can be had on each device; it fits with --mesh 1,8",
         ),
         (
             told((1, 16), 15 * GB),
-            "does not fit: the model needs 20.8 GB on each device (19.9 GB of weights, and one sequence), but 15.0 GB "
+            "does not fit: the model needs 20.5 GB on each device (19.9 GB of weights, and one sequence), but 15.0 GB "
             "can be had on each device; use devices with more memory, as the model divides over at most 16 and needs "
-            "20.8 GB on each",
+            "20.5 GB on each",
         ),
         (
             told((1, 1), 64 * GB, CPU, "float32"),
-            "does not fit: the model needs 327 GB of memory (318 GB of weights, and one sequence), but 64.0 GB can be "
-            "had on this machine; use a machine that has 327 GB free",
+            "does not fit: the model needs 323 GB of memory (318 GB of weights, and one sequence), but 64.0 GB can be "
+            "had on this machine; use a machine that has 323 GB free",
         ),
         (
-            told((1, 1), 324 * GB, CPU, "float32"),
-            "does not fit: the model needs 327 GB of memory (318 GB of weights, and one sequence), but 324 GB can be "
+            told((1, 1), 321 * GB, CPU, "float32"),
+            "does not fit: the model needs 323 GB of memory (318 GB of weights, and one sequence), but 321 GB can be "
             "had on this machine; it fits with --dtype bfloat16",
         ),
         (
             told((1, 8), None),
-            "not known: it needs 40.5 GB on each device (39.6 GB of weights, and one sequence), and how much there is "
+            "not known: it needs 40.3 GB on each device (39.6 GB of weights, and one sequence), and how much there is "
             "could not be found out",
         ),
     ],
