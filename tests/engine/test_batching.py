@@ -1,6 +1,7 @@
 """What is read for prompts that share a batch, when, and that nothing of it shows in the results."""
 
 import dataclasses
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -140,7 +141,7 @@ def test_a_long_prompt_does_not_stall_the_others(lanes, engine, steps, monkeypat
     reading = [i for i, step in enumerate(steps) if step != "decode"]
     assert len(reading) >= 300 // 32
     begun = steps.index("decode")
-    between = [later - earlier for earlier, later in zip(reading, reading[1:], strict=False) if earlier > begun]
+    between = [later - earlier for earlier, later in itertools.pairwise(reading) if earlier > begun]
     assert between == [2] * len(between)  # a decoding step after each part
     assert len(between) > 5
 
