@@ -39,3 +39,7 @@ class CompileError(Grok1Error):
 
 class RequestError(Grok1Error, ValueError):
     """A request that cannot be served: an empty or too long prompt, or a sampling option out of range."""
+
+
+class JobError(Grok1Error):
+    """A file of rows that cannot be worked on, or results that cannot be kept."""

@@ -17,7 +17,7 @@ from grok1.checkpoint.reader import Checkpoint
 from grok1.config import DTypeName, ModelConfig, default_dtype
 from grok1.engine.compilation_cache import enable_compilation_cache
 from grok1.engine.engine import Engine
-from grok1.engine.generate import GeneratedSequence, GenerationRequest, generate
+from grok1.engine.generate import GeneratedSequence, GenerationRequest, Occupancy, generate
 from grok1.engine.request import FinishReason, SamplingOptions, TokenLogprobs
 from grok1.errors import RequestError
 from grok1.plan.verdict import require_room
@@ -27,7 +27,8 @@ from grok1.sharding import make_mesh
 from grok1.stop_text import StopMatcher
 from grok1.tokenizer import Tokenizer, find_tokenizer
 
-_BATCH_SIZE = 8  # sequences that are continued at a time, unless the caller says otherwise
+_BATCH_SIZE = {"cpu": 16}  # sequences that are continued at a time, unless the caller says otherwise
+_BATCH_SIZE_ACCELERATOR = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,12 +330,32 @@ class Model:
         tokens = encode_prompt(request, self._tokenizer, self.config)
         return CompletionStream((piece, done) for piece, done in self._events([(0, request, tokens)], 1))
 
-    def complete_many(self, requests: Iterable[Request], *, batch_size: int | None = None) -> Iterator[Completion]:
+    def best_batch_size(self) -> int:
+        """How many completions go on at a time unless the caller says otherwise: what memory allows, up to what pays.
+
+        A mesh has room for a multiple of its data rows.
+        """
+        rows = self.engine.data_rows
+        pays = _BATCH_SIZE.get(self.engine.mesh.devices.flat[0].platform, _BATCH_SIZE_ACCELERATOR) * rows
+        return max(rows, min(pays, pays if self.max_sequences is None else self.max_sequences))
+
+    def complete_many(
+        self,
+        requests: Iterable[Request],
+        *,
+        batch_size: int | None = None,
+        lanes: int = 1,
+        logprobs: bool = False,
+        occupancy: Occupancy | None = None,
+    ) -> Iterator[Completion]:
         """Completes many prompts, several at a time, taking the next as soon as one has ended.
 
         Args:
             requests: what to complete; taken one by one.
-            batch_size: how many completions go on at a time; by default 8, or fewer if memory allows no more.
+            batch_size: how many completions go on at a time; by default `best_batch_size`.
+            lanes: how many parts of prompts are read at a time, see `generate`; with 1, one prompt after the other.
+            logprobs: computes log-probabilities for all, which keeps a completion's own the same in any company.
+            occupancy: is kept up to date.
 
         Yields:
             completions in the order in which they end; `request_index` says whose each is.
@@ -343,13 +364,13 @@ class Model:
             RequestError: when a request's turn comes and it cannot be served, or if there is no place for any.
         """
         if batch_size is None:
-            batch_size = min(_BATCH_SIZE, self.max_sequences or _BATCH_SIZE)
+            batch_size = self.best_batch_size()
         if batch_size < 1:
             raise RequestError(f"batch_size is {batch_size}, expected at least 1")
         prepared = (
             (i, request, encode_prompt(request, self._tokenizer, self.config)) for i, request in enumerate(requests)
         )
-        for _, completion in self._events(prepared, batch_size):
+        for _, completion in self._events(prepared, batch_size, lanes=lanes, logprobs=logprobs, occupancy=occupancy):
             if completion is not None:
                 yield completion
 
@@ -374,9 +395,9 @@ class Model:
         return Score(ids, entries)
 
     def _events(
-        self, prepared: Iterable[tuple[int, Request, list[int]]], slots: int
+        self, prepared: Iterable[tuple[int, Request, list[int]]], slots: int, **batching: Any
     ) -> Iterator[tuple[str, Completion | None]]:
-        """Runs requests; gives each new piece of text, and the completion where it ended one."""
+        """Runs requests, by `generate`; gives each new piece of text, and the completion where it ended one."""
         requests = (
             GenerationRequest(
                 tokens=tokens,
@@ -387,7 +408,7 @@ class Model:
             for i, request, tokens in prepared
         )
         texts: dict[GeneratedSequence, _TextOfSequence] = {}
-        for sequence in generate(self.engine, requests, slots):
+        for sequence in generate(self.engine, requests, slots, **batching):
             if sequence not in texts:
                 texts[sequence] = _TextOfSequence(self._tokenizer, sequence)
             text = texts[sequence]

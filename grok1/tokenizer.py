@@ -16,6 +16,7 @@ Four properties of SentencePiece show in what users see:
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -45,10 +46,12 @@ class Tokenizer:
     Attributes:
         vocab_size: number of pieces; ids run from 0 to one less.
         source: the file's name, for messages.
+        sha256: of the file, hexadecimal.
     """
 
-    def __init__(self, processor: sentencepiece.SentencePieceProcessor, source: str) -> None:
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor, source: str, sha256: str) -> None:
         self._processor = processor
+        self.sha256 = sha256
         self.vocab_size: int = processor.GetPieceSize()
         self.source = source
         self._pieces: list[str] = processor.IdToPiece(list(range(self.vocab_size)))
@@ -92,7 +95,7 @@ class Tokenizer:
         processor = sentencepiece.SentencePieceProcessor()
         try:
             processor.LoadFromSerializedProto(data)
-            return cls(processor, source)
+            return cls(processor, source, hashlib.sha256(data).hexdigest())
         except (RuntimeError, UnicodeDecodeError):
             # The first one's message is a line of SentencePiece's C++ code; the second is a piece that is no text.
             raise TokenizerError(

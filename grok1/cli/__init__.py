@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import click
 
@@ -20,7 +20,7 @@ from grok1.errors import Grok1Error
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
-_COMMANDS = ("run", "score", "init", "inspect", "verify", "plan", "tokenize", "detokenize", "smoke")
+_COMMANDS = ("run", "batch", "score", "init", "inspect", "verify", "plan", "tokenize", "detokenize", "smoke")
 """Each is the object `command` of the module of its name in this package."""
 
 
@@ -59,19 +59,20 @@ def main() -> int:
     if sys.stderr is None:  # closed: click would say on stdout what belongs there
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it stays open as long as the process
     terminal = Terminal()
-    code = execute(sys.argv[1:], terminal)
+    code = execute(sys.argv[1:], terminal, terminal.end_soon)
     if terminal.interrupted and "jax" in sys.modules:
         # XLA may still be compiling in a thread of its own, and crashes when Python ends under it.
         os._exit(code)
     return code
 
 
-def execute(arguments: Sequence[str], terminal: Terminal) -> int:
+def execute(arguments: Sequence[str], terminal: Terminal, on_interrupt: Callable[[], None] | None = None) -> int:
     """Runs one command and returns its exit code.
 
     Args:
         arguments: what follows `grok1`.
         terminal: what the user sees.
+        on_interrupt: is called as soon as an interrupt ends the command.
     """
     if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
@@ -89,6 +90,8 @@ def execute(arguments: Sequence[str], terminal: Terminal) -> int:
         return DONE
     except (KeyboardInterrupt, click.Abort):
         terminal.interrupted = True
+        if on_interrupt is not None:
+            on_interrupt()
         if terminal.verbose:
             traceback.print_exc()
         terminal.end_line()

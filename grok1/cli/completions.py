@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from grok1 import memory
 from grok1.cli.terminal import Terminal
-from grok1.engine.request import TokenLogprobs
+from grok1.json_text import json_line, logprobs_object
 
 if TYPE_CHECKING:
     from grok1.model import Completion, Model, Request
@@ -179,26 +177,6 @@ def completion_object(completion: Completion) -> dict[str, Any]:
         "prefill_tokens_per_second": timings.prefill_tokens_per_second,
         "decode_tokens_per_second": timings.decode_tokens_per_second,
     }
-
-
-def logprobs_object(entry: TokenLogprobs) -> dict[str, Any]:
-    """What JSON says about the log-probabilities at one place."""
-    return {"logprob": finite(entry.logprob), "top": top_object(entry)}
-
-
-def top_object(entry: TokenLogprobs) -> list[dict[str, Any]]:
-    """What JSON says about the likeliest tokens at one place."""
-    return [{"token_id": token, "logprob": finite(logprob)} for token, logprob in entry.top]
-
-
-def finite(value: float) -> float | None:
-    """The same number, or None for one that JSON does not have."""
-    return value if math.isfinite(value) else None
-
-
-def json_line(value: object) -> str:
-    """One line of JSON."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _fields(options: Any) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from grok1.cli.completions import json_line
 from grok1.cli.options import output_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.config import PRESETS, ModelConfig
+from grok1.json_text import json_line
 
 _RELEASE = "grok-1"
 """The one preset whose tokenizer exists already, with the release's code."""

@@ -17,7 +17,7 @@ _BLOCK_LEFT = b"\0"
 def interrupts_end_within_a_second(
     *, patient: bool, hint: Callable[[], None], leave: Callable[[], None]
 ) -> Iterator[None]:
-    """Ends the process with status 130 if the block is not left within a second after SIGINT.
+    """Ends the process with status 130 if the block is not left within a second after SIGINT or SIGTERM.
 
     Python raises KeyboardInterrupt only between two bytecodes of the main thread. A compilation is one bytecode. So
     a thread waits for the signal beside it, and ends the process where the exception does not come through.
@@ -58,6 +58,24 @@ def _watch(reader: int, patient: bool, hint: Callable[[], None], leave: Callable
         for byte in os.read(reader, 64):
             if byte == _BLOCK_LEFT[0]:
                 return
-            if byte == signal.SIGINT:
+            if byte in (signal.SIGINT, signal.SIGTERM):
                 signals += 1
                 timeout = _GRACE_SECONDS
+
+
+def end_soon(leave: Callable[[], None]) -> None:
+    """Ends the process with status 130 if it has not ended within a second.
+
+    Whatever an interrupt breaks off may have left a lock behind, an import above all, which the end would wait for.
+
+    Args:
+        leave: leaves the terminal as it should be; called from another thread.
+    """
+
+    def end() -> None:
+        leave()
+        os._exit(130)
+
+    timer = threading.Timer(1.0, end)
+    timer.daemon = True
+    timer.start()

@@ -181,6 +181,13 @@ def output_options(command: Command) -> Command:
     return command
 
 
+def terminal_options(command: Command) -> Command:
+    """Adds `--quiet` and `--verbose`, which set up the `Terminal`."""
+    for option in reversed(_OUTPUT[1:]):
+        command = option(command)
+    return command
+
+
 _SAMPLING = [
     click.option(
         "-n",
@@ -246,8 +253,8 @@ _SAMPLING = [
         "--logprobs",
         type=int,
         metavar="K",
-        help="Report the log-probability of each token and of the K likeliest in its place, 0 to "
-        f"{MAX_LOGPROBS}; needs --json.",
+        help="Report, in JSON, the log-probability of each token and of the K likeliest in its place, 0 to "
+        f"{MAX_LOGPROBS}.",
     ),
     click.option(
         "--num-samples",

@@ -12,11 +12,11 @@ from click.core import ParameterSource
 
 from grok1.byte_size import format_bytes
 from grok1.cli.columns import columns
-from grok1.cli.completions import json_line
 from grok1.cli.loading import prepare_jax, start_jax
 from grok1.cli.options import MESH, ByteSize, output_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.config import PRESETS, ModelConfig, preset
+from grok1.json_text import json_line
 from grok1.plan.devices import DEVICE_KINDS
 
 if TYPE_CHECKING:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from grok1.cli.completions import finite, json_line, top_object
 from grok1.cli.detokenize import json_ids, parsed_ids
 from grok1.cli.options import ModelChoice, model_options, output_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.cli.text_input import checked_argument, decoded, read_file, read_stdin, stdin_is_terminal
 from grok1.cli.tokenize import in_one_line
 from grok1.engine.request import MAX_LOGPROBS
+from grok1.json_text import finite, json_line, top_object
 
 if TYPE_CHECKING:
     from grok1.model import Score

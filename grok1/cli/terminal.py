@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from grok1.cli.interrupt import interrupts_end_within_a_second
+from grok1.cli.interrupt import end_soon, interrupts_end_within_a_second
 from grok1.errors import Grok1Error
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
 _CONTROL |= {0x7F: "\u2421"} | dict.fromkeys(range(128, 160), "�")
 
+_PATIENCE = "stopping after the running step; Ctrl-C again ends grok1"
 _RUNNING = {"prefill": "reading the prompt", "decoding": "generating", "scoring": "scoring"}  # programs that take long
 
 
@@ -44,6 +45,7 @@ class Terminal:
         self._shown: str | None = None
         self._task: Any = None
         self._mid_line = False
+        self._describe: Callable[[], str] | None = None
 
     @property
     def shows(self) -> bool:
@@ -114,6 +116,8 @@ class Terminal:
             self.show_bytes("loading weights", progress.done, progress.total)
         elif progress.stage == "compiling":
             self.show_status(f"compiling the {progress.detail} program")
+        elif self._describe is not None:
+            self._show("", describe=self._describe)
         elif progress.stage == "running":
             if progress.detail in _RUNNING:
                 self.show_status(_RUNNING[progress.detail])
@@ -132,13 +136,24 @@ class Terminal:
         if self._live is not None:
             self._live.update(self._task, completed=done, total=total)
 
+    @contextlib.contextmanager
+    def describing(self, describe: Callable[[], str]) -> Iterator[None]:
+        """Within this block a line is shown that `describe` makes anew several times a second, from another thread."""
+        self._describe = describe
+        self._show("", describe=describe)
+        try:
+            yield
+        finally:
+            self._describe = None
+            self.clear()
+
     def clear(self) -> None:
         """Takes away whatever progress is shown."""
         if self._live is not None:
             self._live.stop()
             self._live = self._task = self._shown = None
 
-    def _show(self, text: str, total: int | None = None) -> None:
+    def _show(self, text: str, total: int | None = None, describe: Callable[[], str] | None = None) -> None:
         if not self.shows or self._shown == text or (self._mid_line and self.shows_results):
             return
         self.clear()
@@ -147,16 +162,27 @@ class Terminal:
             BarColumn,
             DownloadColumn,
             Progress,
+            ProgressColumn,
             SpinnerColumn,
             TextColumn,
             TimeElapsedColumn,
             TimeRemainingColumn,
             TransferSpeedColumn,
         )
+        from rich.text import Text
+
+        class DescriptionColumn(ProgressColumn):
+            max_refresh = 0.2
+
+            def render(self, task: Any) -> Text:
+                assert describe is not None
+                return Text(describe())
 
         name = TextColumn("{task.description}", markup=False)
         columns: list[Any] = [SpinnerColumn(), name, TimeElapsedColumn()]
-        if total is not None:
+        if describe is not None:
+            columns = [SpinnerColumn(), DescriptionColumn(), TimeElapsedColumn()]
+        elif total is not None:
             columns = [
                 name,
                 BarColumn(),
@@ -172,18 +198,24 @@ class Terminal:
         self._live.start()
 
     @contextlib.contextmanager
-    def interruptible(self, *, patient: bool = False) -> Iterator[None]:
+    def interruptible(self, *, patient: bool = False, hint: str = _PATIENCE) -> Iterator[None]:
         """Within this block Ctrl-C ends the process within a second, even while XLA compiles.
 
         Args:
             patient: if the block does not react, the first Ctrl-C only says so and the second ends the process.
+            hint: how it says so.
         """
-        with interrupts_end_within_a_second(patient=patient, hint=self._hint_at_patience, leave=self._leave_terminal):
+
+        def show_hint() -> None:
+            if self.shows:
+                self._raw_to_stderr(f"\r\n{hint}\r\n".encode())
+
+        with interrupts_end_within_a_second(patient=patient, hint=show_hint, leave=self._leave_terminal):
             yield
 
-    def _hint_at_patience(self) -> None:
-        if self.shows:
-            self._raw_to_stderr(b"\r\nstopping after the running step; Ctrl-C again ends grok1\r\n")
+    def end_soon(self) -> None:
+        """Ends the process after an interrupt, should it not come to its end by itself."""
+        end_soon(self._leave_terminal)
 
     def _leave_terminal(self) -> None:
         # The main thread may hold any lock: nothing here takes one.

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from grok1.cli.completions import json_line
 from grok1.cli.options import ModelChoice, output_options, tokenizer_choice_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.cli.text_input import given_text
+from grok1.json_text import json_line
 
 
 @click.command("tokenize", short_help="Turn text into token ids.")

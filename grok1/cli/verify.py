@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from grok1.cli.completions import json_line
 from grok1.cli.options import output_options
 from grok1.cli.terminal import Terminal, pass_terminal
+from grok1.json_text import json_line
 
 if TYPE_CHECKING:
     from grok1.checkpoint.verify import Report

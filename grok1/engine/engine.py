@@ -158,6 +158,11 @@ class Engine:
         self._programs: dict[tuple[object, ...], Any] = {}
 
     @property
+    def dtype(self) -> np.dtype:
+        """Dtype of activations and of the cache."""
+        return np.dtype(self._shard.dtype)
+
+    @property
     def data_rows(self) -> int:
         """Size of the mesh's data axis: the number of slots of a batch is a multiple of it."""
         return int(self.mesh.shape[DATA_AXIS])
@@ -215,6 +220,17 @@ class Engine:
             scored = jax.device_get(self._run(key, "scoring", lambda: jax.jit(self._score_step), logits, padded))
             parts.append(SampledTokens(*(array[: len(chunk)] for array in jax.tree.leaves(scored))))
         return jax.tree.map(lambda *pieces: np.concatenate(pieces), *parts)
+
+    def lanes_for(self, tokens: float) -> int:
+        """How many lanes a step should have, where prompts have that many tokens to be read on average.
+
+        A power of 2, as many as such a prompt needs: a step costs about the same for a used lane as for one that is
+        not. Accelerators read their weights for any step, and get 256 tokens for the price of a few.
+        """
+        lanes = 2 if self._platform == "cpu" else 256 // LANE_TOKENS
+        while lanes * LANE_TOKENS < min(tokens, MAX_CHUNK):
+            lanes *= 2
+        return lanes
 
     @property
     def max_chunk(self) -> int:

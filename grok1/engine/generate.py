@@ -39,6 +39,34 @@ class GenerationRequest:
 
 
 @dataclasses.dataclass(eq=False)
+class Occupancy:
+    """How busy a batch is and has been.
+
+    Attributes:
+        slots: how many there are.
+        busy: how many have a sequence now.
+        rounds: steps so far, a reading and a decoding step together for one.
+        busy_rounds: sum over these of the slots that had a sequence.
+        read_tokens: tokens of prompts that were read.
+        copied_tokens: tokens of prompts that were copied from another slot's beginning, or were still there.
+        generated_tokens: tokens handed out.
+    """
+
+    slots: int = 0
+    busy: int = 0
+    rounds: int = 0
+    busy_rounds: int = 0
+    read_tokens: int = 0
+    copied_tokens: int = 0
+    generated_tokens: int = 0
+
+    @property
+    def mean_use(self) -> float | None:
+        """Mean share of the slots that had a sequence; None before the first step."""
+        return self.busy_rounds / (self.rounds * self.slots) if self.rounds else None
+
+
+@dataclasses.dataclass(eq=False)
 class GeneratedSequence:
     """One continuation while it grows.
 
@@ -135,6 +163,7 @@ def generate(
     *,
     lanes: int = 1,
     logprobs: bool = False,
+    occupancy: Occupancy | None = None,
 ) -> Iterator[GeneratedSequence]:
     """Continues prompts, as many at a time as there are slots.
 
@@ -149,15 +178,24 @@ def generate(
         lanes: a step reads this many parts of prompts, of `LANE_TOKENS` each, on each data row; with 1, a part of one
             prompt, as long as it needs up to the engine's `max_chunk`.
         logprobs: computes log-probabilities in every step, rather than only where a sequence in it wants them.
+        occupancy: is kept up to date.
 
     Yields:
         a sequence, each time it has got a token or has finished. The caller may `stop()` it then.
     """
-    yield from _Loop(engine, iter(requests), slots, lanes, logprobs).run()
+    yield from _Loop(engine, iter(requests), slots, lanes, logprobs, occupancy or Occupancy()).run()
 
 
 class _Loop:
-    def __init__(self, engine: Engine, requests: Iterator[GenerationRequest], slots: int, lanes: int, logprobs: bool):
+    def __init__(
+        self,
+        engine: Engine,
+        requests: Iterator[GenerationRequest],
+        slots: int,
+        lanes: int,
+        logprobs: bool,
+        occupancy: Occupancy,
+    ):
         self._engine = engine
         self._requests = requests
         self._lanes = lanes
@@ -167,13 +205,19 @@ class _Loop:
         self._slots = [_Slot(index) for index in range(self._row_slots * engine.data_rows)]
         self._waiting: deque[GeneratedSequence] = deque()  # samples of the last request without a slot
         self._reading: list[_Slot] = []  # in the order in which they came
+        self._occupancy = occupancy
+        occupancy.slots = len(self._slots)
 
     def run(self) -> Iterator[GeneratedSequence]:
         before: list[_Dispatched] = []
+        occupancy = self._occupancy
         while True:
             self._admit()
-            if not any(slot.sequence for slot in self._slots):
+            occupancy.busy = sum(slot.sequence is not None for slot in self._slots)
+            if not occupancy.busy:
                 return  # what is still dispatched belongs to nobody
+            occupancy.rounds += 1
+            occupancy.busy_rounds += occupancy.busy
             alone = self._lanes == 1 and not any(slot.sequence and not slot.reading for slot in self._slots)
             steps = self._read_prompts()
             if alone:  # nobody else waits: hand out the first token before anything else
@@ -212,6 +256,7 @@ class _Loop:
         target.sequence, target.prompt, target.read = sequence, prompt, 0
         if target is source:
             target.read = shared
+            self._occupancy.copied_tokens += shared
         elif source is not None:
             target.source, target.shared = source, shared
         self._reading.append(target)
@@ -245,6 +290,7 @@ class _Loop:
             if slot.source is not None and slot.source.read >= slot.shared:
                 self._state = self._engine.copy_prompt(self._state, slot.source.index, slot.index, slot.shared)
                 slot.read, slot.source = slot.shared, None
+                self._occupancy.copied_tokens += slot.shared
 
     def _read_prompts(self) -> list[_Dispatched]:
         """Starts a step that reads parts of prompts, if there are any to read."""
@@ -260,6 +306,7 @@ class _Loop:
             sequence = slot.sequence
             assert sequence is not None
             start, slot.read = slot.read, slot.read + count
+            self._occupancy.read_tokens += count
             ends = (sequence.request.options, sequence.seed) if slot.read == len(slot.prompt) else None
             parts.append(PromptPart(slot.index, slot.prompt[start : slot.read], start, ends))
             if ends:
@@ -335,6 +382,7 @@ class _Loop:
                 sequence._finish("eos")
             else:
                 sequence.tokens.append(token)
+                self._occupancy.generated_tokens += 1
                 if options.logprobs is not None:
                     best = zip(sampled.top_tokens[row], sampled.top_logprobs[row], strict=True)
                     top = tuple((int(t), float(p)) for t, p in list(best)[: options.logprobs])

@@ -1,0 +1,343 @@
+"""The journal of a job: its finished rows, in the order in which they finished, until the output can be written.
+
+Each line of the file is the CRC-32 of a JSON text in 8 hexadecimal digits, a space, and that text. The first says which
+job it is; every other is the index of a row, a space and the row's line of the output. What follows the first line that
+is not whole, the last one before a kill or a power cut, counts for nothing.
+
+A row is with the operating system when `add` returns, and on the disk a second later at most.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import threading
+import zlib
+from array import array
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from grok1.errors import JobError
+
+_VERSION = 1
+_SYNC_SECONDS = 0.5
+_COPY_BYTES = 1 << 20
+_BEGINNING = b'00000000 {"grok1_journal": '  # a journal's, but for the digits
+
+
+class Journal:
+    """An open journal, which no other process can open.
+
+        with Journal.open(Path("completions.jsonl"), restart=False) as journal:
+            journal.begin({"input": ...})
+            journal.add(0, '{"index": 0, ...}\\n')
+            journal.write_output(1)
+
+    Attributes:
+        output: the file that it is to become.
+        path: the journal itself, beside the output.
+        job: what was said when the journal was begun; None if it is new.
+        dropped_bytes: how many bytes at its end were not whole.
+    """
+
+    def __init__(self, output: Path, path: Path, descriptor: int):
+        """Use `open`."""
+        self.output = output
+        self.path = path
+        self.job: dict[str, Any] | None = None
+        self.dropped_bytes = 0
+        self._descriptor = descriptor
+        self._end = 0  # of the last whole line
+        self._starts = array("q")  # of each row's line of the output, by index; -1 if there is none
+        self._count = 0
+        self._dirty = False
+        self._failure: OSError | None = None
+        self._closing = threading.Event()
+        self._syncing: threading.Thread | None = None
+
+    @classmethod
+    def open(cls, output: Path, *, restart: bool) -> Journal:
+        """Opens the journal of an output, or a new one.
+
+        Args:
+            output: the file that the job is to write.
+            restart: forget the journal that there is, and replace the output when all is done.
+
+        Raises:
+            JobError: if another process has it open, the output is there already, or the journal cannot be made.
+        """
+        path = output.with_name(output.name + ".journal")
+        if output.is_dir():
+            raise JobError(f"{output} is a folder: name a file to write")
+        if output.exists() and not path.exists() and not restart:
+            raise JobError(f"{output} is there already: name another file, or replace it with --restart")
+        descriptor = _open_locked(output, path)
+        journal = cls(output, path, descriptor)
+        try:
+            journal._read(restart)
+        except BaseException:
+            journal.close()
+            raise
+        return journal
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # Reading what is there
+
+    def _read(self, restart: bool) -> None:
+        beginning = os.pread(self._descriptor, len(_BEGINNING), 0)
+        if not _could_begin(beginning):
+            raise JobError(f"{self.path} is there already, and no journal of grok1: move it, or name another output")
+        if restart:
+            return
+        with os.fdopen(os.dup(self._descriptor), "rb") as file:
+            file.seek(0)
+            start = 0
+            for line in file:
+                text = _checked(line)
+                if text is None:
+                    break
+                try:
+                    if start == 0:
+                        self._take_header(text)
+                    else:
+                        self._take_row(text, start)
+                except ValueError:
+                    break
+                start += len(line)
+            self._end = start
+            self.dropped_bytes = os.fstat(self._descriptor).st_size - start
+
+    def _take_header(self, text: bytes) -> None:
+        job = json.loads(text)
+        if not isinstance(job, dict):
+            raise ValueError("no object")
+        if job.pop("grok1_journal", None) != _VERSION:
+            raise JobError(f"{self.path} was written by another version of grok1: finish with that, or --restart")
+        self.job = job
+
+    def _take_row(self, text: bytes, start: int) -> None:
+        index, separator, _ = text.partition(b" ")
+        if not separator:
+            raise ValueError("no index")
+        self._note(int(index), start + 9 + len(index) + 1)
+
+    def _note(self, index: int, start: int) -> None:
+        if index >= len(self._starts):
+            self._starts.extend([-1] * (index + 1 - len(self._starts)))
+        self._count += self._starts[index] < 0
+        self._starts[index] = start
+
+    @property
+    def rows(self) -> int:
+        """How many rows it holds."""
+        return self._count
+
+    def __contains__(self, index: int) -> bool:
+        return index < len(self._starts) and self._starts[index] >= 0
+
+    def lines(self) -> Iterator[str]:
+        """The output's lines of the rows that there are, in the order of their indices."""
+        with os.fdopen(os.dup(self._descriptor), "rb") as file:
+            for start in self._starts:
+                if start >= 0:
+                    file.seek(start)
+                    yield file.readline().decode()
+
+    # Adding
+
+    def begin(self, job: Mapping[str, Any]) -> None:
+        """Starts to write: a new journal with what the job is, an old one after its last whole line.
+
+        Raises:
+            JobError: if it cannot be written.
+        """
+        try:
+            os.ftruncate(self._descriptor, self._end)
+        except OSError as error:
+            raise self._cannot_write(error) from None
+        if self.job is None:
+            self._append(json.dumps({"grok1_journal": _VERSION, **job}).encode() + b"\n")
+            self.job = dict(job)
+        self._sync()
+        self._syncing = threading.Thread(target=self._sync_often, name="grok1-journal", daemon=True)
+        self._syncing.start()
+
+    def add(self, index: int, line: str) -> None:
+        """Keeps a finished row.
+
+        Args:
+            index: of the row.
+            line: its line of the output, with the newline.
+
+        Raises:
+            JobError: if it cannot be kept; everything before it is.
+        """
+        if self._failure is not None:
+            raise self._cannot_write(self._failure) from None
+        prefix = f"{index} ".encode()
+        start = self._append(prefix + line.encode())
+        self._note(index, start + 9 + len(prefix))
+
+    def _append(self, text: bytes) -> int:
+        """Writes a line and tells where it starts; a line that cannot be written whole is taken back."""
+        start, line = self._end, b"%08x " % zlib.crc32(text) + text
+        try:
+            written = 0
+            while written < len(line):
+                written += os.pwrite(self._descriptor, line[written:], start + written)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, start)
+            raise self._cannot_write(error) from None
+        self._end = start + len(line)
+        self._dirty = True
+        return start
+
+    def _sync_often(self) -> None:
+        while not self._closing.wait(_SYNC_SECONDS):
+            try:
+                self._sync()
+            except OSError as error:
+                self._failure = error
+                return
+
+    def _sync(self) -> None:
+        """Brings to the disk what has been written, and the journal back to its place if that was removed."""
+        if self._dirty:
+            self._dirty = False
+            os.fsync(self._descriptor)
+        try:
+            if os.path.samestat(os.stat(self.path), os.fstat(self._descriptor)):
+                return
+        except FileNotFoundError:
+            pass
+        self._write_again()
+        raise FileNotFoundError(errno.ENOENT, "it was removed")
+
+    def _write_again(self) -> None:
+        """Copies the journal, which has no name any more, to where it was."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("xb") as copy:
+            for start in range(0, self._end, _COPY_BYTES):
+                copy.write(os.pread(self._descriptor, min(_COPY_BYTES, self._end - start), start))
+            copy.flush()
+            os.fsync(copy.fileno())
+
+    def _cannot_write(self, error: OSError) -> JobError:
+        if error.errno == errno.ENOENT:
+            return JobError(
+                f"{self.path} was removed while rows were added to it: it has been written again with the "
+                f"{self._count} rows that are done; leave it there, and the same command goes on"
+            )
+        return JobError(
+            f"cannot write {self.path} ({error.strerror}): make room; {self._count} rows are kept, and the same "
+            "command goes on after them"
+        )
+
+    # Ending
+
+    def write_output(self, rows: int) -> None:
+        """Writes the output, at once under its name, and removes the journal.
+
+        Args:
+            rows: how many there have to be.
+
+        Raises:
+            JobError: if it cannot be written; the journal stays then.
+        """
+        if self._count != rows:
+            raise ValueError(f"{self._count} of {rows} rows are done")
+        scratch = self.output.with_name(f".{self.output.name}.{os.getpid()}.tmp")
+        try:
+            self._sync()
+            with scratch.open("w", encoding="utf-8", newline="\n") as file:
+                file.writelines(self.lines())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(scratch, self.output)
+            _sync_folder(self.output.parent)
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                raise self._cannot_write(error) from None
+            raise JobError(
+                f"cannot write {self.output} ({error.strerror}): make room; all {rows} rows are kept in {self.path}, "
+                "and the same command writes them"
+            ) from None
+        finally:
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Lets go of the journal, which stays where it is with all its rows; one that was never begun goes."""
+        self._closing.set()
+        if self._syncing is not None:
+            self._syncing.join()
+            self._syncing = None
+        if self._descriptor >= 0:
+            with contextlib.suppress(OSError):
+                if os.fstat(self._descriptor).st_size == 0:
+                    self.path.unlink(missing_ok=True)
+                os.fsync(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _could_begin(found: bytes) -> bool:
+    """Whether this may be the beginning of a journal, also of one that a power cut has left as zeros or cut short."""
+    digits = found[:8]
+    return not found.strip(b"\0") or (
+        all(byte in b"0123456789abcdef" for byte in digits) and found[8:] == _BEGINNING[8 : len(found)]
+    )
+
+
+def _checked(line: bytes) -> bytes | None:
+    """The text of a line, if the line is whole."""
+    if line[8:9] != b" " or not line.endswith(b"\n"):
+        return None
+    text = line[9:]
+    return text if line[:8] == b"%08x" % zlib.crc32(text) else None
+
+
+def _open_locked(output: Path, path: Path) -> int:
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise JobError(
+                f"cannot write {path} ({error.strerror}): name an output in a folder that exists and that you may "
+                "write to"
+            ) from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                return descriptor
+        except FileNotFoundError:
+            pass  # whoever had it has just removed it
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise JobError(
+                    f"{output} is being written by another run of grok1: wait for that one, or name another output"
+                ) from None
+            raise JobError(f"cannot lock {path} ({error.strerror}): name an output on another disk") from None
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Brings the names in a folder to the disk, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,286 @@
+"""Rows of prompts to complete: what a line may say, and what is wrong with one that says something else."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import pydantic
+from pydantic_core import PydanticCustomError, from_json
+
+from grok1.config import ModelConfig
+from grok1.engine.request import MAX_SEED, SamplingOptions
+from grok1.errors import RequestError
+from grok1.jobs.source import MAX_LINE_BYTES, Line, Source
+from grok1.prompt import Request, encode_prompt
+from grok1.tokenizer import Tokenizer
+
+MAX_SAMPLES = 1024
+"""The most completions of one row."""
+
+_ESCAPE = re.compile(r"\\(.?)", re.DOTALL)
+_ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+
+
+class BadRow(Exception):
+    """Why a line is no row; the text is a clause."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of an input.
+
+    Attributes:
+        index: counted from 0, bad rows too.
+        line: its number in the file.
+        id: as the row gives it.
+        request: what to complete; its seed is not None. None for a bad row.
+        tokens: the prompt's token ids.
+        echo: whether completions begin with the prompt.
+        error: what is wrong with a bad row.
+        digest: of the line, to see whether it is the same when it is read again.
+    """
+
+    index: int
+    line: int
+    digest: int
+    id: str | int | None = None
+    request: Request | None = None
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    echo: bool = False
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RowDefaults:
+    """What holds for every row that says nothing else.
+
+    Attributes:
+        sampling: how to continue; its seed is the one that the rows' own are made from.
+        num_samples: completions of each row.
+        echo: whether they begin with the prompt.
+        truncate: whether a prompt that is too long loses its beginning.
+        unescape: whether backslash escapes of a .txt line stand for the characters that they name.
+    """
+
+    sampling: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
+    num_samples: int = 1
+    echo: bool = False
+    truncate: bool = False
+    unescape: bool = False
+
+
+def row_seed(seed: int, index: int) -> int:
+    """The seed of a row that gives none: 62 bits of the SHA-256 of the job's seed and the row's index.
+
+    Sample i of the row has this seed plus i.
+    """
+    digest = hashlib.sha256(f"{seed} {index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 2
+
+
+def read_rows(source: Source, defaults: RowDefaults, tokenizer: Tokenizer | None, config: ModelConfig) -> Iterator[Row]:
+    """Reads all rows, the bad ones too. Blank lines are rows of .txt, and nothing in .jsonl.
+
+    Args:
+        source: the lines.
+        defaults: its sampling seed may be None as long as nothing is drawn.
+        tokenizer: None if there is none, which is right for token ids only.
+        config: the model that is to continue them.
+
+    Raises:
+        JobError: if the source cannot be read.
+        TokenizerError: if a row needs a tokenizer, and there is none.
+    """
+    index = 0
+    for line in source.lines():
+        if source.format == "jsonl" and line.content is not None and not line.content.strip():
+            continue
+        yield _read_row(index, line, source.format, defaults, tokenizer, config)
+        index += 1
+
+
+def _read_row(
+    index: int, line: Line, format: str, defaults: RowDefaults, tokenizer: Tokenizer | None, config: ModelConfig
+) -> Row:
+    given: str | int | None = None
+    digest = int.from_bytes(hashlib.blake2b(line.content or b"", digest_size=8).digest(), "little")
+    try:
+        if line.content is None:
+            raise BadRow(f"it is longer than {MAX_LINE_BYTES >> 20} MiB: give one row a line")
+        if format == "txt":
+            fields = _Fields(prompt=_text_line(line.content, defaults.unescape))
+        else:
+            value = _json_object(line.content)
+            given = next((value[key] for key in ("id", "custom_id") if type(value.get(key)) in (str, int)), None)
+            given, fields = _json_fields(value)
+        request = fields.request(index, defaults)
+        tokens = encode_prompt(request, tokenizer, config)
+        echo = defaults.echo if fields.echo is None else fields.echo
+        return Row(index, line.number, digest, given, request, tokens, echo)
+    except (BadRow, RequestError) as error:
+        return Row(index, line.number, digest, given, error=str(error))
+
+
+def _text_line(content: bytes, unescape: bool) -> str:
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise BadRow(
+            f"it is not UTF-8 text: byte {content[error.start]:#04x} at offset {error.start} of the line; "
+            "convert the file to UTF-8"
+        ) from None
+    return _ESCAPE.sub(_unescaped, text) if unescape else text
+
+
+def _unescaped(match: re.Match[str]) -> str:
+    try:
+        return _ESCAPED[match[1]]
+    except KeyError:
+        raise BadRow(
+            f"{match[0]!r} at character {match.start()} is no escape: expected \\n, \\t, \\r or \\\\"
+        ) from None
+
+
+def _json_object(content: bytes) -> dict[str, Any]:
+    try:
+        value = from_json(content, allow_inf_nan=False)
+    except ValueError as error:
+        raise BadRow(f"it is no JSON ({error}); lines of plain text are read with --format txt") from None
+    if not isinstance(value, dict):
+        raise BadRow(f"it is JSON, but no object: expected one such as {_EXAMPLE}")
+    return value
+
+
+_EXAMPLE = '{"prompt": "The answer is", "max_tokens": 8}'
+
+
+def _text_or_ids(value: object) -> str | list[int]:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(type(token) is int for token in value):
+        return value
+    raise PydanticCustomError("prompt", "expected one text, or one list of token ids")
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list) and all(isinstance(text, str) for text in value):
+        return tuple(value)
+    raise PydanticCustomError("stop", "expected a text or a list of texts")
+
+
+class _Fields(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
+    """What a row may say; null is as good as nothing."""
+
+    prompt: pydantic.SkipValidation[Any] = None
+    prompt_token_ids: list[int] | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: pydantic.SkipValidation[Any] = None
+    n: int | None = None
+    logprobs: int | None = None
+    echo: bool | None = None
+    ignore_eos: bool | None = None
+    truncate: bool | None = None
+
+    @pydantic.field_validator("prompt", mode="plain")
+    @classmethod
+    def _check_prompt(cls, value: object) -> object:
+        return None if value is None else _text_or_ids(value)
+
+    @pydantic.field_validator("stop", mode="plain")
+    @classmethod
+    def _check_stop(cls, value: object) -> object:
+        return None if value is None else _texts(value)
+
+    def request(self, index: int, defaults: RowDefaults) -> Request:
+        """The request of row `index`.
+
+        Raises:
+            BadRow: if there is no prompt, or two, or an option is out of range that `SamplingOptions` does not know.
+            RequestError: if another is.
+        """
+        if (self.prompt is None) == (self.prompt_token_ids is None):
+            found = "has no prompt" if self.prompt is None else "has a prompt and prompt_token_ids"
+            raise BadRow(f"it {found}: expected one of them, such as {_EXAMPLE}")
+        names = [field.name for field in dataclasses.fields(SamplingOptions)]
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if "seed" not in given and defaults.sampling.seed is not None:
+            given["seed"] = row_seed(defaults.sampling.seed, index)
+        samples = defaults.num_samples if self.n is None else self.n
+        if not 1 <= samples <= MAX_SAMPLES:
+            raise BadRow(f"n is {samples}, expected 1 to {MAX_SAMPLES}")
+        options = dataclasses.replace(defaults.sampling, **given)
+        if options.seed is not None and options.seed > MAX_SEED - (samples - 1):
+            raise BadRow(f"seed is {options.seed}, expected at most {MAX_SEED} for the last of {samples} samples")
+        return Request(
+            prompt=self.prompt or self.prompt_token_ids or [],
+            options=options,
+            num_samples=samples,
+            truncate=defaults.truncate if self.truncate is None else self.truncate,
+        )
+
+
+class _Row(_Fields, frozen=True):
+    """A row of our own shape."""
+
+    id: str | int | None = None
+
+
+class _OpenAIBody(_Fields, frozen=True):
+    """A completions request of OpenAI's API; what Grok-1 does not have may only stand there switched off."""
+
+    model: str | None = None
+    user: str | None = None
+    stream: Literal[False] | None = None
+    best_of: int | None = None
+    suffix: Literal[""] | None = None
+    frequency_penalty: float | None = pydantic.Field(None, ge=0, le=0)
+    presence_penalty: float | None = pydantic.Field(None, ge=0, le=0)
+    logit_bias: dict[str, float] | None = pydantic.Field(None, max_length=0)
+
+    @pydantic.model_validator(mode="after")
+    def _check_best_of(self) -> _OpenAIBody:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise PydanticCustomError("best_of", "best_of is not offered: leave it out")
+        return self
+
+
+class _OpenAIRow(pydantic.BaseModel, extra="forbid", strict=True):
+    """A line of OpenAI's batch files."""
+
+    custom_id: str
+    method: Literal["POST"] | None = None
+    url: Literal["/v1/completions"] | None = None
+    body: _OpenAIBody
+
+
+def _json_fields(value: dict[str, Any]) -> tuple[str | int | None, _Fields]:
+    try:
+        if "custom_id" in value or "body" in value:
+            openai = _OpenAIRow.model_validate(value)
+            return openai.custom_id, openai.body
+        row = _Row.model_validate(value)
+        return row.id, row
+    except pydantic.ValidationError as error:
+        raise BadRow("; ".join(_fault(fault) for fault in error.errors(include_url=False))) from None
+
+
+def _fault(fault: Any) -> str:
+    place = ".".join(str(part) for part in fault["loc"] if part not in ("str", "int"))
+    if fault["type"] == "extra_forbidden":
+        return f"{place} is no field of a row"
+    message = fault["msg"].replace("Input should be", "expected")
+    if fault["type"] == "missing":
+        return f"{place} is missing"
+    found = repr(fault["input"])
+    return f"{place} is {found if len(found) <= 60 else found[:57] + '...'}: {message[:1].lower() + message[1:]}"

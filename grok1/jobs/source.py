@@ -1,0 +1,140 @@
+"""The lines of an input file, which are read twice: to check all of them, and to work on them."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import io
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal, cast
+
+from grok1.errors import JobError
+
+Format = Literal["txt", "jsonl"]
+
+MAX_LINE_BYTES = 16 << 20
+"""A line longer than this is no row: the context of the release takes a hundredth of it."""
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_KEPT_IN_MEMORY = 16 << 20  # bytes of standard input; more goes to a temporary file
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of an input.
+
+    Attributes:
+        number: counted from 1.
+        content: without what ends it; None if it is longer than `MAX_LINE_BYTES`.
+    """
+
+    number: int
+    content: bytes | None
+
+
+class Source:
+    """An input of rows, a line each.
+
+        source = Source.open(Path("prompts.jsonl.gz"))
+        for line in source.lines():
+            ...
+        source.sha256
+
+    Attributes:
+        name: for messages.
+        format: what the lines are.
+        sha256: hexadecimal, of all bytes that the last `lines` has read, decompressed.
+    """
+
+    def __init__(self, name: str, format: Format, path: Path | None, spooled: IO[bytes] | None):
+        """Use `open`."""
+        self.name = name
+        self.format = format
+        self.path = path
+        self.sha256 = ""
+        self._spooled = spooled
+
+    @classmethod
+    def open(cls, path: Path, format: Format | None = None) -> Source:
+        """The source of a file's rows.
+
+        Args:
+            path: a file, with ".gz" at the end if it is compressed; "-" is standard input, which is read to its end.
+            format: None goes by the ending, and takes standard input for JSON lines.
+
+        Raises:
+            JobError: if there is no such file or its ending says nothing.
+        """
+        if str(path) == "-":
+            return cls("standard input", format or "jsonl", None, _spool_stdin())
+        if path.is_dir():
+            raise JobError(f"{path} is a folder: name a file of rows")
+        if not path.exists():
+            raise JobError(f"there is no file {path}: check its name")
+        ending = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+        if format is None and ending not in (".txt", ".jsonl"):
+            raise JobError(
+                f"{path.name} ends neither in .txt nor in .jsonl (nor in these and .gz): say what its lines are with "
+                "--format"
+            )
+        return cls(str(path), format or cast(Format, ending[1:]), path, None)
+
+    def lines(self) -> Iterator[Line]:
+        """Reads all lines from the first on.
+
+        Raises:
+            JobError: if they cannot be read.
+        """
+        digest = hashlib.sha256()
+        self.sha256 = ""
+        try:
+            with self._opened() as file:
+                number = 0
+                while data := file.readline(MAX_LINE_BYTES):
+                    number += 1
+                    digest.update(data)
+                    whole = True
+                    while not data.endswith(b"\n") and (more := file.readline(MAX_LINE_BYTES)):
+                        digest.update(more)
+                        whole, data = False, more
+                    if number == 1:
+                        data = data.removeprefix(_BYTE_ORDER_MARK)
+                    yield Line(number, data.removesuffix(b"\n").removesuffix(b"\r") if whole else None)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise JobError(f"{self.name} is no whole gzip file ({error}): compress it anew") from None
+        except OSError as error:
+            raise JobError(f"cannot read {self.name} ({error.strerror}): check its name and permissions") from None
+        self.sha256 = digest.hexdigest()
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[IO[bytes]]:
+        if self._spooled is not None:
+            self._spooled.seek(0)
+            yield self._spooled
+        else:
+            assert self.path is not None
+            with self.path.open("rb") as file:
+                if self.path.suffix == ".gz":
+                    with gzip.open(file) as unpacked:
+                        yield cast(IO[bytes], io.BufferedReader(cast(io.RawIOBase, unpacked), 1 << 16))
+                else:
+                    yield file
+
+
+def _spool_stdin() -> IO[bytes]:
+    """All of standard input, kept to be read twice."""
+    if sys.stdin is None:
+        raise JobError("standard input is closed: name a file of rows")
+    spooled = tempfile.SpooledTemporaryFile(_KEPT_IN_MEMORY)  # noqa: SIM115 - it lives as long as its source
+    try:
+        while block := sys.stdin.buffer.read(1 << 20):
+            spooled.write(block)
+    except OSError as error:
+        raise JobError(f"cannot keep standard input ({error.strerror}): make room in {tempfile.gettempdir()}") from None
+    return cast(IO[bytes], spooled)
