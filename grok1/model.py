@@ -17,7 +17,8 @@ from grok1.checkpoint.reader import Checkpoint
 from grok1.config import DTypeName, ModelConfig, default_dtype
 from grok1.engine.compilation_cache import enable_compilation_cache
 from grok1.engine.engine import Engine
-from grok1.engine.generate import GeneratedSequence, GenerationRequest, Occupancy, generate
+from grok1.engine.generate import GeneratedSequence, GenerationRequest, generate
+from grok1.engine.prompt_slots import Occupancy
 from grok1.engine.request import FinishReason, SamplingOptions, TokenLogprobs
 from grok1.errors import RequestError
 from grok1.plan.verdict import require_room

@@ -270,7 +270,7 @@ class _Job:
 
     def _complete(self, model: Model, options: BatchOptions, progress: BatchProgress) -> dict[str, Any]:
         """Completes rows until none is left or a signal comes; what there is to say of it."""
-        from grok1.engine.generate import Occupancy
+        from grok1.engine.prompt_slots import Occupancy
         from grok1.jobs.batch import complete_rows
         from grok1.jobs.results import OrderedResults
 

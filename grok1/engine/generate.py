@@ -1,8 +1,7 @@
 """The loop that continues sequences: gives prompts to free slots, dispatches steps, hands out tokens.
 
-While sequences are continued, new prompts are read a part at a time between the decoding steps. What a prompt has in
-common with one that a slot holds is copied from there instead of being read again. The next step is dispatched before
-the tokens of the last are read, so that devices do not wait for the host.
+While sequences are continued, new prompts are read a part at a time between the decoding steps. The next step is
+dispatched before the tokens of the last are read, so that devices do not wait for the host.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from grok1.engine.engine import LANE_TOKENS, BatchState, Engine, PromptPart
+from grok1.engine.engine import BatchState, Engine, PromptPart
+from grok1.engine.prompt_slots import Occupancy, PromptSlots
 from grok1.engine.request import FinishReason, SamplingOptions, TokenLogprobs
 
 
@@ -36,34 +36,6 @@ class GenerationRequest:
     options: SamplingOptions
     samples: int = 1
     tag: object = None
-
-
-@dataclasses.dataclass(eq=False)
-class Occupancy:
-    """How busy a batch is and has been.
-
-    Attributes:
-        slots: how many there are.
-        busy: how many have a sequence now.
-        rounds: steps so far, a reading and a decoding step together for one.
-        busy_rounds: sum over these of the slots that had a sequence.
-        read_tokens: tokens of prompts that were read.
-        copied_tokens: tokens of prompts that were copied from another slot's beginning, or were still there.
-        generated_tokens: tokens handed out.
-    """
-
-    slots: int = 0
-    busy: int = 0
-    rounds: int = 0
-    busy_rounds: int = 0
-    read_tokens: int = 0
-    copied_tokens: int = 0
-    generated_tokens: int = 0
-
-    @property
-    def mean_use(self) -> float | None:
-        """Mean share of the slots that had a sequence; None before the first step."""
-        return self.busy_rounds / (self.rounds * self.slots) if self.rounds else None
 
 
 @dataclasses.dataclass(eq=False)
@@ -112,31 +84,6 @@ class GeneratedSequence:
     def _finish(self, reason: FinishReason) -> None:
         self.finish_reason = reason
         self.finished = time.perf_counter()
-
-
-@dataclasses.dataclass(eq=False)
-class _Slot:
-    """One place of the batch.
-
-    Attributes:
-        sequence: who has it; None if it is free.
-        prompt: int32, the prompt whose keys and values its cache holds, or is going to hold.
-        read: how many of the prompt's tokens it holds, as soon as everything dispatched is done.
-        source: another slot that is reading what this one begins with, and has to be waited for.
-        shared: how much of that is to be copied.
-    """
-
-    index: int
-    sequence: GeneratedSequence | None = None
-    prompt: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
-    read: int = 0
-    source: _Slot | None = None
-    shared: int = 0
-
-    @property
-    def reading(self) -> GeneratedSequence | None:
-        """The sequence whose prompt is not wholly read yet, if there is one."""
-        return self.sequence if self.read < len(self.prompt) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,25 +147,18 @@ class _Loop:
         self._requests = requests
         self._lanes = lanes
         self._logprobs = logprobs
-        self._row_slots = -(-slots // engine.data_rows)
-        self._state: BatchState = engine.new_batch(self._row_slots * engine.data_rows)
-        self._slots = [_Slot(index) for index in range(self._row_slots * engine.data_rows)]
+        self._slots: PromptSlots[GeneratedSequence] = PromptSlots(engine, slots, lanes, occupancy)
+        self._state: BatchState = engine.new_batch(len(self._slots))
         self._waiting: deque[GeneratedSequence] = deque()  # samples of the last request without a slot
-        self._reading: list[_Slot] = []  # in the order in which they came
         self._occupancy = occupancy
-        occupancy.slots = len(self._slots)
 
     def run(self) -> Iterator[GeneratedSequence]:
         before: list[_Dispatched] = []
-        occupancy = self._occupancy
         while True:
             self._admit()
-            occupancy.busy = sum(slot.sequence is not None for slot in self._slots)
-            if not occupancy.busy:
+            if not self._slots.count_round():
                 return  # what is still dispatched belongs to nobody
-            occupancy.rounds += 1
-            occupancy.busy_rounds += occupancy.busy
-            alone = self._lanes == 1 and not any(slot.sequence and not slot.reading for slot in self._slots)
+            alone = self._lanes == 1 and not any(slot.owner and not slot.reading for slot in self._slots)
             steps = self._read_prompts()
             if alone:  # nobody else waits: hand out the first token before anything else
                 for step in steps:
@@ -229,11 +169,9 @@ class _Loop:
                 yield from self._hand_out(step)
             before = steps
 
-    # Prompts
-
     def _admit(self) -> None:
         """Gives free slots to sequences."""
-        while any(slot.sequence is None for slot in self._slots):
+        while self._slots.has_free:
             if not self._waiting:
                 request = next(self._requests, None)
                 if request is None:
@@ -241,117 +179,51 @@ class _Loop:
                 self._waiting.extend(_sequences(request, self._engine.capacity))
             sequence = self._waiting.popleft()
             sequence.started = time.perf_counter()
-            self._take_slot(sequence)
-
-    def _take_slot(self, sequence: GeneratedSequence) -> None:
-        prompt = np.asarray(sequence.request.tokens, np.int32)
-        source, shared = self._longest_beginning(prompt)
-        free = [slot for slot in self._slots if slot.sequence is None]
-        if source is None:
-            target = min(free, key=lambda slot: (self._busy(slot), len(slot.prompt)))
-        elif source.sequence is None:
-            target = source
-        else:
-            target = min((slot for slot in free if self._same_row(slot, source)), key=lambda slot: len(slot.prompt))
-        target.sequence, target.prompt, target.read = sequence, prompt, 0
-        if target is source:
-            target.read = shared
-            self._occupancy.copied_tokens += shared
-        elif source is not None:
-            target.source, target.shared = source, shared
-        self._reading.append(target)
-
-    def _longest_beginning(self, prompt: np.ndarray) -> tuple[_Slot | None, int]:
-        """The slot that holds or is reading most of a prompt's beginning, in whole lanes, and how much."""
-        best, most = None, 0
-        for slot in self._slots:
-            if not any(other.sequence is None and self._same_row(slot, other) for other in self._slots):
-                continue
-            # A free slot holds what it has read; one that is reading will hold its whole prompt.
-            held = slot.prompt[: slot.read] if slot.sequence is None else slot.prompt
-            length = min(len(held), len(prompt) - 1)  # the last token has to be read for its logits
-            differs = np.flatnonzero(held[:length] != prompt[:length])
-            common = int(differs[0]) if len(differs) else length
-            common -= common % LANE_TOKENS
-            if common > most or (common == most and best is not None and slot.sequence is None):
-                best, most = slot, common
-        return best, most
-
-    def _same_row(self, slot: _Slot, other: _Slot) -> bool:
-        return slot.index // self._row_slots == other.index // self._row_slots
-
-    def _busy(self, slot: _Slot) -> int:
-        """How many slots of its data row are taken."""
-        return sum(other.sequence is not None and self._same_row(slot, other) for other in self._slots)
+            prompt = np.asarray(sequence.request.tokens, np.int32)
+            self._slots.take(sequence, prompt, len(prompt) - 1)  # the last token has to be read for its logits
 
     def _copy_beginnings(self) -> None:
-        """Copies to those that wait for another slot to read what they begin with, where it has."""
-        for slot in self._reading:
-            if slot.source is not None and slot.source.read >= slot.shared:
-                self._state = self._engine.copy_prompt(self._state, slot.source.index, slot.index, slot.shared)
-                slot.read, slot.source = slot.shared, None
-                self._occupancy.copied_tokens += slot.shared
+        for source, target, length in self._slots.due_copies():
+            self._state = self._engine.copy_prompt(self._state, source, target, length)
 
     def _read_prompts(self) -> list[_Dispatched]:
         """Starts a step that reads parts of prompts, if there are any to read."""
-        if not self._reading:
-            return []
         before = self._engine.compile_seconds
         self._copy_beginnings()
-        chosen = self._next_parts()
+        readers = self._slots.readers
+        chosen = self._slots.next_parts()
         if not chosen:
             return []
-        parts, ending = [], []
-        for slot, count in chosen:
-            sequence = slot.sequence
+        parts: list[PromptPart] = []
+        ending = []
+        for slot, start, end in chosen:
+            sequence = slot.owner
             assert sequence is not None
-            start, slot.read = slot.read, slot.read + count
-            self._occupancy.read_tokens += count
-            ends = (sequence.request.options, sequence.seed) if slot.read == len(slot.prompt) else None
-            parts.append(PromptPart(slot.index, slot.prompt[start : slot.read], start, ends))
+            ends = (sequence.request.options, sequence.seed) if end == len(slot.prompt) else None
             if ends:
-                ending.append((len(parts) - 1, sequence))
+                ending.append((len(parts), sequence))
+            parts.append(PromptPart(slot.index, slot.prompt[start:end], start, ends))
         wanted = self._wants_logprobs(sequence for _, sequence in ending)
         self._state, sampled, places = self._engine.read_prompts(self._state, parts, self._lanes, wanted)
-        first = chosen[0][0]
+        first = chosen[0].slot
         self._engine.report_reading(first.read, len(first.prompt))
+        self._copy_beginnings()  # before a slot that has been read can be given to another
         compiling = self._engine.compile_seconds - before
-        for slot in self._reading:
-            assert slot.sequence is not None
-            slot.sequence.compile_seconds += compiling
+        for sequence in readers:
+            sequence.compile_seconds += compiling
         for _, sequence in ending:
             sequence.dispatched = 1
-        self._reading = [slot for slot in self._reading if slot.reading]
         return [_Dispatched(sampled, [(places[index], sequence) for index, sequence in ending])]
-
-    def _next_parts(self) -> list[tuple[_Slot, int]]:
-        """The parts to be read next: each slot, once for each of its parts, and how many tokens.
-
-        On each data row who came first reads first.
-        """
-        length = LANE_TOKENS if self._lanes > 1 else self._engine.max_chunk
-        free = [self._lanes] * self._engine.data_rows
-        parts = []
-        for slot in self._reading:
-            row, left = slot.index // self._row_slots, len(slot.prompt) - slot.read
-            while slot.source is None and left and free[row]:
-                count = min(length, left)
-                parts.append((slot, count))
-                left -= count
-                free[row] -= 1
-        return parts
 
     def _wants_logprobs(self, sequences: Iterable[GeneratedSequence]) -> bool:
         return self._logprobs or any(sequence.request.options.logprobs is not None for sequence in sequences)
 
-    # Continuing
-
     def _decode(self) -> list[_Dispatched]:
         """Starts a step for every sequence that wants another token."""
         rows = [
-            (slot.index, slot.sequence)
+            (slot.index, slot.owner)
             for slot in self._slots
-            if slot.sequence is not None and 0 < slot.sequence.dispatched < slot.sequence.limit
+            if slot.owner is not None and 0 < slot.owner.dispatched < slot.owner.limit
         ]
         if not rows:
             return []
@@ -391,6 +263,4 @@ class _Loop:
                     sequence._finish("max_tokens" if sequence.limit == options.max_tokens else "context")
             yield sequence
             if sequence.finish_reason is not None:
-                for slot in self._slots:
-                    if slot.sequence is sequence:
-                        slot.sequence = None
+                self._slots.free(sequence)

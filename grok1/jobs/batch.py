@@ -15,7 +15,7 @@ from grok1.jobs.rows import Row
 from grok1.json_text import json_line, logprobs_object
 
 if TYPE_CHECKING:
-    from grok1.engine.generate import Occupancy
+    from grok1.engine.prompt_slots import Occupancy
     from grok1.model import Completion, Model
     from grok1.prompt import Request
 
