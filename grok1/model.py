@@ -20,6 +20,7 @@ from grok1.engine.engine import Engine
 from grok1.engine.generate import GeneratedSequence, GenerationRequest, generate
 from grok1.engine.prompt_slots import Occupancy
 from grok1.engine.request import FinishReason, SamplingOptions, TokenLogprobs
+from grok1.engine.score import ScoringRequest, score
 from grok1.errors import RequestError
 from grok1.plan.verdict import require_room
 from grok1.prompt import Request as Request
@@ -137,6 +138,21 @@ class Score:
     def perplexity(self) -> float:
         """`exp` of the mean negative log-probability."""
         return math.exp(-self.total / len(self.logprobs))
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenScores:
+    """How likely the tokens of one of many texts are, from the first that was to be scored on.
+
+    Attributes:
+        index: the place of the text among those given.
+        logprobs: for each token, natural logarithms, with the likeliest tokens in its place.
+        likeliest: the likeliest token in each place.
+    """
+
+    index: int
+    logprobs: list[TokenLogprobs]
+    likeliest: list[int]
 
 
 class CompletionStream(Iterator[str]):
@@ -386,14 +402,55 @@ class Model:
             RequestError: if the text is too short or too long.
         """
         ids = encode_scored(text, self._tokenizer, self.config)
-        scored = self.engine.score(ids)
-        entries = [
-            TokenLogprobs(
-                float(logprob), tuple((int(t), float(p)) for t, p in zip(best[0], best[1], strict=True))[:top_logprobs]
-            )
-            for logprob, *best in zip(scored.logprobs, scored.top_tokens, scored.top_logprobs, strict=True)
-        ]
-        return Score(ids, entries)
+        [score] = self.score_many([(ids, 1)], top_logprobs=top_logprobs, batch_size=1)
+        return Score(ids, score.logprobs)
+
+    def score_many(
+        self,
+        texts: Iterable[tuple[Sequence[int], int]],
+        *,
+        top_logprobs: int = 0,
+        batch_size: int | None = None,
+        lanes: int = 1,
+        occupancy: Occupancy | None = None,
+    ) -> Iterator[TokenScores]:
+        """Scores many texts, several at a time, sharing what they begin with.
+
+        Args:
+            texts: token ids, and the index of the first of them to be scored; taken one by one. A text has 2 to
+                `sequence_len + 1` tokens, as the last one is not read.
+            top_logprobs: how many of the likeliest tokens to report at each place, up to 20.
+            batch_size: how many texts are read at a time; by default `best_batch_size`.
+            lanes: as for `complete_many`.
+            occupancy: is kept up to date.
+
+        Yields:
+            in the order in which they are done.
+
+        Raises:
+            RequestError: when a text's turn comes, if it has too few or too many tokens, or one that is none.
+        """
+
+        def requests() -> Iterator[ScoringRequest]:
+            for index, (tokens, first) in enumerate(texts):
+                ids = check_token_ids(tokens, self.config, at_least=2, at_most=self.config.sequence_len + 1)
+                if not 1 <= first < len(ids):
+                    raise RequestError(f"tokens are to be scored from {first} on, expected 1 to {len(ids) - 1}")
+                yield ScoringRequest(tokens=ids, first=first, tag=index)
+
+        slots = self.best_batch_size() if batch_size is None else batch_size
+        done = score(self.engine, requests(), slots, lanes=lanes, logprobs=top_logprobs > 0, occupancy=occupancy)
+        for sequence in done:
+            scored = sequence.scored
+            entries = [
+                TokenLogprobs(
+                    float(logprob),
+                    tuple((int(t), float(p)) for t, p in zip(best[:top_logprobs], values[:top_logprobs], strict=True)),
+                )
+                for logprob, best, values in zip(scored.logprobs, scored.top_tokens, scored.top_logprobs, strict=True)
+            ]
+            likeliest = [int(best[0]) for best in scored.top_tokens]
+            yield TokenScores(cast(int, sequence.request.tag), entries, likeliest)
 
     def _events(
         self, prepared: Iterable[tuple[int, Request, list[int]]], slots: int, **batching: Any

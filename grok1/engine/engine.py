@@ -80,47 +80,67 @@ class PromptPart:
     ending: tuple[SamplingOptions, int] | None
 
 
+@dataclasses.dataclass(frozen=True)
+class ScoredPart:
+    """Some tokens of a text, to be read into a slot of a cache, and the tokens that follow each.
+
+    Attributes:
+        slot: which slot.
+        tokens: the token ids, int32 `[count]`.
+        start: position of the first of them; the slot holds all before it.
+        targets: int32 `[count]`, whose log-probabilities are wanted.
+    """
+
+    slot: int
+    tokens: np.ndarray
+    start: int
+    targets: np.ndarray
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _PartBatch:
-    """Parts of prompts as one step takes them, NumPy arrays with a row for each part or for none.
+class _Lanes:
+    """Parts as a step takes them, NumPy arrays with a row for each part or for none.
 
     Attributes:
         tokens: int32 `[rows, length]`.
         positions: the same, negative for padding.
         slots: int32 `[rows]`, counted within the data row.
-        ends: bool `[rows]`, whether the prompt ends.
-        sampling: how its first token is drawn.
     """
 
     tokens: Any
     positions: Any
     slots: Any
-    ends: Any
-    sampling: SamplingState
 
     @classmethod
-    def empty(cls, rows: int, length: int) -> _PartBatch:
-        return cls(
-            tokens=np.zeros((rows, length), np.int32),
-            positions=np.full((rows, length), -1, np.int32),
-            slots=np.zeros(rows, np.int32),
-            ends=np.zeros(rows, bool),
-            sampling=SamplingState.empty(rows),
-        )
+    def empty(cls, rows: int, length: int) -> _Lanes:
+        return cls(np.zeros((rows, length), np.int32), np.full((rows, length), -1, np.int32), np.zeros(rows, np.int32))
 
-    def put(self, row: int, part: PromptPart, slots: int) -> None:
+    def put(self, row: int, part: PromptPart | ScoredPart, slots: int) -> None:
         """Puts a part in a row; `slots` is the number of slots of a data row."""
         count = len(part.tokens)
         self.tokens[row, :count] = part.tokens
         self.positions[row, :count] = np.arange(part.start, part.start + count)
         self.slots[row] = part.slot % slots
-        if part.ending is not None:
-            self.ends[row] = True
-            for whole, one in zip(
-                jax.tree.leaves(self.sampling), jax.tree.leaves(SamplingState.of(*part.ending)), strict=True
-            ):
-                whole[row] = one[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Endings:
+    """Which rows of `_Lanes` end a prompt, bool `[rows]`, and how the first tokens of these are drawn."""
+
+    ends: Any
+    sampling: SamplingState
+
+    @classmethod
+    def empty(cls, rows: int) -> _Endings:
+        return cls(np.zeros(rows, bool), SamplingState.empty(rows))
+
+    def put(self, row: int, options: SamplingOptions, seed: int) -> None:
+        self.ends[row] = True
+        of_one = jax.tree.leaves(SamplingState.of(options, seed))
+        for whole, one in zip(jax.tree.leaves(self.sampling), of_one, strict=True):
+            whole[row] = one[0]
 
 
 class Engine:
@@ -198,28 +218,74 @@ class Engine:
         Returns:
             float32 `[batch, n, vocab]`, and the cache.
         """
-        logits, cache = self._read(cache, tokens, start)
-        return logits[:, : tokens.shape[1]], cache
+        batch, count = tokens.shape
+        length = self.chunk_length(count)
+        padded = np.zeros((batch, length), np.int32)
+        padded[:, :count] = tokens
+        positions = np.full((batch, length), -1, np.int32)
+        positions[:, :count] = np.arange(start, start + count)
+        logits, cache = self._run(
+            ("read", batch, length),
+            "reading",
+            lambda: self._over_mesh(
+                self._read_step, (self._param_specs, _CACHE, _BATCH, _BATCH), (_BATCH, _CACHE), donate=(1,)
+            ),
+            self.params,
+            cache,
+            padded,
+            positions,
+        )
+        return logits[:, :count], cache
 
-    def score(self, tokens: Sequence[int]) -> SampledTokens:
-        """The log-probability of each of 2 to `capacity` tokens but the first, given all before it.
+    def _read_step(
+        self, params: hk.Params, cache: KVCache, tokens: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, KVCache]:
+        return self._network.apply(params, tokens, positions, cache, True)
+
+    def score_parts(
+        self, cache: KVCache, parts: Sequence[ScoredPart], lanes: int = 1, logprobs: bool = False
+    ) -> tuple[KVCache, SampledTokens, list[int]]:
+        """Reads parts of texts into their slots and tells how likely the tokens are that follow.
+
+        Returns at once; the arrays are ready when the devices are.
+
+        Args:
+            cache: it is consumed.
+            parts: as for `read_prompts`.
+            lanes: as for `read_prompts`.
+            logprobs: whether to report the 20 likeliest tokens rather than the one.
 
         Returns:
-            NumPy arrays with an entry for each token but the first.
+            the cache, arrays `[rows, length]` for the tokens that follow, and the row of each part.
         """
-        ids = np.asarray(tokens, np.int32)
-        cache = self.new_cache(self.data_rows)
-        parts = []
-        for start in range(0, len(ids) - 1, self.max_chunk):
-            chunk = ids[start : start + self.max_chunk][: len(ids) - 1 - start]
-            targets = ids[start + 1 : start + 1 + len(chunk)]
-            logits, cache = self._read(cache, np.tile(chunk, (self.data_rows, 1)), start)
-            padded = np.zeros(logits.shape[1], np.int32)
-            padded[: len(chunk)] = targets
-            key = ("score", logits.shape[1])
-            scored = jax.device_get(self._run(key, "scoring", lambda: jax.jit(self._score_step), logits, padded))
-            parts.append(SampledTokens(*(array[: len(chunk)] for array in jax.tree.leaves(scored))))
-        return jax.tree.map(lambda *pieces: np.concatenate(pieces), *parts)
+        slots = cache.keys.shape[1]
+        read, places = self._pack(parts, lanes, slots)
+        targets = np.zeros_like(read.tokens)
+        for part, place in zip(parts, places, strict=True):
+            targets[place, : len(part.targets)] = part.targets
+        top = max(1, self._top_logprobs(logprobs))
+        cache, scored = self._run(
+            ("score", slots, *targets.shape, top),
+            "scoring",
+            lambda: self._over_mesh(
+                partial(self._score_step, top_logprobs=top),
+                (self._param_specs, _CACHE, _BATCH, _BATCH),
+                (_CACHE, _BATCH),
+                donate=(1,),
+            ),
+            self.params,
+            cache,
+            read,
+            targets,
+        )
+        return cache, scored, places
+
+    def _score_step(
+        self, params: hk.Params, cache: KVCache, read: _Lanes, targets: jax.Array, top_logprobs: int
+    ) -> tuple[KVCache, SampledTokens]:
+        logits, cache = self._network.apply(params, read.tokens, read.positions, cache, True, read.slots)
+        scored = token_logprobs(logits.reshape(targets.size, -1), targets.reshape(-1), top_logprobs)
+        return cache, jax.tree.map(lambda array: array.reshape(*targets.shape, *array.shape[1:]), scored)
 
     def lanes_for(self, tokens: float) -> int:
         """How many lanes a step should have, where prompts have that many tokens to be read on average.
@@ -240,33 +306,6 @@ class Engine:
     def chunk_length(self, count: int) -> int:
         """The compiled length that `count` tokens are padded to."""
         return 1 if count == 1 else self.part_bucket(count)
-
-    def _read(self, cache: KVCache, tokens: np.ndarray, start: int) -> tuple[jax.Array, KVCache]:
-        batch, count = tokens.shape
-        length = self.chunk_length(count)
-        padded = np.zeros((batch, length), np.int32)
-        padded[:, :count] = tokens
-        positions = np.full((batch, length), -1, np.int32)
-        positions[:, :count] = np.arange(start, start + count)
-        return self._run(
-            ("read", batch, length),
-            "scoring",
-            lambda: self._over_mesh(
-                self._read_step, (self._param_specs, _CACHE, _BATCH, _BATCH), (_BATCH, _CACHE), donate=(1,)
-            ),
-            self.params,
-            cache,
-            padded,
-            positions,
-        )
-
-    def _read_step(
-        self, params: hk.Params, cache: KVCache, tokens: jax.Array, positions: jax.Array
-    ) -> tuple[jax.Array, KVCache]:
-        return self._network.apply(params, tokens, positions, cache, True)
-
-    def _score_step(self, logits: jax.Array, targets: jax.Array) -> SampledTokens:
-        return token_logprobs(logits[0], targets, min(MAX_LOGPROBS, self.config.vocab_size))
 
     # Continuing
 
@@ -306,28 +345,40 @@ class Engine:
             the batch, the first tokens, and for each part where its token is among them; the token of a part that
             does not end its prompt means nothing.
         """
-        slots = state.tokens.shape[0] // self.data_rows
-        length = LANE_TOKENS if lanes > 1 else self.part_bucket(max(len(part.tokens) for part in parts))
-        batch = _PartBatch.empty(self.data_rows * lanes, length)
-        used = [0] * self.data_rows
-        places = []
-        for part in parts:
-            row = part.slot // slots
-            places.append(row * lanes + used[row])
-            used[row] += 1
-            if used[row] > lanes or len(part.tokens) > length:
-                raise ValueError(f"{used[row]} parts of up to {len(part.tokens)} tokens in {lanes} lanes of {length}")
-            batch.put(places[-1], part, slots)
+        read, places = self._pack(parts, lanes, state.tokens.shape[0])
+        endings = _Endings.empty(len(read.slots))
+        for part, place in zip(parts, places, strict=True):
+            if part.ending is not None:
+                endings.put(place, *part.ending)
         wanted = self._top_logprobs(logprobs)
         state, first = self._run(
-            ("prompts", state.tokens.shape[0], lanes, length, wanted),
+            ("prompts", state.tokens.shape[0], *read.tokens.shape, wanted),
             "prefill",
             lambda: self._prompt_program(wanted),
             self.params,
             state,
-            batch,
+            read,
+            endings,
         )
         return state, first, places
+
+    def _pack(
+        self, parts: Sequence[PromptPart] | Sequence[ScoredPart], lanes: int, slots: int
+    ) -> tuple[_Lanes, list[int]]:
+        """Parts in lanes, for a batch of `slots`, and the row of each."""
+        row_slots = slots // self.data_rows
+        length = LANE_TOKENS if lanes > 1 else self.part_bucket(max(len(part.tokens) for part in parts))
+        packed = _Lanes.empty(self.data_rows * lanes, length)
+        used = [0] * self.data_rows
+        places = []
+        for part in parts:
+            row = part.slot // row_slots
+            places.append(row * lanes + used[row])
+            used[row] += 1
+            if used[row] > lanes or len(part.tokens) > length:
+                raise ValueError(f"{used[row]} parts of up to {len(part.tokens)} tokens in {lanes} lanes of {length}")
+            packed.put(places[-1], part, row_slots)
+        return packed, places
 
     def part_bucket(self, count: int) -> int:
         """The length of a step of one lane that reads `count` tokens, 1 to `max_chunk`."""
@@ -339,23 +390,23 @@ class Engine:
     def _prompt_program(self, top_logprobs: int) -> Any:
         return self._over_mesh(
             partial(self._prompt_step, top_logprobs=top_logprobs),
-            (self._param_specs, _STATE, _BATCH),
+            (self._param_specs, _STATE, _BATCH, _BATCH),
             (_STATE, _BATCH),
             donate=(1,),
         )
 
     def _prompt_step(
-        self, params: hk.Params, state: BatchState, parts: _PartBatch, top_logprobs: int
+        self, params: hk.Params, state: BatchState, read: _Lanes, endings: _Endings, top_logprobs: int
     ) -> tuple[BatchState, SampledTokens]:
-        logits, cache = self._network.apply(params, parts.tokens, parts.positions, state.cache, False, parts.slots)
-        following = jnp.max(parts.positions, axis=1) + 1
-        first = sample(logits, parts.sampling, following, top_logprobs)
-        places = jnp.where(parts.ends, parts.slots, state.tokens.shape[0])  # past the end: dropped
+        logits, cache = self._network.apply(params, read.tokens, read.positions, state.cache, False, read.slots)
+        following = jnp.max(read.positions, axis=1) + 1
+        first = sample(logits, endings.sampling, following, top_logprobs)
+        places = jnp.where(endings.ends, read.slots, state.tokens.shape[0])  # past the end: dropped
 
         def put(whole: jax.Array, new: jax.Array) -> jax.Array:
             return whole.at[places].set(new, mode="drop")
 
-        sampling = jax.tree.map(put, state.sampling, parts.sampling)
+        sampling = jax.tree.map(put, state.sampling, endings.sampling)
         return BatchState(cache, put(state.tokens, first.tokens), put(state.positions, following), sampling), first
 
     def report_reading(self, done: int, total: int) -> None:
@@ -363,30 +414,31 @@ class Engine:
         if total > self.max_chunk:
             self._progress("reading", "prompt", done, total)
 
-    def copy_prompt(self, state: BatchState, source: int, target: int, length: int) -> BatchState:
-        """Copies what one slot's cache holds to another slot of the same data row.
+    def copy_beginning(self, cache: KVCache, source: int, target: int, length: int) -> KVCache:
+        """Copies what one slot of a cache holds to another slot of the same data row.
 
         Args:
-            state: the batch; it is consumed.
+            cache: it is consumed.
             source: from this slot.
             target: to this one.
             length: how many positions.
         """
-        slots = state.tokens.shape[0] // self.data_rows
-        if source // slots != target // slots:
+        slots = cache.keys.shape[1]
+        row_slots = slots // self.data_rows
+        if source // row_slots != target // row_slots:
             raise ValueError(f"slots {source} and {target} are of different data rows")
         pairs = np.full((self.data_rows, 2), -1, np.int32)
-        pairs[source // slots] = source % slots, target % slots
+        pairs[source // row_slots] = source % row_slots, target % row_slots
         return self._run(
-            ("copy", state.tokens.shape[0]),
+            ("copy", slots),
             "copying",
-            lambda: self._over_mesh(self._copy_step, (_STATE, _BATCH, _REPLICATED), _STATE, donate=(0,)),
-            state,
+            lambda: self._over_mesh(self._copy_step, (_CACHE, _BATCH, _REPLICATED), _CACHE, donate=(0,)),
+            cache,
             pairs,
             np.int32(length),
         )
 
-    def _copy_step(self, state: BatchState, pair: jax.Array, length: jax.Array) -> BatchState:
+    def _copy_step(self, cache: KVCache, pair: jax.Array, length: jax.Array) -> KVCache:
         source, target = jnp.maximum(pair[0, 0], 0), jnp.maximum(pair[0, 1], 0)
         block = min(_COPY_BLOCK, self.capacity)
 
@@ -401,7 +453,7 @@ class Engine:
             return jax.tree.map(copy, cache)
 
         blocks = jnp.where(pair[0, 0] < 0, 0, -(-length // block))
-        return dataclasses.replace(state, cache=lax.fori_loop(0, blocks, copy_block, state.cache))
+        return lax.fori_loop(0, blocks, copy_block, cache)
 
     def decode(self, state: BatchState, active: np.ndarray, logprobs: bool = False) -> tuple[BatchState, SampledTokens]:
         """Reads each active sequence's last token and draws its next.
@@ -481,20 +533,20 @@ class Engine:
         state = BatchState(self.abstract_cache(slots), tokens, tokens, sampling)
         return state, placed(jax.ShapeDtypeStruct((slots,), jnp.bool_))
 
-    def _abstract_prompt(self, slots: int, length: int) -> tuple[BatchState, _PartBatch]:
+    def _abstract_prompt(self, slots: int, length: int) -> tuple[BatchState, _Lanes, _Endings]:
         """What the program by which a prompt is read takes beside the parameters, as `jax.ShapeDtypeStruct`."""
         state, _ = self._abstract_batch(slots)
         batch = NamedSharding(self.mesh, _BATCH)
-        parts = jax.tree.map(
-            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=batch),
-            _PartBatch.empty(self.data_rows, self.part_bucket(length)),
+        parts = _Lanes.empty(self.data_rows, self.part_bucket(length)), _Endings.empty(self.data_rows)
+        read, endings = jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=batch), parts
         )
-        return state, parts
+        return state, read, endings
 
     def _top_logprobs(self, wanted: bool) -> int:
         return min(MAX_LOGPROBS, self.config.vocab_size) if wanted else 0
 
-    def _over_mesh(self, step: Callable[..., Any], specs: tuple, results: tuple, donate: tuple[int, ...]) -> Any:
+    def _over_mesh(self, step: Callable[..., Any], specs: tuple, results: Any, donate: tuple[int, ...]) -> Any:
         """A jitted program that runs `step` on every device's part of its arguments."""
         mapped = jax.shard_map(step, mesh=self.mesh, in_specs=specs, out_specs=results, check_vma=False)
         placed = jax.tree.map(

@@ -184,7 +184,8 @@ class _Loop:
 
     def _copy_beginnings(self) -> None:
         for source, target, length in self._slots.due_copies():
-            self._state = self._engine.copy_prompt(self._state, source, target, length)
+            cache = self._engine.copy_beginning(self._state.cache, source, target, length)
+            self._state = dataclasses.replace(self._state, cache=cache)
 
     def _read_prompts(self) -> list[_Dispatched]:
         """Starts a step that reads parts of prompts, if there are any to read."""

@@ -189,7 +189,7 @@ def test_greedy_on_the_golden_checkpoint_is_one_for_every_batch_size(golden, gol
 def test_a_beginning_is_copied_before_its_slot_has_another_prompt(engine):
     """One that waits for it, while the slot that reads it ends with its first token and goes to the next at once."""
     header = prompt(160)
-    rows = [header + [5], header + [6, 7], prompt(170, seed=1), prompt(150, seed=2)]
+    rows = [[*header, 5], [*header, 6, 7], prompt(170, seed=1), prompt(150, seed=2)]
     for lanes in (1, 2):
         found = run(engine, [request(tokens, tag=i, max_tokens=1) for i, tokens in enumerate(rows)], 2, lanes=lanes)
         for i, tokens in enumerate(rows):

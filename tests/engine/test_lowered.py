@@ -46,7 +46,7 @@ def test_the_prefill_step(engines):
     engine, abstract = engines
     slots = 2 * engine.data_rows
     engine.read_prompts(engine.new_batch(slots), [PromptPart(0, np.arange(3, 23), 0, None)])
-    ran = engine._programs["prompts", slots, 1, 32, 0]
+    ran = engine._programs["prompts", slots, engine.data_rows, 32, 0]
     compiled = abstract.lower_prefill(slots, 20).compile(abstract.compiler_options)
     assert _computation(compiled) == _computation(ran)
     assert _sizes(compiled) == _sizes(ran)

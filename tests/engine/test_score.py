@@ -1,0 +1,115 @@
+"""Scores of many texts at a time, against the float64 pass over each."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from grok1.engine.engine import Engine
+from grok1.engine.prompt_slots import Occupancy
+from grok1.engine.score import ScoringRequest, score
+
+
+@pytest.fixture(scope="module")
+def folder(make_checkpoint, small_config):
+    """A context longer than two chunks; all experts are selected, so that no rounding changes which."""
+    return make_checkpoint(dataclasses.replace(small_config, sequence_len=1100, num_experts=2))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(0).integers(0, 64, 1101)
+
+
+@pytest.fixture(scope="module")
+def log_probabilities(folder, make_reference):
+    """float64 log-probabilities `[T, vocab]` of what follows each token."""
+
+    def log_probabilities(tokens):
+        logits = make_reference(folder)(tokens)[0]
+        return logits - np.log(np.sum(np.exp(logits), axis=1, keepdims=True))
+
+    return log_probabilities
+
+
+def check(sequence, exact, first, ids):
+    """The scores of `ids[first:]` against log-probabilities `[T, vocab]`."""
+    expected = exact[first - 1 : len(ids) - 1]
+    scored = sequence.scored
+    np.testing.assert_array_equal(scored.tokens, ids[first:])
+    np.testing.assert_allclose(scored.logprobs, expected[np.arange(len(ids) - first), ids[first:]], atol=5e-4)
+    best = -np.sort(-expected, axis=1)[:, : scored.top_logprobs.shape[1]]
+    np.testing.assert_allclose(scored.top_logprobs, best, atol=5e-4)
+    np.testing.assert_array_equal(scored.top_tokens[:, 0], np.argmax(expected, axis=1))
+
+
+@pytest.mark.parametrize("lanes", [1, 4])
+@pytest.mark.parametrize(
+    ("length", "first"), [(600, 1), (600, 400), (1100, 1099), (1101, 1), (2, 1), (17, 16), (18, 1)]
+)
+def test_one_text(length, first, lanes, folder, tokens, log_probabilities, make_engine):
+    ids = tokens[:length]
+    request = ScoringRequest(tokens=ids.tolist(), first=first, tag="it")
+    [done] = score(make_engine(folder), [request], 1, lanes=lanes, logprobs=True)
+    assert done.request is request
+    assert done.scored.top_tokens.shape == (length - first, 20)
+    check(done, log_probabilities(ids[:1100]), first, ids)
+
+
+@pytest.mark.parametrize(("mesh", "slots", "lanes"), [((1, 1), 3, 1), ((1, 1), 4, 4), ((2, 2), 4, 3)])
+def test_many_texts_that_begin_alike(mesh, slots, lanes, folder, tokens, log_probabilities, make_engine, monkeypatch):
+    rng = np.random.default_rng(1)
+    texts = [np.concatenate([tokens[:150], rng.integers(0, 64, int(rng.integers(1, 40)))]) for _ in range(12)]
+    texts += [rng.integers(0, 64, int(rng.integers(2, 90))) for _ in range(6)]
+    firsts = [150] * 12 + [1] * 6
+    occupancy = Occupancy()
+    requests = [
+        ScoringRequest(tokens=ids.tolist(), first=first, tag=i)
+        for i, (ids, first) in enumerate(zip(texts, firsts, strict=True))
+    ]
+    done = list(score(make_engine(folder, mesh), requests, slots, lanes=lanes, occupancy=occupancy))
+    assert sorted(sequence.request.tag for sequence in done) == list(range(18))
+    for sequence in done:
+        ids = texts[sequence.request.tag]
+        assert sequence.scored.top_tokens.shape[1] == 1
+        check(sequence, log_probabilities(ids), firsts[sequence.request.tag], ids)
+    rows = mesh[0]
+    read = sum(len(ids) - 1 for ids in texts)
+    assert occupancy.read_tokens + occupancy.copied_tokens == read
+    assert occupancy.copied_tokens == (12 - rows) * 144  # whole lanes of the 149 that need no score
+
+
+def test_scores_are_equal_to_the_last_bit_in_any_company(folder, make_engine):
+    rng = np.random.default_rng(2)
+    header = rng.integers(0, 64, 50).tolist()
+    requests = [
+        ScoringRequest(tokens=header + rng.integers(0, 64, int(rng.integers(1, 60))).tolist(), first=50, tag=i)
+        for i in range(9)
+    ]
+    together = {done.request.tag: done.scored for done in score(make_engine(folder), requests, 3, lanes=4)}
+    for request in requests:
+        [alone] = score(make_engine(folder), [request], 3, lanes=4)
+        for found, expected in zip(
+            (together[request.tag].logprobs, together[request.tag].top_logprobs),
+            (alone.scored.logprobs, alone.scored.top_logprobs),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_the_next_step_is_dispatched_before_scores_are_read(folder, tokens, make_engine, monkeypatch):
+    steps = []
+    step = Engine.score_parts
+    monkeypatch.setattr(Engine, "score_parts", lambda self, *rest: steps.append(1) or step(self, *rest))
+    texts = (ScoringRequest(tokens=tokens[i : i + 9].tolist(), tag=i) for i in range(5))
+    taken = score(make_engine(folder), texts, 1)
+    for count in range(1, 5):
+        assert next(taken).request.tag == count - 1
+        assert len(steps) == count + 1
+    assert next(taken).request.tag == 4
+
+
+def test_what_cannot_be_scored(folder, make_engine):
+    for ids, first in [([1], 1), ([1, 2], 0), ([1, 2], 2), ([1] * 1102, 1)]:
+        with pytest.raises(ValueError, match="to be scored from"):
+            list(score(make_engine(folder), [ScoringRequest(tokens=ids, first=first)], 1))
