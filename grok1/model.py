@@ -18,7 +18,7 @@ from grok1.config import DTypeName, ModelConfig, default_dtype
 from grok1.engine.compilation_cache import enable_compilation_cache
 from grok1.engine.engine import Engine
 from grok1.engine.generate import GeneratedSequence, GenerationRequest, generate
-from grok1.engine.prompt_slots import Occupancy
+from grok1.engine.occupancy import Occupancy
 from grok1.engine.request import FinishReason, SamplingOptions, TokenLogprobs
 from grok1.engine.score import ScoringRequest, score
 from grok1.errors import RequestError

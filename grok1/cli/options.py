@@ -297,3 +297,36 @@ def sampling_options(command: Command) -> Command:
     for option in reversed(_SAMPLING):
         with_sampling = option(with_sampling)
     return with_sampling  # type: ignore[return-value]
+
+
+_JOB = [
+    click.option(
+        "-o",
+        "--output",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Write the results to this file, all at once when they are done; what is done before is kept in "
+        "FILE.journal, and the same command goes on after an interruption.  [default: standard output, row by row]",
+    ),
+    click.option(
+        "--format",
+        "row_format",
+        type=click.Choice(["txt", "jsonl"]),
+        help="What the lines of INPUT are.  [default: by its ending; jsonl for standard input]",
+    ),
+    click.option(
+        "--skip-bad",
+        is_flag=True,
+        help='Go on without bad rows; their results have an "error", and the exit code is 1.',
+    ),
+    click.option(
+        "--restart", is_flag=True, help="Forget what an interrupted run has done, and replace FILE if it is there."
+    ),
+]
+
+
+def job_options(command: Command) -> Command:
+    """Adds the options of a file of rows: `output`, `row_format`, `skip_bad` and `restart`."""
+    for option in reversed(_JOB):
+        command = option(command)
+    return command

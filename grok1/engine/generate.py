@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from grok1.engine.engine import BatchState, Engine, PromptPart
-from grok1.engine.prompt_slots import Occupancy, PromptSlots
+from grok1.engine.occupancy import Occupancy
+from grok1.engine.prompt_slots import PromptSlots
 from grok1.engine.request import FinishReason, SamplingOptions, TokenLogprobs
 
 

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from grok1.engine.engine import Engine, ScoredPart
-from grok1.engine.prompt_slots import Occupancy, PromptSlots
+from grok1.engine.occupancy import Occupancy
+from grok1.engine.prompt_slots import PromptSlots
 from grok1.engine.sampling import SampledTokens
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from grok1.jobs.survey import SurveyedRow
+from grok1.json_text import json_line
+
 
 class Results(Protocol):
     """Takes the lines of finished rows; a `Journal` or `OrderedResults`."""
@@ -33,3 +36,8 @@ class OrderedResults:
         while (ready := self._waiting.pop(self._next, None)) is not None:
             self._write(ready)
             self._next += 1
+
+
+def error_line(row: SurveyedRow) -> str:
+    """The line of the output for a bad row."""
+    return json_line({"index": row.index, "id": row.id, "line": row.line, "error": row.error})

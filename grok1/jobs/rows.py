@@ -53,6 +53,16 @@ class Row:
     echo: bool = False
     error: str | None = None
 
+    @property
+    def sequences(self) -> int:
+        """How many completions it asks for."""
+        return self.request.num_samples if self.request is not None else 0
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether log-probabilities are asked for."""
+        return self.request is not None and self.request.options.logprobs is not None
+
 
 @dataclasses.dataclass(frozen=True)
 class RowDefaults:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from grok1.engine.engine import Engine
-from grok1.engine.prompt_slots import Occupancy
+from grok1.engine.occupancy import Occupancy
 from grok1.engine.score import ScoringRequest, score
 
 
