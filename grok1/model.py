@@ -24,7 +24,7 @@ from grok1.engine.score import ScoringRequest, score
 from grok1.errors import RequestError
 from grok1.plan.verdict import require_room
 from grok1.prompt import Request as Request
-from grok1.prompt import check_token_ids, encode_prompt, encode_scored, required
+from grok1.prompt import check_token_ids, encode_prompt, encode_scored, required, windows
 from grok1.sharding import make_mesh
 from grok1.stop_text import StopMatcher
 from grok1.tokenizer import Tokenizer, find_tokenizer
@@ -391,19 +391,28 @@ class Model:
             if completion is not None:
                 yield completion
 
-    def score(self, text: str | Sequence[int], *, top_logprobs: int = 0) -> Score:
+    def score(self, text: str | Sequence[int], *, top_logprobs: int = 0, stride: int | None = None) -> Score:
         """The log-probability of each token of a text but the first.
 
         Args:
-            text: text, or token ids; 2 to `sequence_len` tokens.
+            text: text, or token ids; at least 2 tokens.
             top_logprobs: how many of the likeliest tokens to report at each place, up to 20.
+            stride: how far apart the windows are in which a text is read that is longer than the context; by default
+                half of the context. See `grok1.prompt.windows`.
 
         Raises:
-            RequestError: if the text is too short or too long.
+            RequestError: if the text is too short, or `stride` is not 1 to `sequence_len`.
         """
         ids = encode_scored(text, self._tokenizer, self.config)
-        [score] = self.score_many([(ids, 1)], top_logprobs=top_logprobs, batch_size=1)
-        return Score(ids, score.logprobs)
+        context = self.config.sequence_len
+        if stride is not None and not 1 <= stride <= context:
+            raise RequestError(f"stride is {stride}, expected 1 to {context}")
+        parts = windows(len(ids), 1, context, stride or max(1, context // 2))
+        texts = [(ids[part.start : part.end], part.first - part.start) for part in parts]
+        scores = sorted(
+            self.score_many(texts, top_logprobs=top_logprobs, batch_size=1), key=lambda scores: scores.index
+        )
+        return Score(ids, [entry for scores in scores for entry in scores.logprobs])
 
     def score_many(
         self,

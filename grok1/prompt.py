@@ -80,22 +80,63 @@ def encode_scored(text: str | Sequence[int], tokenizer: Tokenizer | None, config
     """The token ids of a text to score.
 
     Raises:
-        RequestError: if it has fewer than two tokens or does not fit in the context, or an id is none of the model's.
+        RequestError: if it has fewer than two tokens, or an id is none of the model's.
         TokenizerError: if it is a text and there is no tokenizer.
     """
     ids = required(tokenizer).encode(text) if isinstance(text, str) else text
-    return check_token_ids(ids, config, at_least=2, at_most=config.sequence_len)
+    return check_token_ids(ids, config, at_least=2)
 
 
-def check_token_ids(tokens: Sequence[int], config: ModelConfig, *, at_least: int, at_most: int) -> list[int]:
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A part of a text that is read by itself.
+
+    Attributes:
+        start: index of its first token in the text.
+        end: index after its last token.
+        first: index of the first token that is scored; the others were scored in an earlier window, or never are.
+    """
+
+    start: int
+    end: int
+    first: int
+
+
+def windows(length: int, first: int, context: int, stride: int) -> list[Window]:
+    """The windows in which every token from `first` on is scored once, with as much before it as they leave.
+
+    A text that fits is one window. Of a longer one each window starts `stride` tokens after the one before and scores
+    what is new in it, so that a token has at least `context - stride` tokens before it, or all there are.
+
+    Args:
+        length: tokens of the text, more than `first`.
+        first: index of the first token to be scored, at least 1.
+        context: the most tokens that a model reads; the last token of a window is scored without being read.
+        stride: 1 to `context`.
+    """
+    found = []
+    start, next_first = 0, first
+    while next_first < length:
+        end = min(length, start + context + 1)
+        if end > next_first:
+            found.append(Window(start, end, next_first))
+            next_first = end
+        start += stride
+    return found
+
+
+def check_token_ids(
+    tokens: Sequence[int], config: ModelConfig, *, at_least: int, at_most: int | None = None
+) -> list[int]:
     """The same ids as integers.
 
     Raises:
         RequestError: if there are too few or too many, or one is none of the model's.
     """
     ids = [int(token) for token in tokens]
-    if not at_least <= len(ids) <= at_most:
-        raise RequestError(f"the text has {len(ids)} tokens, expected {at_least} to {at_most}")
+    if len(ids) < at_least or (at_most is not None and len(ids) > at_most):
+        expected = f"at least {at_least}" if at_most is None else f"{at_least} to {at_most}"
+        raise RequestError(f"the text has {len(ids)} tokens, expected {expected}")
     wrong = next((i for i in ids if not 0 <= i < config.vocab_size), None)
     if wrong is not None:
         raise RequestError(f"token id {wrong} is none of the model's: expected 0 to {config.vocab_size - 1}")

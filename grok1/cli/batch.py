@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from grok1.cli.options import ModelChoice, job_options, model_options, sampling_options, terminal_options
+from grok1.cli.options import (
+    ModelChoice,
+    batch_size_option,
+    job_options,
+    model_options,
+    sampling_options,
+    terminal_options,
+)
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.engine.request import SamplingOptions
 from grok1.json_text import json_line
@@ -24,12 +31,7 @@ from grok1.json_text import json_line
     is_flag=True,
     help="Keep only the last tokens of a prompt that is longer than the model's context, rather than refuse it.",
 )
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Continue this many completions at a time.  [default: what memory allows, up to what pays]",
-)
+@batch_size_option
 @click.option("--json", "summarise", is_flag=True, help="Print a summary as JSON at the end; needs -o.")
 @sampling_options
 @model_options

@@ -148,6 +148,10 @@ class FileJob(ABC, Generic[AnyRow]):
         """Lines of the output after the last row's."""
         yield from ()
 
+    def write_line(self, line: str) -> None:
+        """Writes a line of the output to stdout."""
+        self.terminal.write(line)
+
     # What they share
 
     @property
@@ -205,7 +209,7 @@ class FileJob(ABC, Generic[AnyRow]):
             KeyboardInterrupt: if it was stopped before the end.
         """
         journal, survey, progress = self.journal, self.survey, self.progress
-        results = journal if journal is not None else OrderedResults(self.terminal.write)
+        results = journal if journal is not None else OrderedResults(self.write_line)
         outcome: dict[str, Any] = {"rows": survey.rows, "failed": survey.bad}
         progress.done = 0 if journal is None else journal.rows
         if progress.done < survey.rows:
@@ -225,7 +229,7 @@ class FileJob(ABC, Generic[AnyRow]):
             journal.write_output(survey.rows, self.tail(results))
         else:
             for line in self.tail(results):
-                self.terminal.write(line)
+                self.write_line(line)
         return outcome
 
     def refuse_failures(self) -> None:

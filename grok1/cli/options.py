@@ -299,6 +299,14 @@ def sampling_options(command: Command) -> Command:
     return with_sampling  # type: ignore[return-value]
 
 
+batch_size_option = click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Work on this many sequences at a time.  [default: what memory allows, up to what pays]",
+)
+"""Decorator that adds `--batch-size`."""
+
 _JOB = [
     click.option(
         "-o",

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from grok1.cli.detokenize import json_ids, parsed_ids
-from grok1.cli.options import ModelChoice, model_options, output_options
+from grok1.cli.options import ModelChoice, batch_size_option, job_options, model_options, output_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.cli.text_input import checked_argument, decoded, read_file, read_stdin, stdin_is_terminal
 from grok1.cli.tokenize import in_one_line
 from grok1.engine.request import MAX_LOGPROBS
+from grok1.errors import RequestError
 from grok1.json_text import finite, json_line, top_object
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from grok1.tokenizer import Tokenizer
 
 
-@click.command("score", short_help="Tell how likely the model finds a text.")
+@click.command("score", short_help="Tell how likely the model finds a text, or a file of texts.")
 @click.argument("input_file", metavar="[INPUT]", required=False, type=click.Path(path_type=Path))
 @click.option("--text", metavar="TEXT", help="Score this text instead of a file.")
 @click.option("--ids", is_flag=True, help="Take the input for token ids, whatever its name; no tokenizer is needed.")
@@ -30,6 +31,24 @@ if TYPE_CHECKING:
     metavar="K",
     help=f"Tell the K likeliest tokens in each place too, 0 to {MAX_LOGPROBS}.",
 )
+@click.option(
+    "--stride",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Read a text that is longer than the model's context in windows that begin N tokens apart; each token is "
+    "scored once.  [default: half of the context]",
+)
+@click.option(
+    "--chunk",
+    type=click.IntRange(min=4),
+    metavar="N",
+    help="Cut the text into chunks of N tokens, score the second half of each, and print the perplexity so far after "
+    "each chunk, as llama.cpp does.",
+)
+@click.option("--bos", is_flag=True, help="With --chunk, put BOS in the place of each chunk's first token.")
+@click.option("--per-token", is_flag=True, help="Tell every token's log-probability in the results of rows.")
+@batch_size_option
+@job_options
 @model_options
 @output_options
 @pass_terminal
@@ -39,31 +58,96 @@ def command(
     text: str | None,
     ids: bool,
     top: int | None,
+    stride: int | None,
+    chunk: int | None,
+    bos: bool,
+    per_token: bool,
+    batch_size: int | None,
+    output: Path | None,
+    row_format: Any,
+    skip_bad: bool,
+    restart: bool,
     choice: ModelChoice,
     as_json: bool,
 ) -> None:
-    """Print the log-probability of each token of INPUT given those before it, and the perplexity of the whole.
+    r"""Print the log-probability of each token of INPUT given those before it, and the perplexity of the whole.
 
     INPUT is a file, or "-" or nothing for what comes through a pipe. It is UTF-8 text, taken exactly as it is, with
     any newline at its end; or, if its name ends in .json or with --ids, a list of token ids. Logarithms are natural;
     the first token has none before it and so no log-probability. The perplexity is the exponential of the mean
     negative log-probability.
 
+    If INPUT is .jsonl (or .jsonl.gz), or --format says what its lines are, each line is a row: an object with "text",
+    "token_ids", or "prompt" and "completion", of which only the completion is scored; or with --format txt a text. The
+    results are a line of JSON for each row and one for all rows together. With -o an interrupted job goes on when the
+    same command is run again, as for `grok1 batch`.
+
     \b
     grok1 score essay.txt
     grok1 score --text "The answer to life" --top 3
+    grok1 score answers.jsonl -o scores.jsonl
+    grok1 score wiki.test.raw --chunk 512
     """
-    scored = _scored_input(input_file, text, ids)
+    rows = row_format is not None or (input_file is not None and input_file.name.endswith((".jsonl", ".jsonl.gz")))
+    if chunk is not None or rows:
+        if input_file is None or text is not None or ids:
+            raise click.UsageError("Rows and chunks are of an INPUT of text: give it, without --text and --ids.")
+        if chunk is not None and (row_format is not None or stride is not None):
+            raise click.UsageError("--chunk cuts one text: give it without --format and --stride.")
+    elif output is not None or skip_bad or restart or per_token or batch_size is not None:
+        raise click.UsageError(
+            "-o, --skip-bad, --restart, --per-token and --batch-size are for rows and chunks: give an INPUT that ends "
+            "in .jsonl, --format, or --chunk."
+        )
+    if bos and chunk is None:
+        raise click.UsageError("--bos needs --chunk: other texts are scored as they are.")
+    if not rows and chunk is None:
+        _score_text(terminal, _scored_input(input_file, text, ids), top, stride, choice, as_json)
+        return
+    assert input_file is not None
+    if rows and as_json and output is None:
+        raise click.UsageError("--json needs -o here: without it the rows themselves go to standard output, as JSON.")
 
+    from grok1.checkpoint.reader import Checkpoint
+    from grok1.cli.file_job import Stopping, opened_journal
+    from grok1.cli.score_job import ChunkJob, ScoreJob
+    from grok1.jobs.source import Source
+
+    stopping = Stopping()
+    with stopping.caught():
+        source = Source.open(input_file, "txt" if chunk is not None else row_format)
+        with opened_journal(terminal, source, output, restart) as journal:
+            checkpoint = Checkpoint.open(choice.checkpoint)
+            kind = ScoreJob if chunk is None else ChunkJob
+            job = kind(terminal, source, journal, checkpoint, choice, batch_size, stopping)
+            job.stride, job.per_token, job.top = stride, per_token, top
+            if isinstance(job, ChunkJob):
+                assert chunk is not None
+                job.length, job.bos, job.as_json = chunk, bos, as_json
+            job.check(skip_bad)
+            outcome = job.run() | {"perplexity": job.corpus.perplexity}
+            if as_json and output is not None:
+                terminal.write(json_line(outcome))
+            found = outcome["perplexity"]
+            terminal.note(job.summary(outcome, *([] if found is None else [f"perplexity {found:.4f}"])))
+            job.refuse_failures()
+
+
+def _score_text(
+    terminal: Terminal, scored: str | list[int], top: int | None, stride: int | None, choice: ModelChoice, as_json: bool
+) -> None:
+    """Scores one text and prints it."""
     from grok1.cli.loading import load_model, read_config, read_tokenizer
     from grok1.prompt import encode_scored
 
     config = read_config(choice)
     tokenizer = read_tokenizer(choice, config)  # ids can be scored without one
     encode_scored(scored, tokenizer, config)
+    if stride is not None and stride > config.sequence_len:
+        raise RequestError(f"--stride is {stride}, expected at most the model's context of {config.sequence_len}")
     with terminal.interruptible():
         model, load_seconds = load_model(choice, terminal)
-        score = model.score(scored, top_logprobs=top or 0)
+        score = model.score(scored, top_logprobs=top or 0, stride=stride)
     pieces = tokenizer.pieces(score.tokens) if tokenizer is not None else None
     if as_json:
         terminal.write(json_line(_score_object(score, pieces, top, load_seconds)))

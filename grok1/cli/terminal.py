@@ -71,8 +71,8 @@ class Terminal:
         """
         if not text:
             return
-        self.clear()
         if self.shows_results:
+            self.clear()
             text = text.translate(_CONTROL)
         if sys.stdout is None:
             raise OutputError("standard output is closed: open it, or send it to a file with `>`")

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pydantic
 from pydantic_core import PydanticCustomError, from_json
@@ -17,6 +17,8 @@ from grok1.errors import RequestError
 from grok1.jobs.source import MAX_LINE_BYTES, Line, Source
 from grok1.prompt import Request, encode_prompt
 from grok1.tokenizer import Tokenizer
+
+Fields = TypeVar("Fields", bound=pydantic.BaseModel)
 
 MAX_SAMPLES = 1024
 """The most completions of one row."""
@@ -122,9 +124,9 @@ def _read_row(
         if line.content is None:
             raise BadRow(f"it is longer than {MAX_LINE_BYTES >> 20} MiB: give one row a line")
         if format == "txt":
-            fields = _Fields(prompt=_text_line(line.content, defaults.unescape))
+            fields = _Fields(prompt=text_line(line.content, defaults.unescape))
         else:
-            value = _json_object(line.content)
+            value = json_object(line.content, _EXAMPLE)
             given = next((value[key] for key in ("id", "custom_id") if type(value.get(key)) in (str, int)), None)
             given, fields = _json_fields(value)
         request = fields.request(index, defaults)
@@ -135,7 +137,12 @@ def _read_row(
         return Row(index, line.number, digest, given, error=str(error))
 
 
-def _text_line(content: bytes, unescape: bool) -> str:
+def text_line(content: bytes, unescape: bool) -> str:
+    """A line of .txt.
+
+    Raises:
+        BadRow: if it is not UTF-8, or has an escape that is none.
+    """
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
@@ -155,13 +162,18 @@ def _unescaped(match: re.Match[str]) -> str:
         ) from None
 
 
-def _json_object(content: bytes) -> dict[str, Any]:
+def json_object(content: bytes, example: str) -> dict[str, Any]:
+    """A line of .jsonl, such as `example`.
+
+    Raises:
+        BadRow: if it is no JSON object.
+    """
     try:
         value = from_json(content, allow_inf_nan=False)
     except ValueError as error:
         raise BadRow(f"it is no JSON ({error}); lines of plain text are read with --format txt") from None
     if not isinstance(value, dict):
-        raise BadRow(f"it is JSON, but no object: expected one such as {_EXAMPLE}")
+        raise BadRow(f"it is JSON, but no object: expected one such as {example}")
     return value
 
 
@@ -275,12 +287,21 @@ class _OpenAIRow(pydantic.BaseModel, extra="forbid", strict=True):
 
 
 def _json_fields(value: dict[str, Any]) -> tuple[str | int | None, _Fields]:
+    if "custom_id" in value or "body" in value:
+        openai = checked_fields(_OpenAIRow, value)
+        return openai.custom_id, openai.body
+    row = checked_fields(_Row, value)
+    return row.id, row
+
+
+def checked_fields(kind: type[Fields], value: dict[str, Any]) -> Fields:
+    """A JSON object as an object of a kind.
+
+    Raises:
+        BadRow: if a field is none of its, or has a value that it cannot have.
+    """
     try:
-        if "custom_id" in value or "body" in value:
-            openai = _OpenAIRow.model_validate(value)
-            return openai.custom_id, openai.body
-        row = _Row.model_validate(value)
-        return row.id, row
+        return kind.model_validate(value)
     except pydantic.ValidationError as error:
         raise BadRow("; ".join(_fault(fault) for fault in error.errors(include_url=False))) from None
 

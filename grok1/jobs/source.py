@@ -93,24 +93,39 @@ class Source:
         """
         digest = hashlib.sha256()
         self.sha256 = ""
+        with self._errors(), self._opened() as file:
+            number = 0
+            while data := file.readline(MAX_LINE_BYTES):
+                number += 1
+                digest.update(data)
+                whole = True
+                while not data.endswith(b"\n") and (more := file.readline(MAX_LINE_BYTES)):
+                    digest.update(more)
+                    whole, data = False, more
+                if number == 1:
+                    data = data.removeprefix(_BYTE_ORDER_MARK)
+                yield Line(number, data.removesuffix(b"\n").removesuffix(b"\r") if whole else None)
+        self.sha256 = digest.hexdigest()
+
+    def content(self) -> bytes:
+        """All of it, where it is not lines that matter.
+
+        Raises:
+            JobError: if it cannot be read.
+        """
+        with self._errors(), self._opened() as file:
+            data = file.read()
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        return data.removeprefix(_BYTE_ORDER_MARK)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
         try:
-            with self._opened() as file:
-                number = 0
-                while data := file.readline(MAX_LINE_BYTES):
-                    number += 1
-                    digest.update(data)
-                    whole = True
-                    while not data.endswith(b"\n") and (more := file.readline(MAX_LINE_BYTES)):
-                        digest.update(more)
-                        whole, data = False, more
-                    if number == 1:
-                        data = data.removeprefix(_BYTE_ORDER_MARK)
-                    yield Line(number, data.removesuffix(b"\n").removesuffix(b"\r") if whole else None)
+            yield
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise JobError(f"{self.name} is no whole gzip file ({error}): compress it anew") from None
         except OSError as error:
             raise JobError(f"cannot read {self.name} ({error.strerror}): check its name and permissions") from None
-        self.sha256 = digest.hexdigest()
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[IO[bytes]]:

@@ -1,0 +1,336 @@
+"""Scoring files: how likely texts are, row by row or in chunks, with what they come to together."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import threading
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pydantic
+
+from grok1.config import ModelConfig
+from grok1.engine.request import TokenLogprobs
+from grok1.errors import RequestError
+from grok1.jobs.results import Results, error_line
+from grok1.jobs.rows import BadRow, checked_fields, json_object, text_line
+from grok1.jobs.source import MAX_LINE_BYTES, Line, Source
+from grok1.jobs.survey import Batching, JobProgress
+from grok1.json_text import finite, json_line, top_object
+from grok1.prompt import Window, check_token_ids, required, windows
+from grok1.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from grok1.model import Model
+
+_EXAMPLE = '{"text": "The answer is 42."} or {"prompt": "The answer is", "completion": " 42."}'
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreRow:
+    """A text of an input.
+
+    Attributes:
+        index: counted from 0, bad rows too.
+        line: its number in the file.
+        digest: of the line.
+        id: as the row gives it.
+        tokens: token ids.
+        first: index of the first token that is scored.
+        windows: the parts in which it is read.
+        error: what is wrong with a bad row.
+    """
+
+    index: int
+    line: int
+    digest: int
+    id: str | int | None = None
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    first: int = 1
+    windows: list[Window] = dataclasses.field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def sequences(self) -> int:
+        """How many windows it has."""
+        return len(self.windows)
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Never by itself."""
+        return False
+
+
+class _Fields(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
+    """What a row may say; null is as good as nothing."""
+
+    id: str | int | None = None
+    text: str | None = None
+    token_ids: list[int] | None = None
+    prompt: str | None = None
+    completion: str | None = None
+
+
+def read_score_rows(
+    source: Source, tokenizer: Tokenizer | None, config: ModelConfig, stride: int
+) -> Iterator[ScoreRow]:
+    """Reads all rows, the bad ones too. Blank lines are rows of .txt, and nothing in .jsonl.
+
+    Args:
+        source: the lines.
+        tokenizer: None if there is none, which is right for token ids only.
+        config: the model.
+        stride: of the windows of texts that are longer than its context.
+
+    Raises:
+        JobError: if the source cannot be read.
+        TokenizerError: if a row needs a tokenizer, and there is none.
+    """
+    index = 0
+    for line in source.lines():
+        if source.format == "jsonl" and line.content is not None and not line.content.strip():
+            continue
+        yield _read_row(index, line, source.format, tokenizer, config, stride)
+        index += 1
+
+
+def _read_row(
+    index: int, line: Line, format: str, tokenizer: Tokenizer | None, config: ModelConfig, stride: int
+) -> ScoreRow:
+    given: str | int | None = None
+    digest = int.from_bytes(hashlib.blake2b(line.content or b"", digest_size=8).digest(), "little")
+    try:
+        if line.content is None:
+            raise BadRow(f"it is longer than {MAX_LINE_BYTES >> 20} MiB: give one row a line")
+        if format == "txt":
+            fields = _Fields(text=text_line(line.content, unescape=False))
+        else:
+            value = json_object(line.content, _EXAMPLE)
+            given = value["id"] if type(value.get("id")) in (str, int) else None
+            fields = checked_fields(_Fields, value)
+        tokens, first = _tokens(fields, tokenizer)
+        check_token_ids(tokens, config, at_least=2)
+        parts = windows(len(tokens), first, config.sequence_len, stride)
+        return ScoreRow(index, line.number, digest, given, tokens, first, parts)
+    except (BadRow, RequestError) as error:
+        return ScoreRow(index, line.number, digest, given, error=str(error))
+
+
+def _tokens(fields: _Fields, tokenizer: Tokenizer | None) -> tuple[list[int], int]:
+    """The tokens of a row, and the index of the first that is scored."""
+    kinds = [
+        name
+        for name, given in (
+            ("text", fields.text is not None),
+            ("token_ids", fields.token_ids is not None),
+            ("prompt and completion", fields.prompt is not None or fields.completion is not None),
+        )
+        if given
+    ]
+    if len(kinds) != 1:
+        raise BadRow(f"it has {' beside '.join(kinds) or 'no text'}: expected one such as {_EXAMPLE}")
+    if fields.token_ids is not None:
+        return fields.token_ids, 1
+    if fields.text is not None:
+        return required(tokenizer).encode(fields.text), 1
+    if not fields.prompt or not fields.completion:
+        lacking = "completion" if fields.prompt else "prompt"
+        raise BadRow(f"it has no {lacking}: expected one such as {_EXAMPLE}")
+    prompt = required(tokenizer).encode(fields.prompt)
+    whole = required(tokenizer).encode(fields.prompt + fields.completion)
+    # Where a token reaches over the end of the prompt it is the completion's.
+    first = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+    if not 0 < first < len(whole):
+        raise BadRow("its prompt and completion are one token together: give a longer prompt")
+    return whole, first
+
+
+def chunk_rows(tokens: list[int], length: int, bos: int | None) -> Iterator[ScoreRow]:
+    """A text cut into chunks, of each of which the second half is scored, as llama.cpp's perplexity does.
+
+    What is left at the end and fills no chunk is not read.
+
+    Args:
+        tokens: the text.
+        length: tokens of a chunk, at least 4.
+        bos: a token that takes the place of each chunk's first; None leaves it.
+    """
+    for index in range(len(tokens) // length):
+        chunk = tokens[index * length : (index + 1) * length]
+        digest = int.from_bytes(hashlib.blake2b(repr(chunk).encode(), digest_size=8).digest(), "little")
+        if bos is not None:
+            chunk[0] = bos
+        first = length // 2 + 1
+        yield ScoreRow(index, 1, digest, None, chunk, first, [Window(0, length, first)])
+
+
+def score_rows(
+    model: Model,
+    rows: Iterable[ScoreRow],
+    results: Results,
+    batching: Batching,
+    progress: JobProgress,
+    stopping: threading.Event,
+    per_token: bool = False,
+    top_logprobs: int | None = None,
+) -> Iterator[tuple[ScoreRow, RowScore]]:
+    """Scores rows that have no result yet.
+
+    Args:
+        model: what scores them.
+        rows: taken one by one, when there is room for one.
+        results: where they go.
+        batching: how many at a time.
+        progress: is kept up to date.
+        stopping: once it is set no more rows are taken; what has begun is finished.
+        per_token: whether the results tell of every token.
+        top_logprobs: how many of the likeliest tokens they tell in its place; None tells none.
+
+    Yields:
+        after each row.
+    """
+    unfinished: dict[int, tuple[ScoreRow, dict[int, Any]]] = {}
+    places: dict[int, tuple[int, int]] = {}
+    taken = itertools.count()
+
+    def texts() -> Iterator[tuple[list[int], int]]:
+        for row in rows:
+            if row.index in results:
+                continue
+            if row.error is not None:
+                results.add(row.index, error_line(row))
+                progress.done += 1
+                continue
+            if stopping.is_set():
+                return
+            unfinished[row.index] = row, {}
+            for number, window in enumerate(row.windows):
+                places[next(taken)] = row.index, number
+                yield row.tokens[window.start : window.end], window.first - window.start
+
+    scores = model.score_many(
+        texts(),
+        top_logprobs=top_logprobs or 0,
+        batch_size=batching.batch_size,
+        lanes=batching.lanes,
+        occupancy=progress.occupancy,
+    )
+    for scored in scores:
+        index, number = places.pop(scored.index)
+        row, parts = unfinished[index]
+        parts[number] = scored
+        if len(parts) == len(row.windows):
+            del unfinished[index]
+            ordered = [parts[number] for number in range(len(parts))]
+            score = RowScore(
+                [entry for part in ordered for entry in part.logprobs],
+                [token for part in ordered for token in part.likeliest],
+            )
+            results.add(index, result_line(row, score, per_token, top_logprobs))
+            progress.done += 1
+            progress.tokens_in += len(row.tokens)
+            yield row, score
+
+
+@dataclasses.dataclass(frozen=True)
+class RowScore:
+    """How likely the scored tokens of a row are.
+
+    Attributes:
+        logprobs: of each.
+        likeliest: the likeliest token in each place.
+    """
+
+    logprobs: list[TokenLogprobs]
+    likeliest: list[int]
+
+    @property
+    def total(self) -> float:
+        """Sum of the log-probabilities."""
+        return math.fsum(entry.logprob for entry in self.logprobs)
+
+
+def result_line(row: ScoreRow, score: RowScore, per_token: bool, top_logprobs: int | None) -> str:
+    """A row's line of the output; nothing in it differs from one run to the next."""
+    scored = row.tokens[row.first :]
+    told: dict[str, Any] = {
+        "index": row.index,
+        "id": row.id,
+        "num_tokens": len(row.tokens),
+        "num_scored": len(scored),
+        "total_logprob": finite(score.total),
+        "perplexity": perplexity(score.total, len(scored)),
+        "total_squared_logprob": finite(math.fsum(entry.logprob**2 for entry in score.logprobs)),
+        "greedy": score.likeliest == scored,
+    }
+    if per_token:
+        told["token_ids"] = scored
+        told["logprobs"] = [finite(entry.logprob) for entry in score.logprobs]
+    if top_logprobs is not None:
+        told["top"] = [top_object(entry) for entry in score.logprobs]
+    return json_line(told)
+
+
+def perplexity(total: float, count: int) -> float | None:
+    """`exp` of the mean negative log-probability; None if it is not finite."""
+    try:
+        return finite(math.exp(-total / count))
+    except OverflowError:
+        return None
+
+
+@dataclasses.dataclass
+class Corpus:
+    """What rows come to together.
+
+    Attributes:
+        rows: how many were scored.
+        num_scored: their scored tokens.
+        totals: the sum of each row's log-probabilities, and of their squares; None for what is not finite.
+    """
+
+    rows: int = 0
+    num_scored: int = 0
+    totals: list[tuple[float | None, float | None]] = dataclasses.field(default_factory=list)
+
+    def add(self, line: str) -> None:
+        """Takes a line of results."""
+        told = json.loads(line)
+        if "error" not in told:
+            self.rows += 1
+            self.num_scored += told["num_scored"]
+            self.totals.append((told["total_logprob"], told["total_squared_logprob"]))
+
+    def _sum(self, which: int) -> float | None:
+        values = [pair[which] for pair in self.totals]
+        known = [value for value in values if value is not None]
+        return math.fsum(known) if len(known) == len(values) else None  # rounded once, whatever the order
+
+    @property
+    def perplexity(self) -> float | None:
+        """Of all tokens together; None if there are none or it is not finite."""
+        total = self._sum(0)
+        return None if total is None or not self.num_scored else perplexity(total, self.num_scored)
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the perplexity, from the spread of the tokens' log-probabilities, as llama.cpp gives it."""
+        total, squares, count, value = self._sum(0), self._sum(1), self.num_scored, self.perplexity
+        if total is None or squares is None or value is None or count < 2:
+            return None
+        return value * math.sqrt(max(0.0, squares / count - (total / count) ** 2) / (count - 1))
+
+    def line(self) -> str:
+        """The line after all rows."""
+        told = {
+            "rows": self.rows,
+            "num_scored": self.num_scored,
+            "total_logprob": self._sum(0),
+            "perplexity": self.perplexity,
+            "standard_error": self.standard_error,
+        }
+        return json_line({"corpus": told})
