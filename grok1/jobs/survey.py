@@ -123,7 +123,7 @@ class Survey:
                 on_bad(row)
                 continue
             survey.sequences += row.sequences
-            survey.new_tokens += len(row.tokens) - _common(before, row.tokens)
+            survey.new_tokens += len(row.tokens) - common_beginning(before, row.tokens)
             survey.logprobs |= row.wants_logprobs
             before = row.tokens
         return survey
@@ -149,6 +149,7 @@ class Survey:
         return self.new_tokens / max(1, self.rows - self.bad)
 
 
-def _common(before: list[int], tokens: list[int]) -> int:
+def common_beginning(before: list[int], tokens: list[int]) -> int:
+    """How many tokens two texts have in common at their beginnings."""
     length = min(len(before), len(tokens))
     return next((i for i in range(length) if before[i] != tokens[i]), length)

@@ -1,0 +1,193 @@
+"""Grok-1 as a model of EleutherAI's lm-evaluation-harness. Needs the extra `eval`: `pip install '.[eval]'`.
+
+    import lm_eval
+    from grok1.integrations.lm_eval import Grok1LM
+
+    lm_eval.simple_evaluate(model=Grok1LM("checkpoints"), tasks=["arc_easy"])
+
+The harness's own command line, which knows the model as "grok1" then:
+
+    python -m grok1.integrations.lm_eval run --model grok1 --model_args checkpoint=checkpoints --tasks arc_easy
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lm_eval import utils
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from tqdm import tqdm
+
+from grok1.engine.request import SamplingOptions
+from grok1.errors import RequestError
+from grok1.jobs.survey import common_beginning
+from grok1.prompt import Request
+
+if TYPE_CHECKING:
+    from grok1.model import Model
+
+_MAX_TOKENS = 256  # of a generation whose task does not say
+_SAMPLING = {"temperature", "top_p", "top_k", "min_p", "seed"}
+
+
+@register_model("grok1")
+class Grok1LM(TemplateLM):
+    """A loaded model as the harness asks it.
+
+    A text without a context is scored after BOS, as the harness does it for models of Hugging Face.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str = "checkpoints",
+        tokenizer: str | None = None,
+        mesh: str | tuple[int, int] | None = None,
+        dtype: Any = None,
+        batch_size: int | str | None = None,
+        model: Model | None = None,
+        **harness: Any,
+    ):
+        """Loads a checkpoint.
+
+        Args:
+            checkpoint: folder that holds `ckpt-0`, or is it.
+            tokenizer: a SentencePiece model; by default `tokenizer.model` in or beside the checkpoint.
+            mesh: sizes of the data and the model axis, also as a text such as "1x8".
+            dtype: of activations and of the cache, "float32" or "bfloat16".
+            batch_size: sequences that go on at a time; None or "auto" for what memory allows, up to what pays.
+            model: a loaded model to use instead of all that.
+            **harness: what the harness passes to every model, which has no meaning here.
+        """
+        super().__init__()
+        if model is None:
+            from grok1.model import load
+
+            shape = tuple(int(size) for size in mesh.split("x")) if isinstance(mesh, str) else mesh
+            model = load(checkpoint, tokenizer=tokenizer, mesh=shape, dtype=dtype)  # type: ignore[arg-type]
+        self.model = model
+        self._batch_size = None if batch_size in (None, "auto") else int(batch_size)
+
+    @property
+    def eot_token_id(self) -> int:
+        """EOS."""
+        return self.model.config.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """BOS, which stands before a text without a context."""
+        return self.model.config.bos_id
+
+    @property
+    def max_length(self) -> int:
+        """The model's context, in tokens."""
+        return self.model.config.sequence_len
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """The token ids of a text, which has no special ones."""
+        return self.model.tokenizer.encode(string)
+
+    def _lanes(self, texts: Iterable[Sequence[int]]) -> int:
+        """As many as the texts need that are read one after the other."""
+        new, count, before = 0, 0, list[int]()
+        for text in texts:
+            tokens = list(text)
+            new += len(tokens) - common_beginning(before, tokens)
+            count, before = count + 1, tokens
+        return self.model.engine.lanes_for(new / max(1, count))
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        """The log-probability of each continuation after its context, and whether it is the likeliest throughout.
+
+        A text that is longer than the model's context loses its beginning.
+        """
+        texts: list[tuple[list[int], int]] = []
+        for _, context, continuation in requests:
+            whole = (context + continuation)[-(self.max_length + 1) :]
+            texts.append((whole, max(1, len(whole) - len(continuation))))
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(texts)
+        wanted = [index for index, (_, _, continuation) in enumerate(requests) if continuation]
+        scores = self.model.score_many(
+            (texts[index] for index in wanted),
+            batch_size=self._batch_size,
+            lanes=self._lanes(texts[index][0] for index in wanted),
+        )
+        for score in tqdm(scores, total=len(wanted), desc="scoring", disable=disable_tqdm):
+            index = wanted[score.index]
+            tokens, first = texts[index]
+            total = sum(entry.logprob for entry in score.logprobs)
+            results[index] = total, score.likeliest == tokens[first:]
+            asked = requests[index][0]
+            if asked[1]:
+                self.cache_hook.add_partial("loglikelihood", asked, results[index])
+        return results
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-probability of each whole text, read in disjoint windows as long as the model's context."""
+        parts: list[tuple[tuple[str, str], list[int], list[int]]] = []
+        counts = []
+        for (text,) in (request.args for request in requests):
+            windows = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            split = [utils.make_disjoint_window(window) for window in windows]
+            parts += [(("", ""), list(context), list(continuation)) for context, continuation in split]
+            counts.append(len(split))
+        scores = iter(self._loglikelihood_tokens(parts, disable_tqdm))
+        totals = [sum(score for score, _ in itertools.islice(scores, count)) for count in counts]
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continues each context up to one of its `until` texts; greedily, unless `do_sample` is asked for.
+
+        Raises:
+            RequestError: if a task asks for what is not offered.
+        """
+        asked = [self._request(*request.args) for request in requests]
+        completions = self.model.complete_many(
+            asked,
+            batch_size=self._batch_size,
+            lanes=self._lanes(request.prompt for request in asked),  # type: ignore[misc]
+        )
+        texts = [""] * len(asked)
+        for completion in tqdm(completions, total=len(asked), desc="generating", disable=disable_tqdm):
+            texts[completion.request_index] = completion.text
+            self.cache_hook.add_partial("generate_until", requests[completion.request_index].args, completion.text)
+        return texts
+
+    def _request(self, context: str, options: dict[str, Any]) -> Request:
+        given = dict(options)
+        until = given.pop("until", None) or []
+        limit = given.pop("max_gen_toks", None) or given.pop("max_tokens", None) or _MAX_TOKENS
+        sampled = given.pop("do_sample", None)
+        sampling = {name: given.pop(name) for name in _SAMPLING & given.keys() if given[name] is not None}
+        if given:
+            raise RequestError(f"a task asks for {', '.join(sorted(given))}, which is not offered: leave it out")
+        if sampled is None:
+            sampled = sampling.get("temperature", 0) > 0
+        if not sampled:
+            sampling = {"temperature": 0.0}
+        stop = (until,) if isinstance(until, str) else tuple(text for text in until if text)
+        return Request(
+            prompt=self.tok_encode(context) or [self.prefix_token_id],
+            options=SamplingOptions(max_tokens=int(limit), stop=stop, **{"seed": 0, **sampling}),
+            truncate=True,
+        )
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
