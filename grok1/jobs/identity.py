@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def check_same(journal: Path, before: Mapping[str, Any], now: Mapping[str, Any])
     Raises:
         JobError: if they differ; it says in what.
     """
-    differing = [_difference(key, before.get(key), value) for key, value in now.items() if before.get(key) != value]
+    plain = json.loads(json.dumps(dict(now)))  # as it was written and read: no tuples
+    differing = [_difference(key, before.get(key), value) for key, value in plain.items() if before.get(key) != value]
     if differing:
         raise JobError(
             f"{journal} belongs to another job ({'; '.join(differing)}): go on with that one, name another output, or "
