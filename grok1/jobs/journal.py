@@ -70,9 +70,9 @@ class Journal:
         Raises:
             JobError: if another process has it open, the output is there already, or the journal cannot be made.
         """
-        path = output.with_name(output.name + ".journal")
         if output.is_dir():
             raise JobError(f"{output} is a folder: name a file to write")
+        path = output.with_name(output.name + ".journal")
         if output.exists() and not path.exists() and not restart:
             raise JobError(f"{output} is there already: name another file, or replace it with --restart")
         descriptor = _open_locked(output, path)

@@ -245,7 +245,7 @@ class _Fields(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
         if options.seed is not None and options.seed > MAX_SEED - (samples - 1):
             raise BadRow(f"seed is {options.seed}, expected at most {MAX_SEED} for the last of {samples} samples")
         return Request(
-            prompt=self.prompt or self.prompt_token_ids or [],
+            prompt=(self.prompt_token_ids or []) if self.prompt is None else self.prompt,
             options=options,
             num_samples=samples,
             truncate=defaults.truncate if self.truncate is None else self.truncate,

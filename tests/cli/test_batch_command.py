@@ -1,0 +1,535 @@
+"""`grok1 batch` as a user runs it: forms of input, interruptions of every kind, and what it says."""
+
+import gzip
+import json
+import random
+import shutil
+import signal
+import subprocess
+
+import pytest
+
+from grok1.cli import batch_job
+
+PROMPTS = ["The answer is", "Once", "And then he said that nobody", "a b c", "The answer is not", "word"]
+ARGUMENTS = ("--mesh", "1,1", "--batch-size", 3, "--seed", 5)
+
+REPORT_PEAK = """
+import sys
+from grok1.cli import main
+from grok1.memory import peak_resident_bytes
+main()
+print(peak_resident_bytes(), file=sys.stderr)
+"""
+
+
+@pytest.fixture
+def batch(grok1, checkpoint):
+    def run(*arguments, stdin=b"", folder=checkpoint):
+        return grok1("batch", "-c", folder, *ARGUMENTS, *arguments, stdin=stdin)
+
+    return run
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("".join(prompt + "\n" for prompt in PROMPTS))
+    return file
+
+
+@pytest.fixture
+def many(tmp_path):
+    """A job that takes a second or more, of rows that end after another number of tokens each."""
+    file = tmp_path / "many.jsonl"
+    rng = random.Random(1)
+    rows = [
+        {"id": i, "prompt": f"{PROMPTS[i % 6]} {i}", "max_tokens": rng.randint(1, 30), "n": 1 + (i % 9 == 0)}
+        for i in range(200)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def journal_rows(output):
+    """How many rows a journal holds."""
+    journal = output.with_name(output.name + ".journal")
+    return max(0, journal.read_bytes().count(b"\n") - 1) if journal.exists() else 0
+
+
+def wait_for_rows(process, output, count):
+    """Waits until a journal holds that many rows; whether it came to that."""
+    while process.poll() is None:
+        if journal_rows(output) >= count:
+            return True
+    return False
+
+
+def test_a_line_for_each_prompt(batch, complete, prompts):
+    rows = batch(prompts, "-n", 6, "--logprobs", 2).lines
+    assert [row["index"] for row in rows] == list(range(6))
+    assert [row["prompt"] for row in rows] == PROMPTS
+    for row in rows:
+        assert sorted(row) == ["completion_tokens", "completions", "id", "index", "prompt", "prompt_tokens"]
+        [found] = row["completions"]
+        (alone,) = complete(row["prompt"], "-n", 6, "--logprobs", 2, "--seed", found["seed"], "--json").lines
+        assert found["token_ids"] == alone["token_ids"]
+        assert found["text"] == alone["text"]
+        assert found["finish_reason"] == alone["finish_reason"]
+        assert [entry["token_id"] for entry in found["logprobs"]] == found["token_ids"]
+        assert row["prompt_tokens"] == len(alone["prompt_token_ids"])
+
+
+def test_all_forms_of_an_input_give_the_same(batch, prompts, tmp_path):
+    expected = batch(prompts, "-n", 4).out
+    packed = tmp_path / "packed.txt.gz"
+    packed.write_bytes(gzip.compress(prompts.read_bytes()))
+    lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS)
+    listed = tmp_path / "listed.jsonl"
+    listed.write_text(lines)
+    assert batch(packed, "-n", 4).out == expected
+    assert batch(listed, "-n", 4).out == expected
+    assert batch("-", "-n", 4, stdin=lines.encode()).out == expected
+    assert batch("-", "-n", 4, "--format", "txt", stdin=prompts.read_bytes()).out == expected
+    escaped = "".join(prompt.replace(" ", " \\n") + "\n" for prompt in PROMPTS)
+    [row, *_] = batch("-", "-n", 4, "--format", "txt", "--unescape", stdin=escaped.encode()).lines
+    assert row["prompt"] == "The \nanswer \nis"
+
+
+def test_an_output_appears_with_all_rows(batch, prompts, tmp_path):
+    output = tmp_path / "out.jsonl"
+    result = batch(prompts, "-n", 4, "-o", output, "--json")
+    assert result.code == 0
+    (told,) = result.lines
+    assert output.read_text() == batch(prompts, "-n", 4).out
+    assert [file.name for file in tmp_path.iterdir() if "out" in file.name] == ["out.jsonl"]
+    assert (told["rows"], told["failed"], told["seed"], told["batch_size"]) == (6, 0, 5, 3)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert told["tokens_in"] == sum(row["prompt_tokens"] for row in rows)
+    assert told["tokens_out"] == sum(row["completion_tokens"] for row in rows)
+    assert 0 < told["mean_slot_use"] <= 1
+    assert told["seconds"] > 0
+    again = batch(prompts, "-n", 4, "-o", output)
+    assert (again.code, "is there already" in again.err) == (1, True)
+    assert batch(prompts, "-n", 3, "-o", output, "--restart").code == 0
+    assert output.read_text() == batch(prompts, "-n", 3).out
+
+
+def test_prompts_in_and_out_of_the_results(batch, prompts):
+    plain = batch(prompts, "-n", 3, "--ignore-eos").lines
+    without = batch(prompts, "-n", 3, "--ignore-eos", "--no-prompt").lines
+    echoed = batch(prompts, "-n", 3, "--ignore-eos", "--echo", "--num-samples", 2).lines
+    for row, bare, echo in zip(plain, without, echoed, strict=True):
+        assert bare == {key: value for key, value in row.items() if key != "prompt"}
+        assert echo["completions"][0]["text"] == row["prompt"] + row["completions"][0]["text"]
+        seeds = [sample["seed"] for sample in echo["completions"]]
+        assert seeds == [row["completions"][0]["seed"], row["completions"][0]["seed"] + 1]
+    ids = batch("-", "-n", 3, "--echo", stdin=b'{"prompt_token_ids": [5, 300]}').lines[0]
+    assert ids["prompt_token_ids"] == [5, 300]
+
+
+def test_bad_rows_stop_everything_before_it_begins(batch, tmp_path, monkeypatch):
+    def never(*_):
+        raise AssertionError("loaded")
+
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a", "id": "x"}\n{"prompt": ""}\n\n{"propmt": "b", "id": "y"}\n{"prompt": "c"}\n')
+    output = tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_job.CompletionJob, "_load", never)
+        for arguments in ((), ("-o", output)):
+            result = batch(file, *arguments)
+            assert (result.code, result.out) == (1, "")
+            lines = result.err.splitlines()
+            assert lines[0].startswith(f"{file}, line 2: the prompt is empty")
+            assert lines[1].startswith(f"{file}, line 4: propmt is no field")
+            assert lines[2] == (
+                f"grok1: error: 2 of 4 rows of {file} are bad, and nothing was begun: correct them, or leave them out "
+                "with --skip-bad"
+            )
+            assert len(lines) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
+    skipped = batch(file, "-n", 2, "-o", output, "--skip-bad")
+    assert skipped.code == 1
+    assert f'2 of 4 rows failed: their lines in {output} have an "error"' in skipped.err
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [("error" in row, row["index"], row["id"]) for row in rows] == [
+        (False, 0, "x"),
+        (True, 1, None),
+        (True, 2, "y"),
+        (False, 3, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["missing.txt"], 1, "there is no file missing.txt"),
+        (["-"], 1, "standard input has no rows"),
+        (["-", "--restart"], 2, "--restart needs -o"),
+        (["-", "--json"], 2, "--json needs -o"),
+        (["-", "--batch-size", 0], 2, "--batch-size"),
+        (["-", "-o", "nowhere/out"], 1, "in a folder that exists"),
+        (["-", "-o", "."], 1, "is a folder"),
+        (["-", "--temperature", -1], 2, "temperature is -1"),
+    ],
+)
+def test_what_cannot_be_done(batch, arguments, code, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = batch(*arguments)
+    assert (result.code, result.out) == (code, "")
+    assert words in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_input_is_never_the_output(batch, prompts):
+    before = prompts.read_bytes()
+    result = batch(prompts, "-o", prompts, "--restart")
+    assert (result.code, "is the input" in result.err) == (1, True)
+    assert prompts.read_bytes() == before
+
+
+def killed(start, checkpoint, file, output, rows, *arguments, sent=signal.SIGKILL):
+    """A process of a job that was sent a signal when so many rows were in its journal."""
+    process = start("batch", file, "-c", checkpoint, *ARGUMENTS, "-o", output, *arguments)
+    assert wait_for_rows(process, output, rows), process.communicate()[1]
+    process.send_signal(sent)
+    return process
+
+
+def test_a_killed_job_goes_on_to_the_same_bytes(batch, start, checkpoint, many, tmp_path):
+    expected = batch(many).out
+    output = tmp_path / "out.jsonl"
+    for rows in (1, 40, 120):
+        process = killed(start, checkpoint, many, output, rows)
+        process.wait()
+        assert not output.exists()
+        assert journal_rows(output) >= rows
+    kept = journal_rows(output)
+    (told,) = batch(many, "-o", output, "--json").lines
+    assert output.read_text() == expected
+    assert told["rows"] == 200
+    assert told["tokens_out"] < sum(json.loads(line)["completion_tokens"] for line in expected.splitlines()[kept:]) * 3
+
+
+def test_all_rows_done_need_no_model(batch, start, checkpoint, many, tmp_path, monkeypatch):
+    """Killed between the last row and the output."""
+    expected = batch(many).out
+    output = tmp_path / "out.jsonl"
+    monkeypatch.setattr("grok1.jobs.journal.Journal.write_output", lambda *_: (_ for _ in ()).throw(OSError(5, "x")))
+    assert batch(many, "-o", output).code == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(batch_job.CompletionJob, "_load", lambda *_: (_ for _ in ()).throw(AssertionError("loaded")))
+    assert batch(many, "-o", output).code == 0
+    assert output.read_text() == expected
+
+
+@pytest.mark.slow
+def test_twenty_kills_lose_and_repeat_nothing(grok1, start, tmp_path, many):
+    folder = tmp_path / "tiny"
+    assert grok1("init", folder, "--preset", "tiny").code == 0
+    reference = tmp_path / "reference.jsonl"
+    assert grok1("batch", many, "-c", folder, *ARGUMENTS, "-o", reference).code == 0
+    output = tmp_path / "out.jsonl"
+    rng = random.Random(0)
+    kills = 0
+    for target in sorted(rng.randint(0, 195) for _ in range(20)):
+        process = start("batch", many, "-c", folder, *ARGUMENTS, "-o", output)
+        for _ in range(rng.randint(1, 2000)):  # not only just after a row was written
+            if journal_rows(output) > target or process.poll() is not None:
+                break
+        wait_for_rows(process, output, target)
+        process.kill()
+        process.wait()
+        kills += 1
+    assert kills == 20
+    assert grok1("batch", many, "-c", folder, *ARGUMENTS, "-o", output).code == 0
+    assert output.read_bytes() == reference.read_bytes()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_what_has_begun_finish(batch, start, checkpoint, many, tmp_path, sent):
+    output = tmp_path / "out.jsonl"
+    process = killed(start, checkpoint, many, output, 5, sent=sent)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (130, b"")
+    kept = journal_rows(output)
+    assert 5 <= kept < 200
+    journal = output.with_name("out.jsonl.journal").read_bytes().splitlines()[1:]
+    indices = sorted(int(line.split()[1]) for line in journal)
+    assert indices == list(range(kept))  # all that was begun
+    assert batch(many, "-o", output).code == 0
+    assert output.read_text() == batch(many).out
+
+
+def test_without_an_output_a_signal_leaves_whole_rows_in_order(batch, start, checkpoint, many):
+    process = start("batch", many, "-c", checkpoint, *ARGUMENTS)
+    first = process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (130, b"")
+    expected = batch(many).out
+    assert expected.startswith((first + out).decode())
+    assert (first + out).endswith(b"\n")
+    assert len(first + out) < len(expected)
+
+
+def test_a_second_signal_stops_at_once(batch, start, long_checkpoint, tmp_path):
+    file = tmp_path / "long.txt"
+    file.write_text("one\ntwo\nthree\nfour\n")
+    output = tmp_path / "out.jsonl"
+    process = start(
+        *("batch", file, "-c", long_checkpoint, *ARGUMENTS, "-o", output, "-n", 2000, "--ignore-eos"),
+        env={"PYTHONFAULTHANDLER": "1"},
+    )
+    while process.poll() is None and not output.with_name("out.jsonl.journal").exists():
+        pass
+    while process.poll() is None and not output.with_name("out.jsonl.journal").stat().st_size:
+        pass
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)  # two of a kind that come together are one
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (130, b"")
+    assert journal_rows(output) == 0
+    assert not output.exists()
+
+
+def test_two_runs_on_one_output(batch, start, checkpoint, many, tmp_path):
+    output = tmp_path / "out.jsonl"
+    process = start("batch", many, "-c", checkpoint, *ARGUMENTS, "-o", output)
+    assert wait_for_rows(process, output, 1)
+    process.send_signal(signal.SIGSTOP)
+    for arguments in ((), ("--restart",)):
+        result = batch(many, "-o", output, *arguments)
+        assert (result.code, result.out) == (1, "")
+        assert f"{output} is being written by another run of grok1" in result.err
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(timeout=60) == 0
+    assert output.read_text() == batch(many).out
+
+
+@pytest.fixture
+def stopped(batch, prompts, tmp_path, monkeypatch):
+    """An output whose journal has all rows of `prompts` but the last."""
+    output = tmp_path / "out.jsonl"
+    real = batch_job.CompletionJob.work
+
+    def some(self, model, rows, results, batching):
+        for number, _ in enumerate(real(self, model, rows, results, batching)):
+            yield
+            if number == 4:
+                raise OSError(5, "the power failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_job.CompletionJob, "work", some)
+        assert batch(prompts, "-n", 4, "-o", output).code == 1
+    assert journal_rows(output) == 5
+    return output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-n", 5], "--max-tokens was 4, now it is 5"),
+        (["-n", 4, "--greedy"], "--temperature was 0.7, now it is 0.0"),
+        (["-n", 4, "--seed", 6], "--seed was 5, now it is 6"),
+        (["-n", 4, "--stop", "x", "--stop", "y"], "--stop was not given, now it is x,y"),
+        (["-n", 4, "--no-prompt"], "--no-prompt was False, now it is True"),
+        (["-n", 4, "--batch-size", 4], "--batch-size was 3, now it is 4"),
+        (["-n", 4, "--dtype", "bfloat16"], "--dtype was float32, now it is bfloat16"),
+        (["-n", 4, "--mesh", "1,2"], "--mesh was 1,1, now it is 1,2"),
+        (["-n", 4, "--logprobs", 0], "--logprobs was not given, now it is 0"),
+    ],
+)
+def test_a_journal_of_other_options_is_refused(batch, prompts, stopped, arguments, words):
+    before = stopped.with_name("out.jsonl.journal").read_bytes()
+    result = batch(prompts, "-o", stopped, *arguments)
+    assert (result.code, result.out) == (1, "")
+    assert f"belongs to another job ({words})" in result.err
+    assert "--restart" in result.err
+    assert stopped.with_name("out.jsonl.journal").read_bytes() == before
+    assert batch(prompts, "-o", stopped, "-n", 4).code == 0
+    assert stopped.read_text() == batch(prompts, "-n", 4).out
+
+
+def test_a_journal_of_another_input_or_checkpoint_is_refused(batch, prompts, stopped, checkpoint, tmp_path):
+    content = prompts.read_text()
+    prompts.write_text(content.replace("word", "wort"))
+    result = batch(prompts, "-o", stopped, "-n", 4)
+    assert (result.code, "(the content of the input has changed)" in result.err) == (1, True)
+    prompts.write_text(content)
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    tensor = sorted((other / "ckpt-0").glob("tensor*"))[5]
+    data = bytearray(tensor.read_bytes())
+    data[len(data) // 2] ^= 1
+    tensor.write_bytes(data)
+    result = batch(prompts, "-o", stopped, "-n", 4, folder=other)
+    assert (result.code, "(the checkpoint has changed)" in result.err) == (1, True)
+    shutil.rmtree(other)
+    shutil.copytree(checkpoint, other)  # a copy elsewhere is the same checkpoint
+    assert batch(prompts, "-o", stopped, "-n", 4, folder=other).code == 0
+    assert stopped.read_text() == batch(prompts, "-n", 4).out
+
+
+def test_a_restart_begins_anew(batch, prompts, stopped):
+    assert batch(prompts, "-o", stopped, "-n", 3, "--restart").code == 0
+    assert stopped.read_text() == batch(prompts, "-n", 3).out
+
+
+def test_a_fresh_seed_is_kept_for_the_rest(grok1, checkpoint, prompts, tmp_path, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    arguments = ("batch", prompts, "-c", checkpoint, "--mesh", "1,1", "-n", 4, "-o", output, "--json")
+    real = batch_job.CompletionJob.work
+
+    def some(self, *arguments):
+        yield next(real(self, *arguments))
+        raise OSError(5, "the power failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_job.CompletionJob, "work", some)
+        assert grok1(*arguments).code == 1
+    header = json.loads(output.with_name("out.jsonl.journal").read_bytes().splitlines()[0][9:])
+    (told,) = grok1(*arguments).lines
+    assert told["seed"] == header["seed"]
+    again = grok1("batch", prompts, "-c", checkpoint, "--mesh", "1,1", "-n", 4, "--seed", told["seed"])
+    assert again.out == output.read_text()
+
+
+def test_an_input_that_changes_while_it_is_worked_on(batch, prompts, tmp_path, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    content = prompts.read_text()
+    expected = batch(prompts, "-n", 2).out
+    real = batch_job.CompletionJob._settle
+
+    def settle(self, model):
+        prompts.write_text(content.replace("word", "wort"))
+        return real(self, model)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_job.CompletionJob, "_settle", settle)
+        result = batch(prompts, "-n", 2, "-o", output)
+    assert (result.code, "line 6 of the input changed" in result.err) == (1, True)
+    assert not output.exists()
+    prompts.write_text(content)
+    assert batch(prompts, "-n", 2, "-o", output).code == 0
+    assert output.read_text() == expected
+
+
+def test_a_full_disk(batch, checkpoint, start, many, tmp_path):
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = shutil.which("mount")
+    made = mount and subprocess.run(
+        [mount, "-t", "tmpfs", "-o", "size=32k", "grok1-test", str(place)], capture_output=True, check=False
+    )
+    if not made or made.returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        output = place / "out.jsonl"
+        result = batch(many, "-o", output)
+        assert (result.code, result.out) == (1, "")
+        assert "No space left on device" in result.err
+        kept = journal_rows(output)
+        assert 0 < kept < 200
+        assert f"{kept} rows are kept" in result.err
+        assert batch(many, "-o", output).code == 1  # still full
+        assert journal_rows(output) >= kept
+        subprocess.run([mount, "-o", "remount,size=16m", str(place)], check=True)
+        assert batch(many, "-o", output).code == 0
+        assert output.read_text() == batch(many).out
+        assert [path.name for path in place.iterdir()] == ["out.jsonl"]
+    finally:
+        subprocess.run([shutil.which("umount"), str(place)], check=True)
+
+
+def test_a_folder_that_is_removed_loses_nothing(batch, start, checkpoint, many, tmp_path):
+    output = tmp_path / "folder" / "out.jsonl"
+    output.parent.mkdir()
+    process = killed(start, checkpoint, many, output, 3, sent=signal.SIGSTOP)
+    shutil.rmtree(output.parent)
+    process.send_signal(signal.SIGCONT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert b"was removed while rows were added to it: it has been written again" in error
+    assert journal_rows(output) >= 3
+    assert batch(many, "-o", output).code == 0
+    assert output.read_text() == batch(many).out
+
+
+def test_a_large_input_is_not_read_into_memory(start, checkpoint, tmp_path):
+    """300,000 rows, 40 MB, of which the last is bad, so that it ends when all have been checked."""
+    file = tmp_path / "rows.jsonl"
+    with file.open("w") as rows:
+        for index in range(300_000):
+            rows.write(json.dumps({"prompt_token_ids": list(range(20)), "id": index, "seed": index}) + "\n")
+        rows.write("{}\n")
+
+    small = tmp_path / "few" / "rows.jsonl"
+    small.parent.mkdir()
+    small.write_text("{}\n")
+    sizes = []
+    for path in (small, file):
+        process = start("batch", path, "-c", checkpoint, "--mesh", "1,1", code=REPORT_PEAK)
+        *_, told, size = process.communicate()[1].splitlines()
+        assert b"rows.jsonl are bad" in told
+        sizes.append(int(size))
+    assert file.stat().st_size > 30e6
+    assert sizes[1] - sizes[0] < 12e6  # 8 bytes a row, and what Python holds on to
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_many_rows(start, checkpoint, tmp_path):
+    sizes = []
+    for count in (500, 5000):
+        file = tmp_path / f"{count}.txt"
+        file.write_text("".join(f"row {index}\n" for index in range(count)))
+        process = start(
+            *("batch", file, "-c", checkpoint, "--mesh", "1,1", "-n", 2, "-o", tmp_path / f"{count}.jsonl"),
+            code=REPORT_PEAK,
+        )
+        sizes.append(int(process.communicate()[1]))
+    assert sizes[1] - sizes[0] < 20e6
+
+
+def test_more_sequences_than_fit_are_refused(batch, prompts, monkeypatch):
+    monkeypatch.setattr("grok1.model.require_room", lambda *_: 2)
+    result = batch(prompts, "-n", 2)
+    assert (result.code, result.out) == (1, "")
+    assert "there is memory for 2 sequences beside the weights, but the batch has 3: use --batch-size 2" in result.err
+
+
+def test_a_terminal_sees_how_far_it_is(start, checkpoint, many, terminal, tmp_path):
+    output = tmp_path / "out.jsonl"
+    process = start(
+        *("batch", many, "-c", checkpoint, *ARGUMENTS, "-o", output), stderr=terminal.there, env={"TERM": "xterm"}
+    )
+    terminal.read_until("of 200 rows")
+    terminal.read_until("slots")
+    terminal.read_until("left")
+    seen = terminal.read_until("seed 5]")
+    assert "[200 rows" in seen
+    assert "slots used" in seen
+    assert process.wait(timeout=60) == 0
+    assert process.stdout.read() == b""
+
+
+def test_a_reader_that_has_seen_enough(start, checkpoint, many):
+    process = start("batch", many, "-c", checkpoint, *ARGUMENTS)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert process.stderr.read() == b""
+
+
+def test_longer_contexts_and_other_meshes(grok1, tmp_path, checkpoint, prompts):
+    rows = {
+        mesh: [
+            [sample["token_ids"] for sample in row["completions"]]
+            for row in grok1(
+                *("batch", prompts, "-c", checkpoint, "--mesh", mesh, "-n", 5, "--greedy", "--batch-size", 2)
+            ).lines
+        ]
+        for mesh in ("1,1", "2,1", "2,2")
+    }
+    assert rows["1,1"] == rows["2,1"] == rows["2,2"]

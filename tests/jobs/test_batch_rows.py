@@ -1,0 +1,197 @@
+"""Every row of a job against the same row alone."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+
+from grok1.config import ModelConfig
+from grok1.engine.request import SamplingOptions
+from grok1.errors import JobError
+from grok1.jobs.batch import complete_rows
+from grok1.jobs.results import OrderedResults
+from grok1.jobs.rows import RowDefaults, read_rows
+from grok1.jobs.source import Source
+from grok1.jobs.survey import Batching, JobProgress, Survey
+from grok1.model import Model
+from grok1.small_tokenizer import train_small_tokenizer
+from grok1.tokenizer import Tokenizer
+
+CONFIG = ModelConfig(
+    vocab_size=512,
+    emb_size=48,
+    key_size=4,
+    num_q_heads=8,
+    num_kv_heads=4,
+    num_layers=2,
+    widening_factor=2,
+    num_experts=2,  # all are selected, so that no rounding changes which
+    sequence_len=128,
+    attn_output_multiplier=0.5,
+)
+
+
+BATCHING = Batching(batch_size=5, lanes=4, logprobs=True)
+
+
+@pytest.fixture(scope="module")
+def model(make_checkpoint, make_engine):
+    tokenizer = Tokenizer.from_bytes(train_small_tokenizer(CONFIG.vocab_size), "small")
+    return Model(make_engine(make_checkpoint(CONFIG)), tokenizer)
+
+
+@pytest.fixture
+def job(model, tmp_path):
+    """Runs rows, given as what JSON says, and gives the results."""
+
+    def job(rows, **defaults):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        source = Source.open(path)
+        defaults = RowDefaults(**{"sampling": SamplingOptions(seed=11), **defaults})
+
+        def read():
+            return read_rows(source, defaults, model.tokenizer, model.config)
+
+        survey = Survey.of(read(), lambda row: None, lambda count: None)
+        lines = []
+        progress = JobProgress()
+        for _ in complete_rows(
+            model, survey.unchanged(read()), OrderedResults(lines.append), BATCHING, progress, threading.Event()
+        ):
+            assert progress.done <= survey.rows
+        assert progress.done == survey.rows
+        return [json.loads(line) for line in lines]
+
+    return job
+
+
+def mixed_rows():
+    """Lengths of 1 to the context, 1 to 64 new tokens, and every option somewhere."""
+    rng = np.random.default_rng(0)
+    header = [int(token) for token in rng.integers(3, 512, 60)]
+    words = [
+        "the",
+        "answer",
+        "of",
+        "an",
+        "old",
+        "question",
+        "is",
+        "not",
+        "what",
+        "anybody",
+        "would",
+        "have",
+        "thought",
+        "at",
+        "first",
+    ]
+    for index in range(300):
+        row = {"id": index, "max_tokens": int(rng.integers(1, 65)), "temperature": float(rng.choice([0, 0.7, 1.5]))}
+        kind = index % 5
+        if kind == 0:
+            row["prompt_token_ids"] = rng.integers(3, 512, int(rng.integers(1, 128))).tolist()
+        elif kind == 1:
+            row["prompt"] = " ".join(rng.choice(words, int(rng.integers(1, 20))))
+        elif kind == 2:
+            row["prompt"] = header[: int(rng.integers(1, 61))] + rng.integers(3, 512, int(rng.integers(1, 60))).tolist()
+        elif kind == 3:
+            row |= {"prompt": "word " * int(rng.integers(1, 200)), "truncate": True}
+        else:
+            row |= {"prompt": " ".join(rng.choice(words, 4)), "stop": ["e", "\n"], "n": int(rng.integers(1, 4))}
+        row |= {"top_p": 0.8} if index % 3 == 0 else {"top_k": 20} if index % 3 == 1 else {"min_p": 0.05}
+        row |= {"logprobs": 3} if index % 4 == 0 else {}
+        row |= {"echo": True} if index % 7 == 0 else {}
+        row |= {"ignore_eos": True} if index % 2 == 0 else {}
+        row |= {"seed": index} if index % 6 == 0 else {}
+        yield row
+
+
+def test_every_row_equals_the_same_row_alone(job, model):
+    rows = list(mixed_rows())
+    results = job(rows)
+    assert [result["index"] for result in results] == list(range(300))
+    lengths = set()
+    for row, result in zip(rows, results, strict=True):
+        assert result["id"] == row["id"]
+        prompt = row.get("prompt_token_ids") or row["prompt"]
+        options = {
+            name: row[name] for name in ("max_tokens", "temperature", "top_p", "top_k", "min_p", "stop") if name in row
+        }
+        assert len(result["completions"]) == row.get("n", 1)
+        for sample, found in enumerate(result["completions"]):
+            if sample == 0 and "seed" in row:
+                assert found["seed"] == row["seed"]
+            alone = model.complete(
+                prompt,
+                truncate=row.get("truncate", False),
+                seed=found["seed"],
+                logprobs=row.get("logprobs"),
+                ignore_eos=row.get("ignore_eos", False),
+                **options,
+            )
+            before = ""
+            if row.get("echo"):
+                before = prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
+            assert found["token_ids"] == alone.tokens
+            assert found["text"] == before + alone.text
+            assert (found["finish_reason"], found["stop_text"]) == (alone.finish_reason, alone.stop_text)
+            assert ("logprobs" in found) == ("logprobs" in row)
+            for told, entry in zip(found.get("logprobs", []), alone.logprobs or [], strict=True):
+                assert told["logprob"] == pytest.approx(entry.logprob, abs=1e-3)
+                assert [top["token_id"] for top in told["top"]] == [token for token, _ in entry.top]
+        assert result["prompt_tokens"] == len(alone.prompt_tokens)
+        assert result["completion_tokens"] == sum(len(found["token_ids"]) for found in result["completions"])
+        lengths.add(len(alone.prompt_tokens))
+    assert min(lengths) == 1
+    assert max(lengths) > 120
+
+
+def test_results_do_not_depend_on_order(job):
+    rows = [row | {"seed": row["id"]} for row in list(mixed_rows())[:40]]
+    forwards = {result["id"]: result for result in job(rows)}
+    backwards = {result["id"]: result for result in job(rows[::-1])}
+    for index, result in forwards.items():
+        assert result | {"index": 0} == backwards[index] | {"index": 0}
+
+
+def test_bad_rows_have_a_line_each(job):
+    results = job([{"prompt": "a"}, {"prompt": ""}, {"prompt": "b"}, {"id": 5}], num_samples=2)
+    assert [sorted(result) for result in results[::2]] == [sorted(results[0])] * 2
+    assert [len(result["completions"]) for result in results[::2]] == [2, 2]
+    assert [(result["index"], result["line"], result["id"]) for result in results[1::2]] == [(1, 2, None), (3, 4, 5)]
+    assert all(result["error"] for result in results[1::2])
+
+
+def test_rows_that_changed_after_they_were_checked(tmp_path):
+    path = tmp_path / "rows.txt"
+    tokenizer = Tokenizer.from_bytes(train_small_tokenizer(CONFIG.vocab_size), "small")
+
+    def read():
+        return read_rows(Source.open(path), RowDefaults(), tokenizer, CONFIG)
+
+    path.write_text("one\ntwo\n")
+    survey = Survey.of(read(), lambda row: None, lambda count: None)
+    assert [row.index for row in survey.unchanged(read())] == [0, 1]
+    for content, words in (("one\nTwo\n", "line 2"), ("one\ntwo\nthree\n", "line 3"), ("one\n", "lost 1 rows")):
+        path.write_text(content)
+        with pytest.raises(JobError, match=words):
+            list(survey.unchanged(read()))
+
+
+def test_a_survey_counts_what_is_new_in_a_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    ids = list(range(3, 103))
+    rows = [ids, [*ids[:90], 5], [7], {"bad": 1}, [7, 8, 9]]
+    path.write_text(
+        "".join(json.dumps({"prompt": row, "n": 2} if isinstance(row, list) else row) + "\n" for row in rows)
+    )
+    bad = []
+    survey = Survey.of(
+        read_rows(Source.open(path), RowDefaults(), None, CONFIG), lambda row: bad.append(row.line), lambda count: None
+    )
+    assert (survey.rows, survey.bad, survey.sequences, bad) == (5, 1, 8, [4])
+    assert survey.new_tokens == 100 + 1 + 1 + 2
+    assert survey.mean_new_tokens == 104 / 4
