@@ -29,7 +29,7 @@ ensure_environment() {
     echo "setting up $VENV (a minute or two the first time)" >&2
     rm -f "$stamp"
     "$python" -m venv "$VENV" || return 1
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock || return 1
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock || return 1
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable . || return 1
     echo "$wanted" >"$stamp"
 }
