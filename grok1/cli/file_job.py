@@ -72,7 +72,7 @@ def opened_journal(terminal: Terminal, source: Source, output: Path | None, rest
         raise JobError(f"{output} is the input: name another file to write")
     with Journal.open(output, restart=restart) as journal:
         if journal.dropped_bytes and journal.job is not None:
-            terminal.note(f"{journal.path}: its last line was not whole, and is dropped")
+            terminal.note(f"{journal.path}: its last {journal.dropped_bytes} bytes are no whole row, and are dropped")
         yield journal
 
 
@@ -101,7 +101,7 @@ class Stopping:
     def __init__(self) -> None:
         """Signals are caught only inside `caught`."""
         self.requested = threading.Event()
-        self._gentle = False
+        self._gentle = self._asked = False
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
@@ -109,7 +109,8 @@ class Stopping:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        heeded = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._handle) for number in heeded}
         try:
             yield
         finally:
@@ -126,8 +127,9 @@ class Stopping:
             self._gentle = False
 
     def _handle(self, number: int, frame: object) -> None:
-        if not self._gentle or self.requested.is_set():
+        if not self._gentle or self._asked:
             raise KeyboardInterrupt
+        self._asked = True
         self.requested.set()
 
 

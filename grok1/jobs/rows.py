@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -140,9 +141,7 @@ def _unescaped(match: re.Match[str]) -> str:
     try:
         return _ESCAPED[match[1]]
     except KeyError:
-        raise BadRow(
-            f"{match[0]!r} at character {match.start()} is no escape: expected \\n, \\t, \\r or \\\\"
-        ) from None
+        raise BadRow(f"{match[0]} at character {match.start()} is no escape: expected \\n, \\t, \\r or \\\\") from None
 
 
 def _json_object(content: bytes) -> dict[str, Any]:
@@ -223,7 +222,7 @@ class _Fields(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
         if options.seed is not None and options.seed > MAX_SEED - (samples - 1):
             raise BadRow(f"seed is {options.seed}, expected at most {MAX_SEED} for the last of {samples} samples")
         return Request(
-            prompt=self.prompt or self.prompt_token_ids or [],
+            prompt=self.prompt_token_ids or [] if self.prompt is None else self.prompt,
             options=options,
             num_samples=samples,
             truncate=defaults.truncate if self.truncate is None else self.truncate,
@@ -272,15 +271,27 @@ def _json_fields(value: dict[str, Any]) -> tuple[str | int | None, _Fields]:
         row = _Row.model_validate(value)
         return row.id, row
     except pydantic.ValidationError as error:
-        raise BadRow("; ".join(_fault(fault) for fault in error.errors(include_url=False))) from None
+        faults = list(dict.fromkeys(_fault(fault) for fault in error.errors(include_url=False)))
+        more = f"; and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else ""
+        raise BadRow("; ".join(faults[:_MAX_FAULTS]) + more) from None
+
+
+_MAX_FAULTS = 5  # of a row that are told
+_EXPECTED = {
+    "less_than_equal": "expected 0",
+    "greater_than_equal": "expected 0",
+    "too_long": "expected it to be empty",
+    "bool_type": "expected true or false",
+}
+"""What pydantic would say less clearly."""
 
 
 def _fault(fault: Any) -> str:
     place = ".".join(str(part) for part in fault["loc"] if part not in ("str", "int"))
     if fault["type"] == "extra_forbidden":
         return f"{place} is no field of a row"
-    message = fault["msg"].replace("Input should be", "expected")
     if fault["type"] == "missing":
         return f"{place} is missing"
-    found = repr(fault["input"])
+    message = _EXPECTED.get(fault["type"]) or fault["msg"].replace("Input should be", "expected")
+    found = json.dumps(fault["input"], ensure_ascii=False)
     return f"{place} is {found if len(found) <= 60 else found[:57] + '...'}: {message[:1].lower() + message[1:]}"
