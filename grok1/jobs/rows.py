@@ -250,7 +250,7 @@ class _OpenAIBody(_Fields, frozen=True):
     @pydantic.model_validator(mode="after")
     def _check_best_of(self) -> _OpenAIBody:
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise PydanticCustomError("best_of", "best_of is not offered: leave it out")
+            raise PydanticCustomError("best_of", "best_of is not n: only all samples are offered; leave it out")
         return self
 
 
@@ -292,6 +292,10 @@ def _fault(fault: Any) -> str:
         return f"{place} is no field of a row"
     if fault["type"] == "missing":
         return f"{place} is missing"
-    message = _EXPECTED.get(fault["type"]) or fault["msg"].replace("Input should be", "expected")
+    if fault["type"] == "best_of":
+        return f"{place}.{fault['msg']}"
+    message = _EXPECTED.get(fault["type"]) or fault["msg"].replace("Input should be", "expected").replace(
+        "False", "false"
+    )
     found = json.dumps(fault["input"], ensure_ascii=False)
     return f"{place} is {found if len(found) <= 60 else found[:57] + '...'}: {message[:1].lower() + message[1:]}"
