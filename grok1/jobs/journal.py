@@ -213,6 +213,12 @@ class Journal:
                 self._failure = error
                 return
 
+    def _stop_syncing(self) -> None:
+        self._closing.set()
+        if self._syncing is not None:
+            self._syncing.join()
+            self._syncing = None
+
     def _check_failure(self) -> None:
         if isinstance(self._failure, OSError):
             raise self._cannot_write(self._failure) from None
@@ -272,6 +278,7 @@ class Journal:
         """
         if self._count != rows:
             raise ValueError(f"{self._count} of {rows} rows are done")
+        self._stop_syncing()
         self._check_failure()
         scratch = self.output.with_name(f".{self.output.name}.{os.getpid()}.tmp")
         try:
@@ -294,10 +301,7 @@ class Journal:
 
     def close(self) -> None:
         """Lets go of the journal, which stays where it is with all its rows; one that was never begun goes."""
-        self._closing.set()
-        if self._syncing is not None:
-            self._syncing.join()
-            self._syncing = None
+        self._stop_syncing()
         if self._descriptor >= 0:
             with contextlib.suppress(OSError):
                 if os.fstat(self._descriptor).st_size == 0:
