@@ -205,7 +205,8 @@ class _Job:
         from grok1.jobs.identity import check_same
 
         journal, survey = self.journal, self.survey
-        progress = BatchProgress(survey.rows, done=0 if journal is None else journal.rows)
+        resumed = 0 if journal is None else journal.rows
+        progress = BatchProgress(survey.rows, done=resumed)
         outcome: dict[str, Any] = {}
         if progress.done < survey.rows:
             with self.terminal.interruptible():
@@ -226,7 +227,7 @@ class _Job:
         if journal is not None:
             self.terminal.show_status("writing the output")
             journal.write_output(survey.rows)
-        self._summarise(progress, outcome, summarise)
+        self._summarise(resumed, outcome, summarise)
         if survey.bad:
             where = "" if journal is None else f" in {journal.output}"
             raise JobError(f'{survey.bad} of {survey.rows} rows failed: their lines{where} have an "error"')
@@ -308,20 +309,22 @@ class _Job:
             "mean_slot_use": occupancy.mean_use,
         }
 
-    def _summarise(self, progress: BatchProgress, outcome: dict[str, Any], as_json: bool) -> None:
-        seed = self.defaults.sampling.seed
+    def _summarise(self, resumed: int, outcome: dict[str, Any], as_json: bool) -> None:
+        survey, seed = self.survey, self.defaults.sampling.seed
         if as_json:
-            told = {"rows": progress.total, "failed": self.survey.bad, "seed": seed}
+            told = {"rows": survey.rows, "resumed_rows": resumed, "failed": survey.bad, "seed": seed}
             self.terminal.write(json_line(told | outcome))
-        parts = [f"{progress.total} rows"]
-        if self.survey.bad:
-            parts.append(f"{self.survey.bad} failed")
+        parts = [f"{survey.rows} rows"]
+        if resumed:
+            parts.append(f"{survey.rows - resumed} of them now")
+        if survey.bad:
+            parts.append(f"{survey.bad} failed")
         if outcome:
             seconds = outcome["seconds"]
             parts += [
                 f"{outcome['prompt_tokens']} tokens in ({outcome['prompt_tokens'] / seconds:.1f}/s)",
                 f"{outcome['completion_tokens']} out ({outcome['completion_tokens'] / seconds:.1f}/s)",
-                f"{duration(seconds)} for these",
+                f"in {duration(seconds)}",
             ]
             if outcome["mean_slot_use"] is not None:
                 parts.append(f"{outcome['mean_slot_use']:.0%} of {outcome['batch_size']} slots used")

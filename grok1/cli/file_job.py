@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from grok1.jobs.journal import Journal
     from grok1.jobs.source import Source
 
-FINISHING = "finishing what has begun; Ctrl-C again stops at once"
+FINISHING = "finishing what has begun; Ctrl-C stops at once"
 
 _JOB = [
     click.option(
@@ -149,12 +149,12 @@ def line_of_progress(
     def describe() -> str:
         seconds = max(1e-3, time.perf_counter() - start)
         finished = done()
-        parts = [f"{finished} of {total} rows", *rest(seconds)]
         if stopping.requested.is_set():
-            parts.append(FINISHING)
-        elif finished > before:
+            return f"{finished} of {total} rows · {FINISHING}"
+        parts = [f"{finished} of {total} rows"]
+        if finished > before:
             parts.append(f"{duration((total - finished) * seconds / (finished - before))} left")
-        return " · ".join(parts)
+        return " · ".join([*parts, *rest(seconds)])
 
     return describe
 

@@ -68,8 +68,12 @@ def journal(output):
 @pytest.fixture(scope="session")
 def whole(checkpoint):
     """What an uninterrupted run over the 24 prompts writes."""
-    command = [sys.executable, "-m", "grok1", "batch", "-c", checkpoint, *OPTIONS, "-", "--format", "txt"]
-    return subprocess.run(map(str, command), input=text_of(PROMPTS), stdout=subprocess.PIPE, check=True).stdout.decode()
+    return output_of(text_of(PROMPTS), "batch", "-c", checkpoint, *OPTIONS, "-", "--format", "txt")
+
+
+def output_of(stdin, *arguments):
+    command = [sys.executable, "-m", "grok1", *map(str, arguments)]
+    return subprocess.run(command, input=stdin, stdout=subprocess.PIPE, check=True).stdout.decode()
 
 
 @pytest.fixture
@@ -141,7 +145,7 @@ def test_a_row_repeats_in_run(whole, complete):
         )
 
 
-@pytest.mark.parametrize("form", ["txt.gz", "jsonl", "jsonl.gz", "openai", "stdin of jsonl", "stdin of txt", "csv"])
+@pytest.mark.parametrize("form", ["txt", "csv.gz", "jsonl.gz", "openai", "stdin"])
 def test_all_forms_of_an_input_give_the_same(form, batch, whole, tmp_path):
     objects = objects_of({"prompt": prompt} for prompt in PROMPTS)
     openai = objects_of(
@@ -149,13 +153,13 @@ def test_all_forms_of_an_input_give_the_same(form, batch, whole, tmp_path):
         for i, prompt in enumerate(PROMPTS)
     )
     text = text_of(PROMPTS)
-    if form.startswith("stdin"):
-        result = batch("-", stdin=objects) if "jsonl" in form else batch("-", "--format", "txt", stdin=text)
+    if form == "stdin":
+        result = batch("-", stdin=objects)
     else:
         path = tmp_path / f"rows.{'jsonl' if form == 'openai' else form}"
-        content = {"txt.gz": text, "jsonl": objects, "jsonl.gz": objects, "openai": openai, "csv": text}[form]
+        content = {"txt": text, "csv.gz": text, "jsonl.gz": objects, "openai": openai}[form]
         path.write_bytes(gzip.compress(content) if form.endswith("gz") else content)
-        result = batch(path, *(["--format", "txt"] if form == "csv" else []))
+        result = batch(path, *(["--format", "txt"] if form == "csv.gz" else []))
     assert (result.code, result.err) == (0, "")
     if form == "openai":
         for i in range(24):
@@ -205,7 +209,6 @@ def test_escapes_are_read_when_asked(batch, tmp_path):
     path = tmp_path / "rows.txt"
     path.write_bytes(b"a\\nb\n")
     assert batch(path, "--unescape").lines[0]["prompt"] == "a\nb"
-    assert batch(path).lines[0]["prompt"] == "a\\nb"
 
 
 def test_a_summary_in_json(batch, prompts, output):
@@ -215,6 +218,7 @@ def test_a_summary_in_json(batch, prompts, output):
     tokens = sum(json.loads(line)["prompt_tokens"] for line in output.read_text().splitlines())
     assert told == {
         "rows": 24,
+        "resumed_rows": 0,
         "failed": 0,
         "seed": 3,
         "prompt_tokens": tokens,
@@ -328,7 +332,7 @@ def test_wrong_usage_of_batch(arguments, words, batch):
 # Interrupted, and resumed
 
 
-@pytest.mark.parametrize("rows", [0, 1, 13, 23])
+@pytest.mark.parametrize("rows", [0, 13])
 def test_an_interrupted_job_goes_on_to_the_same_file(rows, batch, interrupted, prompts, output, journal, whole):
     interrupted(rows, prompts, "-o", output)
     assert (len(rows_in(journal)), output.exists()) == (rows, False)
@@ -342,7 +346,7 @@ def test_an_interrupted_job_goes_on_to_the_same_file(rows, batch, interrupted, p
 def test_a_resumed_job_does_not_do_rows_again(batch, interrupted, prompts, output):
     interrupted(20, prompts, "-o", output)
     [told] = batch(prompts, "-o", output, "--json").lines
-    assert (told["rows"], told["completion_tokens"]) == (24, 32)
+    assert (told["rows"], told["resumed_rows"], told["completion_tokens"]) == (24, 20, 32)
 
 
 def test_log_probabilities_are_the_same_to_the_bit_after_an_interrupt(batch, interrupted, tmp_path, output):
@@ -351,7 +355,7 @@ def test_log_probabilities_are_the_same_to_the_bit_after_an_interrupt(batch, int
     path.write_bytes(objects_of([*rows[:11], rows[11] | {"logprobs": 5}, *rows[12:]]))
     options = [path, "--logprobs", 2]
     unbroken = batch(*options).out
-    for done in (3, 11, 20):
+    for done in (3, 20):
         interrupted(done, *options, "-o", output)
     assert batch(*options, "-o", output).code == 0
     assert output.read_text() == unbroken
@@ -427,14 +431,21 @@ def test_another_file_where_the_journal_would_be(batch, prompts, output, journal
 # Signals, kills and disks
 
 LONG = ["--mesh", "1,1", "--seed", 3, "--ignore-eos", "--batch-size", 4]
+LONG_ROWS = objects_of({"prompt": f"row {i}", "max_tokens": 1 + 7 * i % 50} for i in range(150))
 
 
 @pytest.fixture
 def long_rows(tmp_path):
-    """Rows of all lengths, which take a second or two."""
+    """150 rows of all lengths, which take a second or two."""
     path = tmp_path / "long.jsonl"
-    path.write_bytes(objects_of({"prompt": f"row {i}", "max_tokens": 1 + 7 * i % 50} for i in range(300)))
+    path.write_bytes(LONG_ROWS)
     return path
+
+
+@pytest.fixture(scope="session")
+def long_whole(checkpoint):
+    """What an uninterrupted run over them writes."""
+    return output_of(LONG_ROWS, "batch", "-c", checkpoint, *LONG, "-")
 
 
 @pytest.fixture
@@ -448,24 +459,24 @@ def start_long(start, checkpoint, long_rows, output):
 
 
 @pytest.fixture
-def finish_long(grok1, checkpoint, long_rows, output):
+def finish_long(grok1, checkpoint, long_rows, output, long_whole):
     """Ends the job in this process, and checks that the file is what an uninterrupted run writes."""
 
     def finish_long():
         done = grok1("batch", "-c", checkpoint, *LONG, long_rows, "-o", output)
         assert (done.code, done.out, done.err) == (0, "", "")
-        assert output.read_text() == grok1("batch", "-c", checkpoint, *LONG, long_rows).out
+        assert output.read_text() == long_whole
 
     return finish_long
 
 
 def test_a_killed_job_goes_on(start_long, finish_long, journal):
-    for count in (2, 90, 150):
+    for count in (2, 70):
         process = start_long()
         await_rows(process, journal, count)
         process.kill()
         assert process.wait(60) == -signal.SIGKILL
-        assert len(rows_in(journal)) < 300
+        assert len(rows_in(journal)) < 150
     finish_long()
 
 
@@ -477,7 +488,7 @@ def test_a_signal_lets_rows_finish(number, start_long, finish_long, journal, out
     out, error = process.communicate(timeout=60)
     assert (process.returncode, out, error) == (130, b"", b"")
     rows = rows_in(journal)
-    assert 5 <= len(rows) < 300
+    assert 5 <= len(rows) < 150
     assert rows != sorted(rows)  # they end in another order than they begin,
     assert sorted(rows) == list(range(len(rows)))  # and none that had begun was dropped
     assert not output.exists()
@@ -492,7 +503,7 @@ def test_a_second_interrupt_stops_at_once(start, grok1, long_checkpoint, termina
     )
     await_rows(process, journal, 1)
     process.send_signal(signal.SIGINT)
-    terminal.read_until("finishing what has begun; Ctrl-C again stops at once")
+    terminal.read_until("1 of 4 rows · finishing what has begun; Ctrl-C stops at once")
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     assert rows_in(journal) == [0]
@@ -503,11 +514,11 @@ def test_an_interrupt_tells_a_person_how_far_it_came(start_long, journal, termin
     process = start_long(env={"TERM": "xterm"}, stderr=terminal.there)
     await_rows(process, journal, 5)
     process.send_signal(signal.SIGINT)
-    terminal.read_until(" of 300 rows are done; the same command goes on from there")
+    terminal.read_until(" of 150 rows are done; the same command goes on from there")
     assert process.wait(60) == 130
 
 
-def test_an_interrupt_of_rows_that_go_to_standard_output(start, checkpoint, long_rows, grok1):
+def test_an_interrupt_of_rows_that_go_to_standard_output(start, checkpoint, long_rows, long_whole):
     process = start("batch", "-c", checkpoint, *LONG, long_rows)
     first = process.stdout.readline()
     process.send_signal(signal.SIGINT)
@@ -515,8 +526,8 @@ def test_an_interrupt_of_rows_that_go_to_standard_output(start, checkpoint, long
     assert (process.returncode, error) == (130, b"")
     out = first + rest
     assert out.endswith(b"}\n")
-    assert 1 <= out.count(b"\n") < 300
-    assert grok1("batch", "-c", checkpoint, *LONG, long_rows).out.encode().startswith(out)
+    assert 1 <= out.count(b"\n") < 150
+    assert long_whole.startswith(out.decode())
 
 
 def test_a_second_run_on_one_output_is_refused(start_long, grok1, checkpoint, long_rows, output, journal):
@@ -529,7 +540,7 @@ def test_a_second_run_on_one_output_is_refused(start_long, grok1, checkpoint, lo
     process.kill()
 
 
-def test_a_folder_that_is_removed_during_the_run(start, checkpoint, long_rows, tmp_path, grok1):
+def test_a_folder_that_is_removed_during_the_run(start, checkpoint, long_rows, long_whole, tmp_path, grok1):
     folder = tmp_path / "results"
     folder.mkdir()
     output = folder / "out.jsonl"
@@ -541,7 +552,7 @@ def test_a_folder_that_is_removed_during_the_run(start, checkpoint, long_rows, t
     assert error.decode().startswith(f"grok1: error: {output}.journal was removed while rows were added to it: it has")
     assert error.count(b"\n") == 1
     assert grok1("batch", "-c", checkpoint, *LONG, long_rows, "-o", output).code == 0
-    assert output.read_text() == grok1("batch", "-c", checkpoint, *LONG, long_rows).out
+    assert output.read_text() == long_whole
 
 
 @pytest.fixture
