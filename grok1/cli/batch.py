@@ -16,6 +16,7 @@ from grok1.cli.options import (
     terminal_options,
 )
 from grok1.cli.terminal import Terminal, pass_terminal
+from grok1.cli.text_input import stdin_is_terminal
 from grok1.engine.request import SamplingOptions
 from grok1.json_text import json_line
 
@@ -54,7 +55,7 @@ def command(
     sampling: SamplingOptions,
     num_samples: int,
 ) -> None:
-    r"""Complete every prompt of INPUT and write a line of JSON for each, in the order of INPUT.
+    """Complete every prompt of INPUT and write a line of JSON for each, in the order of INPUT.
 
     INPUT is .txt, a prompt a line, or .jsonl, an object a line; either may be compressed (.txt.gz, .jsonl.gz), and "-"
     is standard input. An object has "prompt" or "prompt_token_ids", and may have an "id" and options of its own:
@@ -81,6 +82,8 @@ def command(
 
     stopping = Stopping()
     with stopping.caught():
+        if str(input_file) == "-" and stdin_is_terminal():
+            terminal.note("reading rows from the terminal; Ctrl-D at the beginning of a line ends them")
         source = Source.open(input_file, row_format)
         with opened_journal(terminal, source, output, restart) as journal:
             checkpoint = Checkpoint.open(choice.checkpoint)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from grok1.checkpoint.reader import Checkpoint
     from grok1.model import Model
 
-FINISHING = "finishing what has begun; Ctrl-C again stops at once"
+FINISHING = "finishing what has begun; Ctrl-C stops at once"
 
 
 @contextlib.contextmanager
@@ -47,7 +47,7 @@ def opened_journal(terminal: Terminal, source: Source, output: Path | None, rest
         raise JobError(f"{output} is the input: name another file to write")
     with Journal.open(output, restart=restart) as journal:
         if journal.dropped_bytes and journal.job is not None:
-            terminal.note(f"{journal.path}: its last line was not whole, and is dropped")
+            terminal.note(f"{journal.path}: its last {journal.dropped_bytes} bytes are no whole row, and are dropped")
         yield journal
 
 
@@ -60,7 +60,7 @@ class Stopping:
     def __init__(self) -> None:
         """Signals are caught only inside `caught`."""
         self.requested = threading.Event()
-        self._gentle = False
+        self._gentle = self._asked = False
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
@@ -68,7 +68,8 @@ class Stopping:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        heeded = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._handle) for number in heeded}
         try:
             yield
         finally:
@@ -85,8 +86,9 @@ class Stopping:
             self._gentle = False
 
     def _handle(self, number: int, frame: object) -> None:
-        if not self._gentle or self.requested.is_set():
+        if not self._gentle or self._asked:
             raise KeyboardInterrupt
+        self._asked = True
         self.requested.set()
 
 
@@ -202,16 +204,16 @@ class FileJob(ABC, Generic[AnyRow]):
         """Works on what is not done yet and writes the output.
 
         Returns:
-            what there is to tell of it: "rows", "failed", and if there was anything left to do "seconds", "tokens_in",
-            "tokens_out", "tokens_read", "batch_size", "mean_slot_use".
+            what there is to tell of it: "rows", "resumed_rows", "failed", and if there was anything left to do
+            "seconds", "tokens_in", "tokens_out", "tokens_read", "batch_size", "mean_slot_use".
 
         Raises:
             KeyboardInterrupt: if it was stopped before the end.
         """
         journal, survey, progress = self.journal, self.survey, self.progress
         results = journal if journal is not None else OrderedResults(self.write_line)
-        outcome: dict[str, Any] = {"rows": survey.rows, "failed": survey.bad}
         progress.done = 0 if journal is None else journal.rows
+        outcome: dict[str, Any] = {"rows": survey.rows, "resumed_rows": progress.done, "failed": survey.bad}
         if progress.done < survey.rows:
             with self.terminal.interruptible():
                 model = self._load()
@@ -308,22 +310,24 @@ class FileJob(ABC, Generic[AnyRow]):
         """The line of progress."""
         progress, occupancy, total = self.progress, self.progress.occupancy, self.survey.rows
         seconds = max(1e-3, time.perf_counter() - start)
-        parts = [f"{progress.done} of {total} rows"]
+        done = f"{progress.done} of {total} rows"
+        if self.stopping.requested.is_set():
+            return f"{done} · {FINISHING}"
+        parts = [done]
         if self.survey.bad:
             parts.append(f"{self.survey.bad} failed")
+        if progress.done > before:
+            parts.append(f"{duration((total - progress.done) * seconds / (progress.done - before))} left")
         parts.append(f"{(occupancy.read_tokens + occupancy.copied_tokens) / seconds:.0f} tokens/s in")
         if occupancy.generated_tokens:
             parts.append(f"{occupancy.generated_tokens / seconds:.1f} out")
-        parts.append(f"{occupancy.busy} of {occupancy.slots} slots")
-        if self.stopping.requested.is_set():
-            parts.append(FINISHING)
-        elif progress.done > before:
-            parts.append(f"{duration((total - progress.done) * seconds / (progress.done - before))} left")
-        return " · ".join(parts)
+        return " · ".join([*parts, f"{occupancy.busy} of {occupancy.slots} slots"])
 
     def summary(self, outcome: Mapping[str, Any], *more: str) -> str:
         """One line for people about what `run` gives."""
         parts = [f"{outcome['rows']} rows"]
+        if outcome["resumed_rows"]:
+            parts.append(f"{outcome['rows'] - outcome['resumed_rows']} of them now")
         if outcome["failed"]:
             parts.append(f"{outcome['failed']} failed")
         if "seconds" in outcome:
@@ -331,7 +335,7 @@ class FileJob(ABC, Generic[AnyRow]):
             for key, where in (("tokens_in", "tokens in"), ("tokens_out", "out")):
                 if outcome[key]:
                     parts.append(f"{outcome[key]} {where} ({outcome[key] / seconds:.1f}/s)")
-            parts.append(duration(seconds))
+            parts.append(f"in {duration(seconds)}")
             if outcome["mean_slot_use"] is not None:
                 parts.append(f"{outcome['mean_slot_use']:.0%} of {outcome['batch_size']} slots used")
         return "[" + " · ".join([*parts, *more]) + "]"

@@ -169,6 +169,7 @@ class Terminal:
             TimeRemainingColumn,
             TransferSpeedColumn,
         )
+        from rich.table import Column
         from rich.text import Text
 
         class DescriptionColumn(ProgressColumn):
@@ -181,7 +182,8 @@ class Terminal:
         name = TextColumn("{task.description}", markup=False)
         columns: list[Any] = [SpinnerColumn(), name, TimeElapsedColumn()]
         if describe is not None:
-            columns = [SpinnerColumn(), DescriptionColumn(), TimeElapsedColumn()]
+            one_line = Column(no_wrap=True, overflow="ellipsis")
+            columns = [SpinnerColumn(), DescriptionColumn(one_line), TimeElapsedColumn()]
         elif total is not None:
             columns = [
                 name,
@@ -207,7 +209,7 @@ class Terminal:
         """
 
         def show_hint() -> None:
-            if self.shows:
+            if self.shows and self._describe is None:  # a line that is described says so itself
                 self._raw_to_stderr(f"\r\n{hint}\r\n".encode())
 
         with interrupts_end_within_a_second(patient=patient, hint=show_hint, leave=self._leave_terminal):

@@ -62,4 +62,6 @@ def _difference(key: str, before: Any, now: Any) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ",".join(map(str, value)) if value else "not given"
-    return "not given" if value is None else str(value)
+    if value is None or isinstance(value, bool):
+        return "given" if value else "not given"
+    return str(value)

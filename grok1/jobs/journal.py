@@ -55,7 +55,7 @@ class Journal:
         self._starts = array("q")  # of each row's line of the output, by index; -1 if there is none
         self._count = 0
         self._dirty = False
-        self._failure: OSError | None = None
+        self._failure: OSError | JobError | None = None
         self._closing = threading.Event()
         self._syncing: threading.Thread | None = None
 
@@ -70,11 +70,10 @@ class Journal:
         Raises:
             JobError: if another process has it open, the output is there already, or the journal cannot be made.
         """
-        if output.is_dir():
-            raise JobError(f"{output} is a folder: name a file to write")
+        if output.is_symlink() or (output.exists() and not output.is_file()):
+            kind = "a symbolic link" if output.is_symlink() else "a folder" if output.is_dir() else "no regular file"
+            raise JobError(f"{output} is {kind}: name a file to write")
         path = output.with_name(output.name + ".journal")
-        if output.exists() and not path.exists() and not restart:
-            raise JobError(f"{output} is there already: name another file, or replace it with --restart")
         descriptor = _open_locked(output, path)
         journal = cls(output, path, descriptor)
         try:
@@ -98,12 +97,17 @@ class Journal:
             raise JobError(f"{self.path} is there already, and no journal of grok1: move it, or name another output")
         if restart:
             return
+        size = os.fstat(self._descriptor).st_size
+        if size == 0 and self.output.exists():
+            raise JobError(f"{self.output} is there already: name another file, or replace it with --restart")
         with os.fdopen(os.dup(self._descriptor), "rb") as file:
             file.seek(0)
             start = 0
             for line in file:
                 text = _checked(line)
                 if text is None:
+                    if start == 0 and len(line) < size:
+                        raise JobError(f"{self.path} is damaged in its first line: begin anew with --restart")
                     break
                 try:
                     if start == 0:
@@ -114,7 +118,7 @@ class Journal:
                     break
                 start += len(line)
             self._end = start
-            self.dropped_bytes = os.fstat(self._descriptor).st_size - start
+            self.dropped_bytes = size - start
 
     def _take_header(self, text: bytes) -> None:
         job = json.loads(text)
@@ -162,12 +166,12 @@ class Journal:
         """
         try:
             os.ftruncate(self._descriptor, self._end)
+            if self.job is None:
+                self._append(json.dumps({"grok1_journal": _VERSION, **job}).encode() + b"\n")
+                self.job = dict(job)
+            self._sync()
         except OSError as error:
             raise self._cannot_write(error) from None
-        if self.job is None:
-            self._append(json.dumps({"grok1_journal": _VERSION, **job}).encode() + b"\n")
-            self.job = dict(job)
-        self._sync()
         self._syncing = threading.Thread(target=self._sync_often, name="grok1-journal", daemon=True)
         self._syncing.start()
 
@@ -181,8 +185,7 @@ class Journal:
         Raises:
             JobError: if it cannot be kept; everything before it is.
         """
-        if self._failure is not None:
-            raise self._cannot_write(self._failure) from None
+        self._check_failure()
         prefix = f"{index} ".encode()
         start = self._append(prefix + line.encode())
         self._note(index, start + 9 + len(prefix))
@@ -206,12 +209,29 @@ class Journal:
         while not self._closing.wait(_SYNC_SECONDS):
             try:
                 self._sync()
-            except OSError as error:
+            except (OSError, JobError) as error:
                 self._failure = error
                 return
 
+    def _stop_syncing(self) -> None:
+        self._closing.set()
+        if self._syncing is not None:
+            self._syncing.join()
+            self._syncing = None
+
+    def _check_failure(self) -> None:
+        if isinstance(self._failure, OSError):
+            raise self._cannot_write(self._failure) from None
+        if self._failure is not None:
+            raise self._failure
+
     def _sync(self) -> None:
-        """Brings to the disk what has been written, and the journal back to its place if that was removed."""
+        """Brings to the disk what has been written, and the journal back to its place if that was removed.
+
+        Raises:
+            OSError: if the disk does not take it.
+            JobError: if the journal was removed.
+        """
         if self._dirty:
             self._dirty = False
             os.fsync(self._descriptor)
@@ -220,24 +240,26 @@ class Journal:
                 return
         except FileNotFoundError:
             pass
-        self._write_again()
-        raise FileNotFoundError(errno.ENOENT, "it was removed")
+        raise self._write_again()
 
-    def _write_again(self) -> None:
-        """Copies the journal, which has no name any more, to where it was."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("xb") as copy:
-            for start in range(0, self._end, _COPY_BYTES):
-                copy.write(os.pread(self._descriptor, min(_COPY_BYTES, self._end - start), start))
-            copy.flush()
-            os.fsync(copy.fileno())
+    def _write_again(self) -> JobError:
+        """Copies the journal, which has no name any more, to where it was, and gives the error that says so."""
+        removed, end = f"{self.path} was removed while rows were added to it", self._end
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("xb") as copy:
+                for start in range(0, end, _COPY_BYTES):
+                    copy.write(os.pread(self._descriptor, min(_COPY_BYTES, end - start), start))
+                copy.flush()
+                os.fsync(copy.fileno())
+        except OSError as error:
+            return JobError(f"{removed}, and cannot be written again ({error.strerror}): its rows are lost")
+        return JobError(
+            f"{removed}: it has been written again with the rows that are done; leave it there, and the same command "
+            "goes on"
+        )
 
     def _cannot_write(self, error: OSError) -> JobError:
-        if error.errno == errno.ENOENT:
-            return JobError(
-                f"{self.path} was removed while rows were added to it: it has been written again with the "
-                f"{self._count} rows that are done; leave it there, and the same command goes on"
-            )
         return JobError(
             f"cannot write {self.path} ({error.strerror}): make room; {self._count} rows are kept, and the same "
             "command goes on after them"
@@ -257,6 +279,8 @@ class Journal:
         """
         if self._count != rows:
             raise ValueError(f"{self._count} of {rows} rows are done")
+        self._stop_syncing()
+        self._check_failure()
         scratch = self.output.with_name(f".{self.output.name}.{os.getpid()}.tmp")
         try:
             self._sync()
@@ -269,8 +293,6 @@ class Journal:
             _sync_folder(self.output.parent)
             self.path.unlink(missing_ok=True)
         except OSError as error:
-            if error.errno == errno.ENOENT:
-                raise self._cannot_write(error) from None
             raise JobError(
                 f"cannot write {self.output} ({error.strerror}): make room; all {rows} rows are kept in {self.path}, "
                 "and the same command writes them"
@@ -281,10 +303,7 @@ class Journal:
 
     def close(self) -> None:
         """Lets go of the journal, which stays where it is with all its rows; one that was never begun goes."""
-        self._closing.set()
-        if self._syncing is not None:
-            self._syncing.join()
-            self._syncing = None
+        self._stop_syncing()
         if self._descriptor >= 0:
             with contextlib.suppress(OSError):
                 if os.fstat(self._descriptor).st_size == 0:

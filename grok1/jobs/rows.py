@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from typing import Any, Literal, TypeVar
@@ -157,9 +158,7 @@ def _unescaped(match: re.Match[str]) -> str:
     try:
         return _ESCAPED[match[1]]
     except KeyError:
-        raise BadRow(
-            f"{match[0]!r} at character {match.start()} is no escape: expected \\n, \\t, \\r or \\\\"
-        ) from None
+        raise BadRow(f"{match[0]} at character {match.start()} is no escape: expected \\n, \\t, \\r or \\\\") from None
 
 
 def json_object(content: bytes, example: str) -> dict[str, Any]:
@@ -273,7 +272,7 @@ class _OpenAIBody(_Fields, frozen=True):
     @pydantic.model_validator(mode="after")
     def _check_best_of(self) -> _OpenAIBody:
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise PydanticCustomError("best_of", "best_of is not offered: leave it out")
+            raise PydanticCustomError("best_of", "best_of is not n: only all samples are offered; leave it out")
         return self
 
 
@@ -303,15 +302,31 @@ def checked_fields(kind: type[Fields], value: dict[str, Any]) -> Fields:
     try:
         return kind.model_validate(value)
     except pydantic.ValidationError as error:
-        raise BadRow("; ".join(_fault(fault) for fault in error.errors(include_url=False))) from None
+        faults = list(dict.fromkeys(_fault(fault) for fault in error.errors(include_url=False)))
+        more = f"; and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else ""
+        raise BadRow("; ".join(faults[:_MAX_FAULTS]) + more) from None
+
+
+_MAX_FAULTS = 5  # of a row that are told
+_EXPECTED = {
+    "less_than_equal": "expected 0",
+    "greater_than_equal": "expected 0",
+    "too_long": "expected it to be empty",
+    "bool_type": "expected true or false",
+}
+"""What pydantic would say less clearly."""
 
 
 def _fault(fault: Any) -> str:
     place = ".".join(str(part) for part in fault["loc"] if part not in ("str", "int"))
     if fault["type"] == "extra_forbidden":
         return f"{place} is no field of a row"
-    message = fault["msg"].replace("Input should be", "expected")
     if fault["type"] == "missing":
         return f"{place} is missing"
-    found = repr(fault["input"])
+    if fault["type"] == "best_of":
+        return f"{place}.{fault['msg']}"
+    message = _EXPECTED.get(fault["type"]) or fault["msg"].replace("Input should be", "expected").replace(
+        "False", "false"
+    )
+    found = json.dumps(fault["input"], ensure_ascii=False)
     return f"{place} is {found if len(found) <= 60 else found[:57] + '...'}: {message[:1].lower() + message[1:]}"

@@ -22,7 +22,7 @@ MAX_LINE_BYTES = 16 << 20
 """A line longer than this is no row: the context of the release takes a hundredth of it."""
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_KEPT_IN_MEMORY = 16 << 20  # bytes of standard input; more goes to a temporary file
+_KEPT_IN_MEMORY = 16 << 20  # bytes of a pipe; more goes to a temporary file
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ class Source:
             JobError: if there is no such file or its ending says nothing.
         """
         if str(path) == "-":
-            return cls("standard input", format or "jsonl", None, _spool_stdin())
+            if sys.stdin is None:
+                raise JobError("standard input is closed: name a file of rows")
+            return cls("standard input", format or "jsonl", None, _spooled(sys.stdin.buffer, "standard input"))
         if path.is_dir():
             raise JobError(f"{path} is a folder: name a file of rows")
         if not path.exists():
@@ -83,7 +85,14 @@ class Source:
                 f"{path.name} ends neither in .txt nor in .jsonl (nor in these and .gz): say what its lines are with "
                 "--format"
             )
-        return cls(str(path), format or cast(Format, ending[1:]), path, None)
+        spooled = None
+        if not path.is_file():  # a pipe, which can be read once only
+            try:
+                with path.open("rb") as file:
+                    spooled = _spooled(file, str(path))
+            except OSError as error:
+                raise _cannot_read(str(path), error) from None
+        return cls(str(path), format or cast(Format, ending[1:]), path, spooled)
 
     def lines(self) -> Iterator[Line]:
         """Reads all lines from the first on.
@@ -125,31 +134,33 @@ class Source:
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise JobError(f"{self.name} is no whole gzip file ({error}): compress it anew") from None
         except OSError as error:
-            raise JobError(f"cannot read {self.name} ({error.strerror}): check its name and permissions") from None
+            raise _cannot_read(self.name, error) from None
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[IO[bytes]]:
-        if self._spooled is not None:
-            self._spooled.seek(0)
-            yield self._spooled
-        else:
-            assert self.path is not None
-            with self.path.open("rb") as file:
-                if self.path.suffix == ".gz":
-                    with gzip.open(file) as unpacked:
-                        yield cast(IO[bytes], io.BufferedReader(cast(io.RawIOBase, unpacked), 1 << 16))
-                else:
-                    yield file
+        with contextlib.ExitStack() as stack:
+            if self._spooled is not None:
+                self._spooled.seek(0)
+                file = self._spooled
+            else:
+                assert self.path is not None
+                file = stack.enter_context(self.path.open("rb"))
+            if self.path is not None and self.path.suffix == ".gz":
+                unpacked = stack.enter_context(gzip.open(file))
+                file = cast(IO[bytes], io.BufferedReader(cast(io.RawIOBase, unpacked), 1 << 16))
+            yield file
 
 
-def _spool_stdin() -> IO[bytes]:
-    """All of standard input, kept to be read twice."""
-    if sys.stdin is None:
-        raise JobError("standard input is closed: name a file of rows")
+def _spooled(file: IO[bytes], name: str) -> IO[bytes]:
+    """All that a pipe has to say, kept to be read twice."""
     spooled = tempfile.SpooledTemporaryFile(_KEPT_IN_MEMORY)  # noqa: SIM115 - it lives as long as its source
     try:
-        while block := sys.stdin.buffer.read(1 << 20):
+        while block := file.read(1 << 20):
             spooled.write(block)
     except OSError as error:
-        raise JobError(f"cannot keep standard input ({error.strerror}): make room in {tempfile.gettempdir()}") from None
+        raise JobError(f"cannot keep {name} ({error.strerror}): make room in {tempfile.gettempdir()}") from None
     return cast(IO[bytes], spooled)
+
+
+def _cannot_read(name: str, error: OSError) -> JobError:
+    return JobError(f"cannot read {name} ({error.strerror}): check its name and permissions")

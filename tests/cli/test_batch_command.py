@@ -335,7 +335,7 @@ def stopped(batch, prompts, tmp_path, monkeypatch):
         (["-n", 4, "--greedy"], "--temperature was 0.7, now it is 0.0"),
         (["-n", 4, "--seed", 6], "--seed was 5, now it is 6"),
         (["-n", 4, "--stop", "x", "--stop", "y"], "--stop was not given, now it is x,y"),
-        (["-n", 4, "--no-prompt"], "--no-prompt was False, now it is True"),
+        (["-n", 4, "--no-prompt"], "--no-prompt was not given, now it is given"),
         (["-n", 4, "--batch-size", 4], "--batch-size was 3, now it is 4"),
         (["-n", 4, "--dtype", "bfloat16"], "--dtype was float32, now it is bfloat16"),
         (["-n", 4, "--mesh", "1,2"], "--mesh was 1,1, now it is 1,2"),

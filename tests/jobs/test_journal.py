@@ -197,7 +197,7 @@ def test_a_removed_folder_is_written_again(path, output):
         journal.begin({})
         shutil.rmtree(output.parent)
         journal.add(2, LINES[2])
-        with pytest.raises(JobError, match="written again with the 5 rows"):
+        with pytest.raises(JobError, match="written again with the rows that are done"):
             journal.write_output(5)
     with Journal.open(output, restart=False) as journal:
         assert journal.rows == 5

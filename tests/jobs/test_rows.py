@@ -122,11 +122,11 @@ def test_lines_of_an_openai_batch(rows):
     wrong = {
         "url": ({"url": "/v1/chat/completions"}, "'/v1/completions'"),
         "method": ({"method": "GET"}, "'POST'"),
-        "custom_id": ({"custom_id": None}, "custom_id is None"),
+        "custom_id": ({"custom_id": None}, "custom_id is null"),
         "extra": ({"more": 1}, "more is no field"),
-        "body.stream": ({"body": body | {"stream": True}}, "body.stream is True"),
-        "body.best_of": ({"body": body | {"best_of": 3}}, "best_of is not offered"),
-        "body.suffix": ({"body": body | {"suffix": "end"}}, "body.suffix is 'end'"),
+        "body.stream": ({"body": body | {"stream": True}}, "body.stream is true"),
+        "body.best_of": ({"body": body | {"best_of": 3}}, "best_of is not n"),
+        "body.suffix": ({"body": body | {"suffix": "end"}}, 'body.suffix is "end"'),
         "body.frequency_penalty": ({"body": body | {"frequency_penalty": 0.5}}, "body.frequency_penalty is 0.5"),
         "body.logit_bias": ({"body": body | {"logit_bias": {"5": 1}}}, "body.logit_bias"),
         "body.messages": ({"body": {"messages": []}}, "body.messages is no field"),
@@ -154,10 +154,10 @@ def test_lines_of_an_openai_batch(rows):
         ('{"prompt": 5}', "expected one text, or one list of token ids"),
         ('{"prompt": [1, 1024]}', "token id 1024 is none of the model's"),
         ('{"prompt": [-1]}', "token id -1 is none of the model's"),
-        ('{"prompt_token_ids": [1, "2"]}', "prompt_token_ids.1 is '2': expected a valid integer"),
+        ('{"prompt_token_ids": [1, "2"]}', 'prompt_token_ids.1 is "2": expected a valid integer'),
         ('{"prompt": "x", "max_token": 3}', "max_token is no field of a row"),
-        ('{"prompt": "x", "max_tokens": "3"}', "max_tokens is '3': expected a valid integer"),
-        ('{"prompt": "x", "max_tokens": true}', "max_tokens is True"),
+        ('{"prompt": "x", "max_tokens": "3"}', 'max_tokens is "3": expected a valid integer'),
+        ('{"prompt": "x", "max_tokens": true}', "max_tokens is true"),
         ('{"prompt": "x", "max_tokens": 2.5}', "max_tokens is 2.5"),
         ('{"prompt": "x", "max_tokens": 0}', "max_tokens is 0, expected at least 1"),
         ('{"prompt": "x", "temperature": -1}', "temperature is -1"),
@@ -165,7 +165,7 @@ def test_lines_of_an_openai_batch(rows):
         ('{"prompt": "x", "top_k": -1}', "top_k is -1"),
         ('{"prompt": "x", "min_p": 2}', "min_p is 2"),
         ('{"prompt": "x", "logprobs": 21}', "logprobs is 21"),
-        ('{"prompt": "x", "logprobs": true}', "logprobs is True"),
+        ('{"prompt": "x", "logprobs": true}', "logprobs is true"),
         ('{"prompt": "x", "seed": -1}', "seed is -1"),
         ('{"prompt": "x", "seed": 9223372036854775807, "n": 2}', "seed is 9223372036854775807, expected at most"),
         ('{"prompt": "x", "n": 0}', "n is 0, expected 1 to 1024"),
@@ -186,8 +186,8 @@ def test_bad_rows(rows, line, words):
 
 def test_several_faults_of_a_row_are_all_told(rows):
     found = row(rows, prompt="x", top_k="a", n="b", id=5)
-    assert "top_k is 'a'" in found.error
-    assert "n is 'b'" in found.error
+    assert 'top_k is "a"' in found.error
+    assert 'n is "b"' in found.error
     assert found.id == 5
 
 
