@@ -155,10 +155,29 @@ def test_prompts_that_cannot_be_served(prompt, model):
 
 
 @pytest.mark.parametrize("call", ["logits", "score"])
-@pytest.mark.parametrize("tokens", [[], [64, 2], [1, -1], [5] * 49])
+@pytest.mark.parametrize("tokens", [[], [64, 2], [1, -1]])
 def test_texts_that_cannot_be_read(call, tokens, model):
     with pytest.raises(RequestError):
         getattr(model, call)(tokens)
+
+
+def test_a_text_longer_than_the_context_is_scored_in_windows(model):
+    tokens = [int(token) for token in np.random.default_rng(0).integers(3, 64, 100)]
+    with pytest.raises(RequestError):
+        model.logits(tokens[:49])
+    for stride in (10, 48, None):
+        found = [entry.logprob for entry in model.score(tokens, stride=stride).logprobs]
+        assert len(found) == 99
+        expected, start = [], 0
+        while len(expected) < 99:
+            window = tokens[start : start + 49]  # the last is not read
+            scores = [entry.logprob for entry in model.score(window).logprobs]
+            expected += scores[len(expected) - start :]
+            start += stride or 24
+        assert found == pytest.approx(expected, abs=1e-4)
+    for stride in (0, 49):
+        with pytest.raises(RequestError, match="stride"):
+            model.score(tokens, stride=stride)
 
 
 @pytest.mark.parametrize(
