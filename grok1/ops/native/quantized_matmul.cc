@@ -29,7 +29,7 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t kTileColumns = 512;  // of a task: its accumulators stay in the caches
+constexpr int64_t kMostColumns = 2048;  // of a task: wide ones read longer runs, until the sums fill the cache
 constexpr int64_t kTileRows = 32;      // rows of activations that a task works on at a time
 constexpr int64_t kStep = 16;          // rows of a matrix that are read side by side
 constexpr int kPlanes = 3;             // bytes of an activation
@@ -162,21 +162,51 @@ GROK1_VNNI void MultiplyVnni(const Product& product, int64_t begin, int64_t end)
       for (int64_t block = 0; block < blocks; ++block) {
         const int32_t* offset = all + block * block_sums;
         const int64_t width = std::min<int64_t>(64, end - begin - 64 * block);
+        double scale[64];
+        for (int64_t n = 0; n < width; ++n) scale[n] = FromBfloat16(scales[64 * block + n]);
         for (int64_t m = 0; m < count; ++m) {
           const int32_t* sums = offset + 64 * (1 + kPlanes * m);
+          double exact[64];
+          for (int n = 0; n < 64; ++n) exact[n] = static_cast<double>(sums[n]) - offset[n];
+          for (int plane = 1; plane < kPlanes; ++plane)
+            for (int n = 0; n < 64; ++n) exact[n] = 256 * exact[n] + sums[64 * plane + n];
           float* y = product.y[first + m] + begin + 64 * block;
+          double ordered[64];
+          for (int q = 0; q < 4; ++q)  // see Interleave
+            for (int v = 0; v < 4; ++v) std::memcpy(ordered + 16 * q + 4 * v, exact + 16 * v + 4 * q, 32);
           const double step = product.step[first + m];
           for (int64_t n = 0; n < width; ++n) {
-            const int64_t place = n % 16 / 4 * 16 + n / 16 * 4 + n % 4;  // see Interleave
-            double exact = static_cast<double>(sums[place]) - offset[place];
-            for (int plane = 1; plane < kPlanes; ++plane) exact = 256 * exact + sums[64 * plane + place];
-            const float value = static_cast<float>(exact * step * FromBfloat16(scales[64 * block + n]));
+            const float value = static_cast<float>(ordered[n] * step * scale[n]);
             y[n] = group == 0 ? value : y[n] + value;
           }
         }
       }
     }
   }
+}
+
+// Rounds `count` values to whole steps and writes the planes of their bytes; gives the step.
+GROK1_VNNI float Split(const float* values, int64_t count, int64_t padded, uint8_t* bytes) {
+  __m512 largest = _mm512_setzero_ps(), difference = _mm512_setzero_ps();
+  for (int64_t k = 0; k < count; k += 16) {
+    const __mmask16 mask = count - k >= 16 ? 0xffff : (1u << (count - k)) - 1;
+    const __m512 x = _mm512_maskz_loadu_ps(mask, values + k);
+    largest = _mm512_max_ps(largest, _mm512_abs_ps(x));
+    difference = _mm512_add_ps(difference, _mm512_sub_ps(x, x));
+  }
+  if (_mm512_reduce_add_ps(difference) != 0.0f)  // a value is infinite or none
+    return std::numeric_limits<float>::quiet_NaN();
+  const float top = _mm512_reduce_max_ps(largest);
+  const __m512 inverse = _mm512_set1_ps(top > 0 ? kLargest / top : 0.0f);
+  for (int64_t k = 0; k < count; k += 16) {
+    const __mmask16 mask = count - k >= 16 ? 0xffff : (1u << (count - k)) - 1;
+    const __m512i x = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, values + k), inverse));
+    const __m512i high = _mm512_add_epi32(_mm512_srai_epi32(x, 16), _mm512_set1_epi32(128));
+    _mm512_mask_cvtepi32_storeu_epi8(bytes + k, mask, high);
+    _mm512_mask_cvtepi32_storeu_epi8(bytes + padded + k, mask, _mm512_srai_epi32(x, 8));
+    _mm512_mask_cvtepi32_storeu_epi8(bytes + 2 * padded + k, mask, x);
+  }
+  return top / kLargest;
 }
 
 #endif  // GROK1_X86
@@ -192,30 +222,13 @@ Kernel ChooseKernel() {
 
 const Kernel kKernel = ChooseKernel();
 
-// Rounds `count` values to whole steps and writes the planes of their bytes; gives the step.
-float Split(const float* values, int64_t count, int64_t padded, uint8_t* bytes) {
-  float largest = 0.0f, difference = 0.0f;
-  for (int64_t k = 0; k < count; ++k) {
-    largest = std::max(largest, std::fabs(values[k]));
-    difference += values[k] - values[k];
-  }
-  if (difference != 0.0f) return std::numeric_limits<float>::quiet_NaN();  // a value is infinite or none
-  const float inverse = largest > 0 ? kLargest / largest : 0.0f;
-  for (int64_t k = 0; k < count; ++k) {
-    const int32_t rounded = static_cast<int32_t>(std::lrintf(values[k] * inverse));
-    bytes[k] = static_cast<uint8_t>((rounded >> 16) + 128);
-    bytes[padded + k] = static_cast<uint8_t>(rounded >> 8);
-    bytes[2 * padded + k] = static_cast<uint8_t>(rounded);
-  }
-  return largest / kLargest;
-}
-
 // Work that several threads take from, a task at a time.
 struct Tasks {
   std::vector<std::pair<size_t, int64_t>> list;  // product, first column
   std::vector<Product> products;
   std::vector<uint8_t> bytes;
   Kernel kernel;
+  int64_t tile_columns;
   std::atomic<size_t> next{0};
   std::atomic<size_t> done{0};
   std::mutex mutex;
@@ -227,7 +240,7 @@ struct Tasks {
       if (i >= list.size()) return;
       const Product& product = products[list[i].first];
       const int64_t begin = list[i].second;
-      kernel(product, begin, std::min(product.columns, begin + kTileColumns));
+      kernel(product, begin, std::min(product.columns, begin + tile_columns));
       if (done.fetch_add(1) + 1 == list.size()) {
         std::lock_guard<std::mutex> lock(mutex);
         finished.notify_all();
@@ -249,6 +262,8 @@ ffi::Error QuantizedMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::B
 
   auto tasks = std::make_shared<Tasks>();
   tasks->kernel = portable ? MultiplyFloat : kKernel;
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  tasks->tile_columns = std::min(kMostColumns, (columns + 64 * threads - 1) / (64 * threads) * 64);
   const bool integers = tasks->kernel != MultiplyFloat;
   std::vector<std::vector<int64_t>> of_matrix;
   std::vector<int64_t> used;
@@ -283,15 +298,17 @@ ffi::Error QuantizedMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::B
       if (integers) {
         uint8_t* bytes = tasks->bytes.data() + kPlanes * row * padded;
         product.bytes.push_back(bytes);
+#ifdef GROK1_X86
         product.step.push_back(Split(values, inner, padded, bytes));
+#endif
       }
     }
-    for (int64_t begin = 0; begin < columns; begin += kTileColumns) tasks->list.emplace_back(i, begin);
+    for (int64_t begin = 0; begin < columns; begin += tasks->tile_columns) tasks->list.emplace_back(i, begin);
     tasks->products.push_back(std::move(product));
   }
 
   if (tasks->list.empty()) return ffi::Error::Success();
-  const int64_t helpers = std::min<int64_t>(pool.num_threads(), tasks->list.size()) - 1;
+  const int64_t helpers = std::min<int64_t>(threads, tasks->list.size()) - 1;
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule([tasks] { tasks->Work(); });
   tasks->Work();
   // Helpers that have not begun find nothing left; those that have are waited for.
