@@ -35,6 +35,8 @@ class KernelsHook(BuildHookInterface):
                 "on CPUs; install a C++ compiler such as g++ and install grok1 again"
             )
             return
+        if version == "editable":
+            return  # it is used from where it lies
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
         build_data["force_include"][str(root / LIBRARY)] = str(LIBRARY)

@@ -38,17 +38,21 @@ def prompts(tmp_path):
     return file
 
 
-@pytest.fixture
-def many(tmp_path):
-    """A job that takes a second or more, of rows that end after another number of tokens each."""
-    file = tmp_path / "many.jsonl"
+def write_rows(file, count):
+    """Rows that end after another number of tokens each."""
     rng = random.Random(1)
     rows = [
         {"id": i, "prompt": f"{PROMPTS[i % 6]} {i}", "max_tokens": rng.randint(1, 30), "n": 1 + (i % 9 == 0)}
-        for i in range(200)
+        for i in range(count)
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+@pytest.fixture
+def many(tmp_path):
+    """A job that takes a second or so."""
+    return write_rows(tmp_path / "many.jsonl", 80)
 
 
 def journal_rows(output):
@@ -200,7 +204,7 @@ def killed(start, checkpoint, file, output, rows, *arguments, sent=signal.SIGKIL
 def test_a_killed_job_goes_on_to_the_same_bytes(batch, start, checkpoint, many, tmp_path):
     expected = batch(many).out
     output = tmp_path / "out.jsonl"
-    for rows in (1, 40, 120):
+    for rows in (1, 30):
         process = killed(start, checkpoint, many, output, rows)
         process.wait()
         assert not output.exists()
@@ -208,7 +212,7 @@ def test_a_killed_job_goes_on_to_the_same_bytes(batch, start, checkpoint, many, 
     kept = journal_rows(output)
     (told,) = batch(many, "-o", output, "--json").lines
     assert output.read_text() == expected
-    assert told["rows"] == 200
+    assert told["rows"] == 80
     assert told["tokens_out"] < sum(json.loads(line)["completion_tokens"] for line in expected.splitlines()[kept:]) * 3
 
 
@@ -225,7 +229,8 @@ def test_all_rows_done_need_no_model(batch, start, checkpoint, many, tmp_path, m
 
 
 @pytest.mark.slow
-def test_twenty_kills_lose_and_repeat_nothing(grok1, start, tmp_path, many):
+def test_twenty_kills_lose_and_repeat_nothing(grok1, start, tmp_path):
+    many = write_rows(tmp_path / "many.jsonl", 200)
     folder = tmp_path / "tiny"
     assert grok1("init", folder, "--preset", "tiny").code == 0
     reference = tmp_path / "reference.jsonl"
@@ -254,7 +259,7 @@ def test_a_signal_lets_what_has_begun_finish(batch, start, checkpoint, many, tmp
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (130, b"")
     kept = journal_rows(output)
-    assert 5 <= kept < 200
+    assert 5 <= kept < 80
     journal = output.with_name("out.jsonl.journal").read_bytes().splitlines()[1:]
     indices = sorted(int(line.split()[1]) for line in journal)
     assert indices == list(range(kept))  # all that was begun
@@ -421,7 +426,7 @@ def test_a_full_disk(batch, checkpoint, start, many, tmp_path):
     place.mkdir()
     mount = shutil.which("mount")
     made = mount and subprocess.run(
-        [mount, "-t", "tmpfs", "-o", "size=32k", "grok1-test", str(place)], capture_output=True, check=False
+        [mount, "-t", "tmpfs", "-o", "size=16k", "grok1-test", str(place)], capture_output=True, check=False
     )
     if not made or made.returncode:
         pytest.skip("a small file system cannot be mounted here")
@@ -431,7 +436,7 @@ def test_a_full_disk(batch, checkpoint, start, many, tmp_path):
         assert (result.code, result.out) == (1, "")
         assert "No space left on device" in result.err
         kept = journal_rows(output)
-        assert 0 < kept < 200
+        assert 0 < kept < 80
         assert f"{kept} rows are kept" in result.err
         assert batch(many, "-o", output).code == 1  # still full
         assert journal_rows(output) >= kept
@@ -504,11 +509,11 @@ def test_a_terminal_sees_how_far_it_is(start, checkpoint, many, terminal, tmp_pa
     process = start(
         *("batch", many, "-c", checkpoint, *ARGUMENTS, "-o", output), stderr=terminal.there, env={"TERM": "xterm"}
     )
-    terminal.read_until("of 200 rows")
+    terminal.read_until("of 80 rows")
     terminal.read_until("slots")
     terminal.read_until("left")
     seen = terminal.read_until("seed 5]")
-    assert "[200 rows" in seen
+    assert "[80 rows" in seen
     assert "slots used" in seen
     assert process.wait(timeout=60) == 0
     assert process.stdout.read() == b""
