@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from grok1.engine.request import TokenLogprobs
@@ -19,9 +20,12 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def logprobs_object(entry: TokenLogprobs) -> dict[str, Any]:
-    """What JSON says about the log-probabilities at one place."""
-    return {"logprob": finite(entry.logprob), "top": top_object(entry)}
+def logprobs_objects(tokens: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
+    """What JSON says about the log-probabilities of generated tokens."""
+    return [
+        {"token_id": token, "logprob": finite(entry.logprob), "top": top_object(entry)}
+        for token, entry in zip(tokens, logprobs, strict=True)
+    ]
 
 
 def top_object(entry: TokenLogprobs) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from grok1.engine.score import ScoringRequest, score
 from grok1.errors import RequestError
 from grok1.plan.verdict import require_room
 from grok1.prompt import Request as Request
-from grok1.prompt import check_token_ids, encode_prompt, encode_scored, required, windows
+from grok1.prompt import check_token_ids, encode_prompt, encode_scored, required, window_stride, windows
 from grok1.sharding import make_mesh
 from grok1.stop_text import StopMatcher
 from grok1.tokenizer import Tokenizer, find_tokenizer
@@ -405,9 +405,7 @@ class Model:
         """
         ids = encode_scored(text, self._tokenizer, self.config)
         context = self.config.sequence_len
-        if stride is not None and not 1 <= stride <= context:
-            raise RequestError(f"stride is {stride}, expected 1 to {context}")
-        parts = windows(len(ids), 1, context, stride or max(1, context // 2))
+        parts = windows(len(ids), 1, context, window_stride(stride, context))
         texts = [(ids[part.start : part.end], part.first - part.start) for part in parts]
         scores = sorted(
             self.score_many(texts, top_logprobs=top_logprobs, batch_size=1), key=lambda scores: scores.index

@@ -102,6 +102,19 @@ class Window:
     first: int
 
 
+def window_stride(stride: int | None, context: int) -> int:
+    """How far apart windows begin: half of the context, unless somebody chose.
+
+    Raises:
+        RequestError: if it is not 1 to `context`.
+    """
+    if stride is None:
+        return max(1, context // 2)
+    if not 1 <= stride <= context:
+        raise RequestError(f"stride is {stride}, expected 1 to the model's context of {context}")
+    return stride
+
+
 def windows(length: int, first: int, context: int, stride: int) -> list[Window]:
     """The windows in which every token from `first` on is scored once, with as much before it as they leave.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from grok1 import memory
 from grok1.cli.terminal import Terminal
-from grok1.json_text import json_line, logprobs_object
+from grok1.json_text import json_line, logprobs_objects
 
 if TYPE_CHECKING:
     from grok1.model import Completion, Model, Request
@@ -165,10 +165,7 @@ def completion_object(completion: Completion) -> dict[str, Any]:
         "sample": completion.sample,
     }
     if completion.logprobs is not None:
-        told["logprobs"] = [
-            {"token_id": token} | logprobs_object(entry)
-            for token, entry in zip(completion.tokens, completion.logprobs, strict=True)
-        ]
+        told["logprobs"] = logprobs_objects(completion.tokens, completion.logprobs)
     return told | {
         "prefill_seconds": timings.prefill_seconds,
         "decode_seconds": timings.decode_seconds,

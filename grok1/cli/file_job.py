@@ -146,12 +146,12 @@ class FileJob(ABC, Generic[AnyRow]):
     def work(self, model: Model, rows: Iterator[AnyRow], results: Results, batching: Batching) -> Iterator[None]:
         """Works on rows that have no result, and keeps `progress` up to date; yields after each row."""
 
-    def tail(self, results: Results) -> Iterator[str]:
-        """Lines of the output after the last row's."""
-        yield from ()
+    def tail(self) -> str:
+        """What follows the last row's line in the output."""
+        return ""
 
     def write_line(self, line: str) -> None:
-        """Writes a line of the output to stdout."""
+        """Writes a row's line to stdout."""
         self.terminal.write(line)
 
     # What they share
@@ -228,10 +228,9 @@ class FileJob(ABC, Generic[AnyRow]):
             raise KeyboardInterrupt
         if journal is not None:
             self.terminal.show_status("writing the output")
-            journal.write_output(survey.rows, self.tail(results))
+            journal.write_output(survey.rows, self.tail())
         else:
-            for line in self.tail(results):
-                self.write_line(line)
+            self.terminal.write(self.tail())
         return outcome
 
     def refuse_failures(self) -> None:

@@ -13,7 +13,6 @@ from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.cli.text_input import checked_argument, decoded, read_file, read_stdin, stdin_is_terminal
 from grok1.cli.tokenize import in_one_line
 from grok1.engine.request import MAX_LOGPROBS
-from grok1.errors import RequestError
 from grok1.json_text import finite, json_line, top_object
 
 if TYPE_CHECKING:
@@ -138,13 +137,12 @@ def _score_text(
 ) -> None:
     """Scores one text and prints it."""
     from grok1.cli.loading import load_model, read_config, read_tokenizer
-    from grok1.prompt import encode_scored
+    from grok1.prompt import encode_scored, window_stride
 
     config = read_config(choice)
     tokenizer = read_tokenizer(choice, config)  # ids can be scored without one
     encode_scored(scored, tokenizer, config)
-    if stride is not None and stride > config.sequence_len:
-        raise RequestError(f"--stride is {stride}, expected at most the model's context of {config.sequence_len}")
+    window_stride(stride, config.sequence_len)
     with terminal.interruptible():
         model, load_seconds = load_model(choice, terminal)
         score = model.score(scored, top_logprobs=top or 0, stride=stride)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from grok1.cli.file_job import FileJob
 from grok1.cli.text_input import decoded
 from grok1.errors import JobError
-from grok1.jobs.journal import Journal
 from grok1.jobs.results import Results
 from grok1.jobs.score import Corpus, ScoreRow, chunk_rows, read_score_rows, score_rows
 from grok1.jobs.survey import Batching
-from grok1.prompt import required
+from grok1.prompt import required, window_stride
 
 if TYPE_CHECKING:
     from grok1.model import Model
@@ -41,10 +39,7 @@ class ScoreJob(FileJob[ScoreRow]):
 
     @property
     def _window_stride(self) -> int:
-        context = self.checkpoint.config.sequence_len
-        if self.stride is not None and self.stride > context:
-            raise JobError(f"--stride is {self.stride}, expected at most the model's context of {context}")
-        return self.stride or max(1, context // 2)
+        return window_stride(self.stride, self.checkpoint.config.sequence_len)
 
     def rows(self) -> Iterator[ScoreRow]:
         """Reads all rows, from the first on."""
@@ -57,21 +52,18 @@ class ScoreJob(FileJob[ScoreRow]):
     def work(self, model: Model, rows: Iterator[ScoreRow], results: Results, batching: Batching) -> Iterator[None]:
         """Scores rows that have no result yet."""
         stopping = self.stopping.requested
-        for _ in score_rows(model, rows, results, batching, self.progress, stopping, self.per_token, self.top):
-            yield
+        return score_rows(model, rows, results, batching, self.progress, stopping, self.per_token, self.top)
 
     def write_line(self, line: str) -> None:
-        """Writes a line of the output to stdout."""
-        if not line.startswith('{"corpus"'):
-            self.corpus.add(line)
+        """Writes a row's line to stdout."""
+        self.corpus.add(line)
         super().write_line(line)
 
-    def tail(self, results: Results) -> Iterator[str]:
+    def tail(self) -> str:
         """The line of the corpus."""
-        if isinstance(results, Journal):
-            for line in results.lines():
-                self.corpus.add(line)
-        yield self.corpus.line()
+        for line in self.journal.lines() if self.journal is not None else ():
+            self.corpus.add(line)
+        return self.corpus.line()
 
 
 class ChunkJob(ScoreJob):
@@ -105,18 +97,19 @@ class ChunkJob(ScoreJob):
         return {"chunk": self.length, "bos": self.bos, "per_token": self.per_token, "top": self.top}
 
     def write_line(self, line: str) -> None:
-        """Writes a line of the output to stdout, or what it means for the perplexity so far."""
+        """Writes a row's line to stdout, or what it means for the perplexity so far."""
         if self.as_json:
             super().write_line(line)
-        elif line.startswith('{"corpus"'):
-            self.terminal.write("\n" + _final(json.loads(line)["corpus"]))
         else:
             self.corpus.add(line)
             value = self.corpus.perplexity
             self.terminal.write(f"[{self.corpus.rows}]{'inf' if value is None else f'{value:.4f}'},")
 
-
-def _final(corpus: dict[str, Any]) -> str:
-    value, error = corpus["perplexity"], corpus["standard_error"]
-    told = "infinite" if value is None else f"{value:.4f}" + ("" if error is None else f" +/- {error:.5f}")
-    return f"perplexity {told}, {corpus['num_scored']} tokens of {corpus['rows']} chunks\n"
+    def tail(self) -> str:
+        """The line of the corpus, or the perplexity of all chunks."""
+        if self.as_json or self.journal is not None:
+            return super().tail()
+        corpus = self.corpus
+        value, error = corpus.perplexity, corpus.standard_error
+        told = "infinite" if value is None else f"{value:.4f}" + ("" if error is None else f" +/- {error:.5f}")
+        return f"\nperplexity {told}, {corpus.num_scored} tokens of {corpus.rows} chunks\n"

@@ -184,9 +184,7 @@ class _Loop:
             self._slots.take(sequence, prompt, len(prompt) - 1)  # the last token has to be read for its logits
 
     def _copy_beginnings(self) -> None:
-        for source, target, length in self._slots.due_copies():
-            cache = self._engine.copy_beginning(self._state.cache, source, target, length)
-            self._state = dataclasses.replace(self._state, cache=cache)
+        self._state = dataclasses.replace(self._state, cache=self._slots.copy_beginnings(self._state.cache))
 
     def _read_prompts(self) -> list[_Dispatched]:
         """Starts a step that reads parts of prompts, if there are any to read."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from grok1.engine.engine import LANE_TOKENS, Engine
 from grok1.engine.occupancy import Occupancy
+from grok1.network import KVCache
 
 Owner = TypeVar("Owner")
 
@@ -55,7 +56,7 @@ class Part(NamedTuple, Generic[Owner]):
 class PromptSlots(Generic[Owner]):
     """The slots of a batch and what has been read into them.
 
-    Whoever uses it does what it says: every copy of `due_copies` and every part of `next_parts`, in that order.
+    Whoever uses it reads every part that `next_parts` gives.
     """
 
     def __init__(self, engine: Engine, slots: int, lanes: int, occupancy: Occupancy):
@@ -155,15 +156,17 @@ class PromptSlots(Generic[Owner]):
         """How many slots of its data row are taken."""
         return sum(other.owner is not None and self._same_row(slot, other) for other in self._slots)
 
-    def due_copies(self) -> list[tuple[int, int, int]]:
-        """What can be copied now: from which slot, to which, and how many positions."""
-        due = []
+    def copy_beginnings(self, cache: KVCache) -> KVCache:
+        """Copies all that waits for another slot that has read it by now; the cache is consumed.
+
+        It comes before `next_parts`, and once more before a slot that has been read is given to another.
+        """
         for slot in self._reading:
             if slot.source is not None and slot.source.read >= slot.shared:
-                due.append((slot.source.index, slot.index, slot.shared))
+                cache = self._engine.copy_beginning(cache, slot.source.index, slot.index, slot.shared)
                 self._occupancy.copied_tokens += slot.shared
                 slot.read, slot.source = slot.shared, None
-        return due
+        return cache
 
     def next_parts(self) -> list[Part[Owner]]:
         """The parts to be read in the next step; on each data row who came first reads first."""

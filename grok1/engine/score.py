@@ -88,8 +88,8 @@ def score(
             if not 1 <= request.first < len(request.tokens) <= engine.capacity + 1:
                 raise ValueError(f"{len(request.tokens)} tokens, to be scored from {request.first} on")
             places.take(ScoredSequence(request), np.asarray(request.tokens[:-1], np.int32), request.first - 1)
-        for source, target, length in places.due_copies() if places.count_round() else ():
-            cache = engine.copy_beginning(cache, source, target, length)
+        places.count_round()
+        cache = places.copy_beginnings(cache)
         step = None
         if chosen := places.next_parts():
             parts = []
@@ -98,8 +98,7 @@ def score(
                 targets = np.asarray(slot.owner.request.tokens[start + 1 : end + 1], np.int32)
                 parts.append(ScoredPart(slot.index, slot.prompt[start:end], start, targets))
             cache, scored, rows = engine.score_parts(cache, parts, lanes, logprobs)
-            for source, target, length in places.due_copies():  # before the slots that are free now change hands
-                cache = engine.copy_beginning(cache, source, target, length)
+            cache = places.copy_beginnings(cache)
             step = _Dispatched(scored, [], [])
             for (slot, start, end), row in zip(chosen, rows, strict=True):
                 sequence = slot.owner

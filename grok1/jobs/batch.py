@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from grok1.jobs.results import Results, error_line
 from grok1.jobs.rows import Row
 from grok1.jobs.survey import Batching, JobProgress
-from grok1.json_text import json_line, logprobs_object
+from grok1.json_text import json_line, logprobs_objects
 
 if TYPE_CHECKING:
     from grok1.model import Completion, Model
@@ -114,8 +114,5 @@ def _completion_object(completion: Completion, before: str) -> dict[str, Any]:
         "seed": completion.seed,
     }
     if completion.logprobs is not None:
-        told["logprobs"] = [
-            {"token_id": token} | logprobs_object(entry)
-            for token, entry in zip(completion.tokens, completion.logprobs, strict=True)
-        ]
+        told["logprobs"] = logprobs_objects(completion.tokens, completion.logprobs)
     return told

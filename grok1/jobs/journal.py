@@ -17,7 +17,7 @@ import os
 import threading
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -267,12 +267,12 @@ class Journal:
 
     # Ending
 
-    def write_output(self, rows: int, tail: Iterable[str] = ()) -> None:
+    def write_output(self, rows: int, tail: str = "") -> None:
         """Writes the output, at once under its name, and removes the journal.
 
         Args:
             rows: how many there have to be.
-            tail: lines after the last row's.
+            tail: what follows the last row's line.
 
         Raises:
             JobError: if it cannot be written; the journal stays then.
@@ -286,7 +286,7 @@ class Journal:
             self._sync()
             with scratch.open("w", encoding="utf-8", newline="\n") as file:
                 file.writelines(self.lines())
-                file.writelines(tail)
+                file.write(tail)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(scratch, self.output)

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
 import pydantic
@@ -20,6 +20,7 @@ from grok1.prompt import Request, encode_prompt
 from grok1.tokenizer import Tokenizer
 
 Fields = TypeVar("Fields", bound=pydantic.BaseModel)
+AnyRow = TypeVar("AnyRow")
 
 MAX_SAMPLES = 1024
 """The most completions of one row."""
@@ -96,7 +97,7 @@ def row_seed(seed: int, index: int) -> int:
 
 
 def read_rows(source: Source, defaults: RowDefaults, tokenizer: Tokenizer | None, config: ModelConfig) -> Iterator[Row]:
-    """Reads all rows, the bad ones too. Blank lines are rows of .txt, and nothing in .jsonl.
+    """Reads all rows, the bad ones too; `rows_of` says which lines are rows.
 
     Args:
         source: the lines.
@@ -108,34 +109,76 @@ def read_rows(source: Source, defaults: RowDefaults, tokenizer: Tokenizer | None
         JobError: if the source cannot be read.
         TokenizerError: if a row needs a tokenizer, and there is none.
     """
+    return rows_of(source, lambda place: _read_row(place, source.format, defaults, tokenizer, config))
+
+
+@dataclasses.dataclass(frozen=True)
+class RowPlace:
+    """A line that is a row, before anybody knows whether it is a good one.
+
+    Attributes:
+        index: counted from 0, bad rows too.
+        line: what it says, and its number in the file.
+        digest: of the line, to see whether it is the same when it is read again.
+    """
+
+    index: int
+    line: Line
+    digest: int
+
+    @property
+    def content(self) -> bytes:
+        """What the line says.
+
+        Raises:
+            BadRow: if it is too long to be kept.
+        """
+        if self.line.content is None:
+            raise BadRow(f"it is longer than {MAX_LINE_BYTES >> 20} MiB: give one row a line")
+        return self.line.content
+
+
+def rows_of(source: Source, read: Callable[[RowPlace], AnyRow]) -> Iterator[AnyRow]:
+    """What `read` makes of each line that is a row. Blank lines are rows of .txt, and nothing in .jsonl.
+
+    Raises:
+        JobError: if the source cannot be read.
+    """
     index = 0
     for line in source.lines():
         if source.format == "jsonl" and line.content is not None and not line.content.strip():
             continue
-        yield _read_row(index, line, source.format, defaults, tokenizer, config)
+        yield read(RowPlace(index, line, short_digest(line.content or b"")))
         index += 1
 
 
+def short_digest(content: bytes) -> int:
+    """64 bits that tell one row from another."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def given_id(value: dict[str, Any], *keys: str) -> str | int | None:
+    """The id of a row that may be a bad one: the first of these fields that could be one."""
+    return next((value[key] for key in keys if type(value.get(key)) in (str, int)), None)
+
+
 def _read_row(
-    index: int, line: Line, format: str, defaults: RowDefaults, tokenizer: Tokenizer | None, config: ModelConfig
+    place: RowPlace, format: str, defaults: RowDefaults, tokenizer: Tokenizer | None, config: ModelConfig
 ) -> Row:
     given: str | int | None = None
-    digest = int.from_bytes(hashlib.blake2b(line.content or b"", digest_size=8).digest(), "little")
     try:
-        if line.content is None:
-            raise BadRow(f"it is longer than {MAX_LINE_BYTES >> 20} MiB: give one row a line")
         if format == "txt":
-            fields = _Fields(prompt=text_line(line.content, defaults.unescape))
+            fields = _Fields(prompt=text_line(place.content, defaults.unescape))
         else:
-            value = json_object(line.content, _EXAMPLE)
-            given = next((value[key] for key in ("id", "custom_id") if type(value.get(key)) in (str, int)), None)
+            value = json_object(place.content, _EXAMPLE)
+            given = given_id(value, "id", "custom_id")
             given, fields = _json_fields(value)
-        request = fields.request(index, defaults)
+        request = fields.request(place.index, defaults)
         tokens = encode_prompt(request, tokenizer, config)
         echo = defaults.echo if fields.echo is None else fields.echo
-        return Row(index, line.number, digest, given, request, tokens, echo)
+        return Row(place.index, place.line.number, place.digest, given, request, tokens, echo)
     except (BadRow, RequestError) as error:
-        return Row(index, line.number, digest, given, error=str(error))
+        return Row(place.index, place.line.number, place.digest, given, error=str(error))
 
 
 def text_line(content: bytes, unescape: bool) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
@@ -17,9 +16,18 @@ from grok1.config import ModelConfig
 from grok1.engine.request import TokenLogprobs
 from grok1.errors import RequestError
 from grok1.jobs.results import Results, error_line
-from grok1.jobs.rows import BadRow, checked_fields, json_object, text_line
-from grok1.jobs.source import MAX_LINE_BYTES, Line, Source
-from grok1.jobs.survey import Batching, JobProgress
+from grok1.jobs.rows import (
+    BadRow,
+    RowPlace,
+    checked_fields,
+    given_id,
+    json_object,
+    rows_of,
+    short_digest,
+    text_line,
+)
+from grok1.jobs.source import Source
+from grok1.jobs.survey import Batching, JobProgress, common_beginning
 from grok1.json_text import finite, json_line, top_object
 from grok1.prompt import Window, check_token_ids, required, windows
 from grok1.tokenizer import Tokenizer
@@ -78,7 +86,7 @@ class _Fields(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
 def read_score_rows(
     source: Source, tokenizer: Tokenizer | None, config: ModelConfig, stride: int
 ) -> Iterator[ScoreRow]:
-    """Reads all rows, the bad ones too. Blank lines are rows of .txt, and nothing in .jsonl.
+    """Reads all rows, the bad ones too; `rows_of` says which lines are rows.
 
     Args:
         source: the lines.
@@ -90,34 +98,24 @@ def read_score_rows(
         JobError: if the source cannot be read.
         TokenizerError: if a row needs a tokenizer, and there is none.
     """
-    index = 0
-    for line in source.lines():
-        if source.format == "jsonl" and line.content is not None and not line.content.strip():
-            continue
-        yield _read_row(index, line, source.format, tokenizer, config, stride)
-        index += 1
+    return rows_of(source, lambda place: _read_row(place, source.format, tokenizer, config, stride))
 
 
-def _read_row(
-    index: int, line: Line, format: str, tokenizer: Tokenizer | None, config: ModelConfig, stride: int
-) -> ScoreRow:
+def _read_row(place: RowPlace, format: str, tokenizer: Tokenizer | None, config: ModelConfig, stride: int) -> ScoreRow:
     given: str | int | None = None
-    digest = int.from_bytes(hashlib.blake2b(line.content or b"", digest_size=8).digest(), "little")
     try:
-        if line.content is None:
-            raise BadRow(f"it is longer than {MAX_LINE_BYTES >> 20} MiB: give one row a line")
         if format == "txt":
-            fields = _Fields(text=text_line(line.content, unescape=False))
+            fields = _Fields(text=text_line(place.content, unescape=False))
         else:
-            value = json_object(line.content, _EXAMPLE)
-            given = value["id"] if type(value.get("id")) in (str, int) else None
+            value = json_object(place.content, _EXAMPLE)
+            given = given_id(value, "id")
             fields = checked_fields(_Fields, value)
         tokens, first = _tokens(fields, tokenizer)
         check_token_ids(tokens, config, at_least=2)
         parts = windows(len(tokens), first, config.sequence_len, stride)
-        return ScoreRow(index, line.number, digest, given, tokens, first, parts)
+        return ScoreRow(place.index, place.line.number, place.digest, given, tokens, first, parts)
     except (BadRow, RequestError) as error:
-        return ScoreRow(index, line.number, digest, given, error=str(error))
+        return ScoreRow(place.index, place.line.number, place.digest, given, error=str(error))
 
 
 def _tokens(fields: _Fields, tokenizer: Tokenizer | None) -> tuple[list[int], int]:
@@ -143,7 +141,7 @@ def _tokens(fields: _Fields, tokenizer: Tokenizer | None) -> tuple[list[int], in
     prompt = required(tokenizer).encode(fields.prompt)
     whole = required(tokenizer).encode(fields.prompt + fields.completion)
     # Where a token reaches over the end of the prompt it is the completion's.
-    first = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+    first = common_beginning(prompt, whole)
     if not 0 < first < len(whole):
         raise BadRow("its prompt and completion are one token together: give a longer prompt")
     return whole, first
@@ -161,7 +159,7 @@ def chunk_rows(tokens: list[int], length: int, bos: int | None) -> Iterator[Scor
     """
     for index in range(len(tokens) // length):
         chunk = tokens[index * length : (index + 1) * length]
-        digest = int.from_bytes(hashlib.blake2b(repr(chunk).encode(), digest_size=8).digest(), "little")
+        digest = short_digest(repr(chunk).encode())
         if bos is not None:
             chunk[0] = bos
         first = length // 2 + 1
@@ -177,7 +175,7 @@ def score_rows(
     stopping: threading.Event,
     per_token: bool = False,
     top_logprobs: int | None = None,
-) -> Iterator[tuple[ScoreRow, RowScore]]:
+) -> Iterator[None]:
     """Scores rows that have no result yet.
 
     Args:
@@ -233,7 +231,7 @@ def score_rows(
             results.add(index, result_line(row, score, per_token, top_logprobs))
             progress.done += 1
             progress.tokens_in += len(row.tokens)
-            yield row, score
+            yield
 
 
 @dataclasses.dataclass(frozen=True)

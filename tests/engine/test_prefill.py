@@ -14,12 +14,6 @@ LENGTHS = [1, 2, 15, 16, 17, 32, 33, 100, 255, 256, 257, 511, 512, 513, 1024, 10
 
 
 @pytest.fixture(scope="module")
-def long_folder(make_checkpoint, small_config):
-    """A context longer than two chunks; all experts are selected, so that no rounding changes which."""
-    return make_checkpoint(dataclasses.replace(small_config, sequence_len=1100, num_experts=2))
-
-
-@pytest.fixture(scope="module")
 def tokens():
     return np.random.default_rng(0).integers(0, 64, 1100)
 

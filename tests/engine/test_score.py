@@ -1,7 +1,5 @@
 """Scores of many texts at a time, against the float64 pass over each."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -11,22 +9,16 @@ from grok1.engine.score import ScoringRequest, score
 
 
 @pytest.fixture(scope="module")
-def folder(make_checkpoint, small_config):
-    """A context longer than two chunks; all experts are selected, so that no rounding changes which."""
-    return make_checkpoint(dataclasses.replace(small_config, sequence_len=1100, num_experts=2))
-
-
-@pytest.fixture(scope="module")
 def tokens():
     return np.random.default_rng(0).integers(0, 64, 1101)
 
 
 @pytest.fixture(scope="module")
-def log_probabilities(folder, make_reference):
+def log_probabilities(long_folder, make_reference):
     """float64 log-probabilities `[T, vocab]` of what follows each token."""
 
     def log_probabilities(tokens):
-        logits = make_reference(folder)(tokens)[0]
+        logits = make_reference(long_folder)(tokens)[0]
         return logits - np.log(np.sum(np.exp(logits), axis=1, keepdims=True))
 
     return log_probabilities
@@ -47,17 +39,19 @@ def check(sequence, exact, first, ids):
 @pytest.mark.parametrize(
     ("length", "first"), [(600, 1), (600, 400), (1100, 1099), (1101, 1), (2, 1), (17, 16), (18, 1)]
 )
-def test_one_text(length, first, lanes, folder, tokens, log_probabilities, make_engine):
+def test_one_text(length, first, lanes, long_folder, tokens, log_probabilities, make_engine):
     ids = tokens[:length]
     request = ScoringRequest(tokens=ids.tolist(), first=first, tag="it")
-    [done] = score(make_engine(folder), [request], 1, lanes=lanes, logprobs=True)
+    [done] = score(make_engine(long_folder), [request], 1, lanes=lanes, logprobs=True)
     assert done.request is request
     assert done.scored.top_tokens.shape == (length - first, 20)
     check(done, log_probabilities(ids[:1100]), first, ids)
 
 
 @pytest.mark.parametrize(("mesh", "slots", "lanes"), [((1, 1), 3, 1), ((1, 1), 4, 4), ((2, 2), 4, 3)])
-def test_many_texts_that_begin_alike(mesh, slots, lanes, folder, tokens, log_probabilities, make_engine, monkeypatch):
+def test_many_texts_that_begin_alike(
+    mesh, slots, lanes, long_folder, tokens, log_probabilities, make_engine, monkeypatch
+):
     rng = np.random.default_rng(1)
     texts = [np.concatenate([tokens[:150], rng.integers(0, 64, int(rng.integers(1, 40)))]) for _ in range(12)]
     texts += [rng.integers(0, 64, int(rng.integers(2, 90))) for _ in range(6)]
@@ -67,7 +61,7 @@ def test_many_texts_that_begin_alike(mesh, slots, lanes, folder, tokens, log_pro
         ScoringRequest(tokens=ids.tolist(), first=first, tag=i)
         for i, (ids, first) in enumerate(zip(texts, firsts, strict=True))
     ]
-    done = list(score(make_engine(folder, mesh), requests, slots, lanes=lanes, occupancy=occupancy))
+    done = list(score(make_engine(long_folder, mesh), requests, slots, lanes=lanes, occupancy=occupancy))
     assert sorted(sequence.request.tag for sequence in done) == list(range(18))
     for sequence in done:
         ids = texts[sequence.request.tag]
@@ -79,16 +73,16 @@ def test_many_texts_that_begin_alike(mesh, slots, lanes, folder, tokens, log_pro
     assert occupancy.copied_tokens == (12 - rows) * 144  # whole lanes of the 149 that need no score
 
 
-def test_scores_are_equal_to_the_last_bit_in_any_company(folder, make_engine):
+def test_scores_are_equal_to_the_last_bit_in_any_company(long_folder, make_engine):
     rng = np.random.default_rng(2)
     header = rng.integers(0, 64, 50).tolist()
     requests = [
         ScoringRequest(tokens=header + rng.integers(0, 64, int(rng.integers(1, 60))).tolist(), first=50, tag=i)
         for i in range(9)
     ]
-    together = {done.request.tag: done.scored for done in score(make_engine(folder), requests, 3, lanes=4)}
+    together = {done.request.tag: done.scored for done in score(make_engine(long_folder), requests, 3, lanes=4)}
     for request in requests:
-        [alone] = score(make_engine(folder), [request], 3, lanes=4)
+        [alone] = score(make_engine(long_folder), [request], 3, lanes=4)
         for found, expected in zip(
             (together[request.tag].logprobs, together[request.tag].top_logprobs),
             (alone.scored.logprobs, alone.scored.top_logprobs),
@@ -97,19 +91,19 @@ def test_scores_are_equal_to_the_last_bit_in_any_company(folder, make_engine):
             np.testing.assert_array_equal(found, expected)
 
 
-def test_the_next_step_is_dispatched_before_scores_are_read(folder, tokens, make_engine, monkeypatch):
+def test_the_next_step_is_dispatched_before_scores_are_read(long_folder, tokens, make_engine, monkeypatch):
     steps = []
     step = Engine.score_parts
     monkeypatch.setattr(Engine, "score_parts", lambda self, *rest: steps.append(1) or step(self, *rest))
     texts = (ScoringRequest(tokens=tokens[i : i + 9].tolist(), tag=i) for i in range(5))
-    taken = score(make_engine(folder), texts, 1)
+    taken = score(make_engine(long_folder), texts, 1)
     for count in range(1, 5):
         assert next(taken).request.tag == count - 1
         assert len(steps) == count + 1
     assert next(taken).request.tag == 4
 
 
-def test_what_cannot_be_scored(folder, make_engine):
+def test_what_cannot_be_scored(long_folder, make_engine):
     for ids, first in [([1], 1), ([1, 2], 0), ([1, 2], 2), ([1] * 1102, 1)]:
         with pytest.raises(ValueError, match="to be scored from"):
-            list(score(make_engine(folder), [ScoringRequest(tokens=ids, first=first)], 1))
+            list(score(make_engine(long_folder), [ScoringRequest(tokens=ids, first=first)], 1))

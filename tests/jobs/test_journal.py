@@ -43,7 +43,7 @@ def test_a_job_goes_on(path, output):
         assert list(journal.lines()) == [LINES[0], LINES[1], LINES[3], LINES[4]]
         journal.begin({"ignored": True})
         journal.add(2, LINES[2])
-        journal.write_output(5, ["the end\n"])
+        journal.write_output(5, "the end\n")
         assert output.read_text() == "".join(LINES) + "the end\n"
     assert [file.name for file in output.parent.iterdir()] == ["out.jsonl"]
 
