@@ -9,13 +9,41 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCE = Path("grok1/ops/native/quantized_matmul.cc")
+SOURCES = Path("grok1/ops/native")
 LIBRARY = Path("grok1/ops/_kernels.so")
+
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-w")
+_LINK_FLAGS = {"Darwin": ("-undefined", "dynamic_lookup")}
+_AVX2 = ("-mavx2", "-mfma")
+_AVX512 = (
+    *_AVX2,
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512"),
+)
+_SOURCES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("products.cc", ()),
+    ("attention.cc", ()),
+    ("pack.cc", ()),
+    ("dispatch.cc", ()),
+    ("kernels_portable.cc", ()),
+)
+# Each set of kernels is compiled for its kind of processor, and asked before it is used whether it is on one.
+_SOURCES_OF: dict[str, dict[str, tuple[str, ...]]] = {
+    "x86_64": {
+        "kernels_amx.cc": (*_AVX512, "-mamx-tile", "-mamx-int8"),
+        "kernels_avx512.cc": _AVX512,
+        "kernels_avxvnni.cc": (*_AVX2, "-mavxvnni"),
+        "kernels_avx2.cc": _AVX2,
+    },
+    "aarch64": {"kernels_arm.cc": ("-march=armv8.2-a+dotprod",)},
+}
+_ARCHITECTURES = {"arm64": "aarch64"}
 
 
 class KernelsHook(BuildHookInterface):
@@ -28,7 +56,7 @@ class KernelsHook(BuildHookInterface):
         if self.target_name != "wheel":
             return
         root = Path(self.root)
-        reason = compile_kernels(root / SOURCE, root / LIBRARY)
+        reason = compile_kernels(root / SOURCES, root / LIBRARY)
         if reason is not None:
             self.app.display_warning(
                 f"the kernels for processors were not built ({reason}): grok1 works without them, several times slower "
@@ -42,7 +70,7 @@ class KernelsHook(BuildHookInterface):
         build_data["force_include"][str(root / LIBRARY)] = str(LIBRARY)
 
 
-def compile_kernels(source: Path, library: Path) -> str | None:
+def compile_kernels(folder: Path, library: Path) -> str | None:
     """Compiles the kernels; why not, if that is not possible."""
     library.unlink(missing_ok=True)
     try:
@@ -50,29 +78,38 @@ def compile_kernels(source: Path, library: Path) -> str | None:
     except ImportError:
         return "jaxlib, which brings the headers, is not there"
     chosen = os.environ.get("CXX")
-    found = shlex.split(chosen) if chosen else [next(filter(shutil.which, ("c++", "g++", "clang++")), "")]
-    if not found[0]:
+    compiler = shlex.split(chosen) if chosen else [next(filter(shutil.which, ("c++", "g++", "clang++")), "")]
+    if not compiler[0]:
         return "no C++ compiler was found"
-    scratch = library.with_suffix(".tmp")
-    undefined = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
-    command = [
-        *found,
-        *("-std=c++17", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-w", *undefined),
-        *("-isystem", str(Path(jaxlib).parent / "include"), str(source), "-o", str(scratch)),
-    ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as error:
-        return f"{found[0]} cannot be run: {error.strerror}"
-    if done.returncode:
-        print(done.stderr, file=sys.stderr)
-        lines = done.stderr.strip().splitlines()
-        return f"{found[0]} failed: {lines[0] if lines else f'exit code {done.returncode}'}"
-    os.replace(scratch, library)
+    flags = [*_FLAGS, "-isystem", str(Path(jaxlib).parent / "include")]
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            machine = _run([*compiler, "-dumpmachine"]).split("-")[0]
+            sources = [*_SOURCES, *_SOURCES_OF.get(_ARCHITECTURES.get(machine, machine), {}).items()]
+            objects = [str(Path(scratch, source).with_suffix(".o")) for source, _ in sources]
+            with ThreadPoolExecutor(os.cpu_count()) as threads:
+                commands = [
+                    [*compiler, *flags, *extra, "-c", str(folder / source), "-o", built]
+                    for (source, extra), built in zip(sources, objects, strict=True)
+                ]
+                list(threads.map(_run, commands))
+            made = library.with_suffix(".tmp")
+            _run([*compiler, *_LINK_FLAGS.get(platform.system(), ()), "-shared", *objects, "-o", str(made)])
+        except OSError as error:
+            return f"{compiler[0]} cannot be run: {error.strerror}"
+        except subprocess.CalledProcessError as error:
+            print(error.stderr, file=sys.stderr)
+            lines = error.stderr.strip().splitlines()
+            return f"{compiler[0]} failed: {lines[0] if lines else f'exit code {error.returncode}'}"
+    os.replace(made, library)
     return None
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":
     # For those who run from the repository without installing it.
-    failure = compile_kernels(Path(__file__).parent / SOURCE, Path(__file__).parent / LIBRARY)
+    failure = compile_kernels(Path(__file__).parent / SOURCES, Path(__file__).parent / LIBRARY)
     sys.exit(f"not built: {failure}" if failure else 0)

@@ -18,6 +18,8 @@ SCALE_GROUPS = 8
 """Row groups in the scales of a matrix whose input dimension the release split over its 8 devices."""
 
 DTypeName = Literal["float32", "bfloat16"]
+
+KernelsName = Literal["auto", "native", "xla"]
 """Dtypes of activations and of the key/value cache."""
 
 _MAX_SIZE = 2**31 - 1  # every index into an axis is an int32 on the device

@@ -33,6 +33,10 @@ class TooSmallError(Grok1Error):
     """Devices without room for a model."""
 
 
+class KernelsError(Grok1Error):
+    """Kernels that were asked for and cannot be had."""
+
+
 class CompileError(Grok1Error):
     """A program that the compiler cannot make for a device, or a compiler that is not installed."""
 

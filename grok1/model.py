@@ -14,7 +14,7 @@ import numpy as np
 from grok1 import memory
 from grok1.checkpoint.load import load_parameters
 from grok1.checkpoint.reader import Checkpoint
-from grok1.config import DTypeName, ModelConfig, default_dtype
+from grok1.config import DTypeName, KernelsName, ModelConfig, default_dtype
 from grok1.engine.compilation_cache import enable_compilation_cache
 from grok1.engine.engine import Engine
 from grok1.engine.generate import GeneratedSequence, GenerationRequest, generate
@@ -22,6 +22,8 @@ from grok1.engine.occupancy import Occupancy
 from grok1.engine.request import FinishReason, SamplingOptions, TokenLogprobs
 from grok1.engine.score import ScoringRequest, score
 from grok1.errors import RequestError
+from grok1.kernels import use_native_kernels
+from grok1.ops import cpu
 from grok1.plan.verdict import require_room
 from grok1.prompt import Request as Request
 from grok1.prompt import check_token_ids, encode_prompt, encode_scored, required, window_stride, windows
@@ -192,6 +194,7 @@ def load(
     dtype: DTypeName | None = None,
     devices: Sequence[jax.Device] | None = None,
     load_memory: int = memory.DEFAULT_LOAD_MEMORY,
+    kernels: KernelsName = "auto",
     progress: ProgressCallback | None = None,
 ) -> Model:
     """Loads a checkpoint onto the devices there are.
@@ -207,12 +210,15 @@ def load(
         dtype: of activations and the key/value cache; by default bfloat16 on accelerators, float32 on CPUs.
         devices: the devices to use; by default all.
         load_memory: bytes of host memory beyond the weights that loading may take at a time; at least 16 MB.
+        kernels: "native" for the kernels for processors, "xla" for what XLA makes of plain JAX; "auto" takes the first
+            where they can be had.
         progress: is called while files are checked, weights loaded and programs compiled, also later by the model's
             methods, from whichever thread does the work.
 
     Raises:
         CheckpointError: if there is no checkpoint or it is damaged.
         ConfigError: if its `config.json` describes no possible model.
+        KernelsError: if the native kernels were asked for and cannot be had.
         MeshError: if the model cannot be divided so.
         TokenizerError: if the tokenizer cannot be read or has another vocabulary.
         TooSmallError: if there is too little memory; no weight has been read then.
@@ -232,12 +238,14 @@ def load(
     data, model = device_mesh.devices.shape
     room = require_room(config, (data, model), devices or jax.devices(), kind.name)
     enable_compilation_cache()
+    native = use_native_kernels(config, device_mesh, kernels)
     params = load_parameters(
         opened,
         device_mesh,
         kind,
         lambda done, total: report("loading", str(opened.directory), done, total),
         load_memory,
+        cpu.pack_box if native else None,
     )
     engine = Engine(config, params, device_mesh, kind, progress=report)
     return Model(engine, text, room)

@@ -23,7 +23,9 @@ from grok1.checkpoint.reader import Checkpoint
 from grok1.checkpoint.writer import write_checkpoint
 from grok1.config import PRESETS, ModelConfig
 from grok1.engine.engine import Engine
+from grok1.kernels import use_native_kernels
 from grok1.model import Model
+from grok1.ops import cpu
 from grok1.sharding import make_mesh
 
 
@@ -80,11 +82,13 @@ def make_engine():
     """The engine of a checkpoint folder on a mesh; all tests share it and what it has compiled."""
 
     @functools.cache
-    def make_engine(folder, mesh=(1, 1), dtype="float32"):
+    def make_engine(folder, mesh=(1, 1), dtype="float32", kernels="auto"):
         checkpoint = Checkpoint.open(folder)
         device_mesh = make_mesh(checkpoint.config, mesh)
         kind = np.dtype(dtype)
-        return Engine(checkpoint.config, load_parameters(checkpoint, device_mesh, kind), device_mesh, kind)
+        pack = cpu.pack_box if use_native_kernels(checkpoint.config, device_mesh, kernels) else None
+        params = load_parameters(checkpoint, device_mesh, kind, pack=pack)
+        return Engine(checkpoint.config, params, device_mesh, kind)
 
     return make_engine
 

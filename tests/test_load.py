@@ -16,7 +16,8 @@ from grok1.checkpoint.reader import Checkpoint
 from grok1.config import ModelConfig
 from grok1.errors import CheckpointError
 from grok1.memory import MIN_LOAD_MEMORY, MemoryBudget
-from grok1.quantize import QuantizedWeight
+from grok1.ops import cpu
+from grok1.quantize import PackedWeight, QuantizedWeight
 from grok1.sharding import make_mesh
 
 CONFIG = ModelConfig(
@@ -126,10 +127,42 @@ def test_each_device_holds_its_slices(shape, dtype, checkpoint, stacks):
     assert_devices_hold_their_parts(params, stacks, mesh, dtype)
 
 
+def unpacked_parts(leaf):
+    """A packed weight's (device, values) on each device."""
+    for panels, scales in zip(leaf.panels.addressable_shards, leaf.scales.addressable_shards, strict=True):
+        assert panels.device == scales.device
+        part = PackedWeight(np.asarray(panels.data), np.asarray(scales.data), leaf.group_rows)
+        yield panels.device, part.unpack().weight
+
+
+@pytest.mark.parametrize("load_memory", [MIN_LOAD_MEMORY, 1000])
+@pytest.mark.parametrize("shape", MESHES)
+def test_packed_weights_are_the_same_on_each_device(shape, load_memory, checkpoint, stacks, monkeypatch):
+    if not cpu.kernel_names():
+        pytest.skip("no kernels were built: no C++ compiler was there")
+    if load_memory < MIN_LOAD_MEMORY:  # pieces of a few values, in any order
+        monkeypatch.setattr(load, "MIN_LOAD_MEMORY", 0)
+        monkeypatch.setattr(load, "STAGING_BYTES", 64)
+        monkeypatch.setattr(byte_ranges, "STAGING_BYTES", 64)
+    mesh = make_mesh(CONFIG, shape)
+    params = load.load_parameters(checkpoint, mesh, load_memory=load_memory, pack=cpu.pack_box)
+    places = {device: place for place, device in np.ndenumerate(mesh.devices)}
+    packed = 0
+    for module, parameters in params.items():
+        for name, leaf in parameters.items():
+            path = f"{module}/{name}"
+            if isinstance(leaf, PackedWeight):
+                packed += 1
+                for device, values in unpacked_parts(leaf):
+                    expected = part_of_shard(path, stacks[path][0], False, places[device][1], shape[1])
+                    np.testing.assert_array_equal(values, expected, err_msg=f"{path} on {device}")
+    assert packed == 7
+
+
 @pytest.fixture
 def as_accelerators(monkeypatch):
     """Loads to CPU devices as if they had memory of their own."""
-    monkeypatch.setattr(load, "local_parts", lambda leaf, mesh, on_host: local_parts(leaf, mesh, False))
+    monkeypatch.setattr(load, "local_parts", lambda leaf, mesh, *_: local_parts(leaf, mesh, False))
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((2, 2), ml_dtypes.bfloat16), ((1, 16), np.float32)])
@@ -145,7 +178,7 @@ def test_filling_arrays_on_the_devices_gives_the_same(shape, dtype, checkpoint, 
 @pytest.mark.parametrize("shape", MESHES)
 def test_little_memory_cuts_pieces_and_is_never_exceeded(shape, on_host, checkpoint, stacks, monkeypatch):
     monkeypatch.setattr(load, "MIN_LOAD_MEMORY", 0)
-    monkeypatch.setattr(load, "local_parts", lambda leaf, mesh, _: local_parts(leaf, mesh, on_host))
+    monkeypatch.setattr(load, "local_parts", lambda leaf, mesh, *_: local_parts(leaf, mesh, on_host))
     monkeypatch.setattr(load, "STAGING_BYTES", 64)
     monkeypatch.setattr(byte_ranges, "STAGING_BYTES", 64)
     held = []

@@ -35,7 +35,7 @@ from grok1.sharding import make_mesh
 folder, way, model = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 if way == "device":
     make_local_parts = parts.local_parts
-    load.local_parts = lambda leaf, mesh, on_host: make_local_parts(leaf, mesh, False)
+    load.local_parts = lambda leaf, mesh, *_: make_local_parts(leaf, mesh, False)
 checkpoint = reader.Checkpoint.open(folder)
 mesh = make_mesh(checkpoint.config, (1, model))
 

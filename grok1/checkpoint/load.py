@@ -2,8 +2,8 @@
 
 In memory the layers of a parameter are one array with a leading axis of layers. Work goes file by file, in pieces: a
 piece is read for all devices of this process together, so that no byte is read twice. On a CPU it is read straight into
-its final place. Elsewhere the arrays are allocated on the devices, and pieces on their way are in host memory, as many
-as a budget allows.
+its final place, or packed on its way there. Elsewhere the arrays are allocated on the devices, and pieces on their way
+are in host memory, as many as a budget allows.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from grok1.byte_size import format_bytes
 from grok1.checkpoint.byte_ranges import STAGING_BYTES
 from grok1.checkpoint.parallel import Advance, Progress, in_parallel
 from grok1.checkpoint.parameters import StoredLeaf, parameter_tree, stored_leaves
-from grok1.checkpoint.parts import Part, Place, local_parts
+from grok1.checkpoint.parts import PackBox, Part, Place, local_parts
 from grok1.checkpoint.reader import Checkpoint
 from grok1.memory import DEFAULT_LOAD_MEMORY, MIN_LOAD_MEMORY, MemoryBudget, available_bytes
 from grok1.sharding import MODEL_AXIS
 
 _READERS = 4
 _PIECE_BYTES = 64 << 20
+_PACKED_PIECE_BYTES = 4 << 20  # what is packed is best still in a cache
 _PIECES = 4  # the budget holds at least so many pieces
 _CACHEABLE = 0.8  # of the available memory
 
@@ -40,6 +41,7 @@ def load_parameters(
     dtype: np.dtype | type = np.float32,
     progress: Progress | None = None,
     load_memory: int = DEFAULT_LOAD_MEMORY,
+    pack: PackBox | None = None,
 ) -> hk.Params:
     """Reads a checkpoint onto a mesh.
 
@@ -50,22 +52,26 @@ def load_parameters(
         progress: is called in this thread with the bytes read so far and the bytes to read. What several model
             shards hold is read once and counts for each.
         load_memory: bytes of host memory beyond the weights that may be taken at a time.
+        pack: how to pack quantised weights, for a mesh of CPU devices; by default they stay as they are in the files.
 
     Returns:
-        the parameter tree: Haiku modules with arrays and `QuantizedWeight`s, placed by the partition rules.
+        the parameter tree: Haiku modules with arrays and `QuantizedWeight`s or `PackedWeight`s, placed by the partition
+        rules.
 
     Raises:
         CheckpointError: if a file cannot be read.
         MemoryError: if there is no memory for the weights.
-        ValueError: if `load_memory` is less than `MIN_LOAD_MEMORY`.
+        ValueError: if `load_memory` is less than `MIN_LOAD_MEMORY`, or weights for other devices are to be packed.
     """
     if load_memory < MIN_LOAD_MEMORY:
         raise ValueError(
             f"load_memory is {format_bytes(load_memory)}, expected at least {format_bytes(MIN_LOAD_MEMORY)}"
         )
-    leaves = stored_leaves(checkpoint.config, dtype)
     on_host = all(device.platform == "cpu" for device in mesh.devices.flat)
-    parts = [local_parts(leaf, mesh, on_host) for leaf in leaves]
+    if pack is not None and not on_host:
+        raise ValueError("only weights in host memory are packed")
+    leaves = stored_leaves(checkpoint.config, dtype, packed=pack is not None)
+    parts = [local_parts(leaf, mesh, on_host, pack) for leaf in leaves]
     read_parts(checkpoint, leaves, parts, progress, load_memory)
     arrays = []
     for leaf, held in zip(leaves, parts, strict=True):
@@ -73,7 +79,7 @@ def load_parameters(
         on_devices = [array for part in held for array in part.arrays()]
         arrays.append(jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, leaf.partition), on_devices))
     jax.block_until_ready(arrays)
-    return parameter_tree(leaves, arrays)
+    return parameter_tree(leaves, arrays, mesh.shape[MODEL_AXIS])
 
 
 def read_parts(
@@ -100,7 +106,14 @@ def read_parts(
         (
             piece
             for leaf, held in zip(leaves, parts, strict=True)
-            for piece in _cut(leaf, held, min(_PIECE_BYTES, load_memory // _PIECES - STAGING_BYTES))
+            for piece in _cut(
+                leaf,
+                held,
+                min(
+                    _PACKED_PIECE_BYTES if leaf.packed else _PIECE_BYTES,
+                    load_memory // _PIECES - STAGING_BYTES,
+                ),
+            )
         ),
         key=lambda piece: (piece.leaf.specs[piece.layer].layer or 0, piece.index),
     )

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grok1.checkpoint.layout import TensorSpec, tensor_table
 from grok1.config import ModelConfig
-from grok1.quantize import QuantizedWeight
+from grok1.quantize import PackedWeight, QuantizedWeight, packed_shape
 from grok1.sharding import MODEL_AXIS, AxisSplit, partition_spec, scales_split, shard_range, weight_split
 
 
@@ -35,6 +35,7 @@ class StoredLeaf:
         file_dtype: dtype of the array in each file.
         dtype: dtype in memory.
         split: how the array is divided over the model shards.
+        packed: whether it is packed in memory, as the panels of a `PackedWeight`.
     """
 
     module: str
@@ -46,11 +47,27 @@ class StoredLeaf:
     file_dtype: np.dtype
     dtype: np.dtype
     split: AxisSplit | None
+    packed: bool = False
+
+    @property
+    def memory_split(self) -> AxisSplit | None:
+        """How the array in memory is divided: a packed one by its panels or its quads of rows."""
+        if self.split is None or not self.packed:
+            return self.split
+        return dataclasses.replace(self.split, axis=-3 if self.split.axis == -1 else -2)
 
     @property
     def partition(self) -> PartitionSpec:
         """The partition of the array in memory."""
-        return partition_spec(self.split, len(self.file_shape) + self.stacked)
+        return partition_spec(self.memory_split, len(self.file_shape) + self.stacked + self.packed)
+
+    def scale_groups(self, rows: int) -> tuple[int, int]:
+        """Scale groups among so many rows that a model shard holds of a quantised matrix, and the rows of each."""
+        scales = self.specs[0].scales_shape
+        if scales is None:
+            raise ValueError(f"{self.module} {self.name} is not quantised")
+        group_rows = min(rows, self.specs[0].shape[-2] // scales[-2])
+        return rows // group_rows, group_rows
 
     def file_key(self, shards: int, shard: int) -> tuple[slice, ...]:
         """The part of each file's array that a model shard holds."""
@@ -62,7 +79,8 @@ class StoredLeaf:
 
     def memory_shape(self, key: tuple[slice, ...]) -> tuple[int, ...]:
         """Shape in memory of a part of each file's array, all layers of it."""
-        return (*((len(self.specs),) if self.stacked else ()), *(part.stop - part.start for part in key))
+        shape = (*((len(self.specs),) if self.stacked else ()), *(part.stop - part.start for part in key))
+        return packed_shape(shape, self.scale_groups(shape[-2])[0]) if self.packed else shape
 
     def local_shape(self, shards: int) -> tuple[int, ...]:
         """Shape of what a model shard holds in memory."""
@@ -71,17 +89,20 @@ class StoredLeaf:
     def global_shape(self, shards: int) -> tuple[int, ...]:
         """Shape of the array over the whole mesh, with parts that several shards hold counted for each."""
         shape = list(self.local_shape(shards))
-        if self.split is not None:
-            shape[self.split.axis] *= shards
+        if self.memory_split is not None:
+            shape[self.memory_split.axis] *= shards
         return tuple(shape)
 
 
-def stored_leaves(config: ModelConfig, dtype: np.dtype | type = np.float32) -> tuple[StoredLeaf, ...]:
+def stored_leaves(
+    config: ModelConfig, dtype: np.dtype | type = np.float32, packed: bool = False
+) -> tuple[StoredLeaf, ...]:
     """All arrays of the parameter tree.
 
     Args:
         config: the model.
         dtype: dtype of the embedding matrix in memory; everything else stays as it is in the files.
+        packed: whether quantised weights are to be packed in memory.
     """
     files: dict[tuple[str, str], list[TensorSpec]] = defaultdict(list)
     for spec in tensor_table(config):
@@ -98,8 +119,9 @@ def stored_leaves(config: ModelConfig, dtype: np.dtype | type = np.float32) -> t
             stacked=first.layer is not None,
             file_shape=first.shape,
             file_dtype=first.dtype,
-            dtype=np.dtype(dtype) if name == "embeddings" else first.dtype,
+            dtype=_dtype_in_memory(first, np.dtype(dtype), packed),
             split=weight_split(module, config),
+            packed=packed and first.scales_shape is not None,
         )
         leaves.append(leaf)
         if first.scales_shape is not None:
@@ -112,29 +134,47 @@ def stored_leaves(config: ModelConfig, dtype: np.dtype | type = np.float32) -> t
                     file_dtype=bfloat16,
                     dtype=bfloat16,
                     split=scales_split(module, config),
+                    packed=False,
                 )
             )
     return tuple(leaves)
 
 
-def parameter_tree(leaves: tuple[StoredLeaf, ...], values: list[Any]) -> hk.Params:
-    """A parameter tree with one value for each leaf, in the leaves' order."""
+def _dtype_in_memory(spec: TensorSpec, embedding_dtype: np.dtype, packed: bool) -> np.dtype:
+    if spec.name == "embeddings":
+        return embedding_dtype
+    return np.dtype(np.uint8) if packed and spec.scales_shape is not None else spec.dtype
+
+
+def parameter_tree(leaves: tuple[StoredLeaf, ...], values: list[Any], shards: int) -> hk.Params:
+    """A parameter tree with one value for each leaf, in the leaves' order, for so many model shards."""
     tree: dict[str, dict[str, Any]] = defaultdict(dict)
+    weight_leaf = leaves[0]
     for leaf, value in zip(leaves, values, strict=True):
         parameters = tree[leaf.module]
-        parameters[leaf.name] = QuantizedWeight(parameters[leaf.name], value) if leaf.scales else value
+        if not leaf.scales:
+            weight_leaf, parameters[leaf.name] = leaf, value
+        elif weight_leaf.packed:
+            rows = weight_leaf.file_key(shards, 0)[-2]
+            _, group_rows = weight_leaf.scale_groups(rows.stop - rows.start)
+            parameters[leaf.name] = PackedWeight(parameters[leaf.name], value, group_rows)
+        else:
+            parameters[leaf.name] = QuantizedWeight(parameters[leaf.name], value)
     return dict(tree)
 
 
-def abstract_parameters(config: ModelConfig, mesh: Mesh, dtype: np.dtype | type = np.float32) -> hk.Params:
+def abstract_parameters(
+    config: ModelConfig, mesh: Mesh, dtype: np.dtype | type = np.float32, packed: bool = False
+) -> hk.Params:
     """The parameter tree that `load_parameters` gives, with a `jax.ShapeDtypeStruct` for each array.
 
     Args:
         config: the model.
         mesh: a (data, model) mesh that the model divides over.
         dtype: dtype of the embedding matrix in memory.
+        packed: whether quantised weights are packed in memory.
     """
-    leaves = stored_leaves(config, dtype)
+    leaves = stored_leaves(config, dtype, packed)
     shards = mesh.shape[MODEL_AXIS]
     return parameter_tree(
         leaves,
@@ -142,4 +182,5 @@ def abstract_parameters(config: ModelConfig, mesh: Mesh, dtype: np.dtype | type 
             jax.ShapeDtypeStruct(leaf.global_shape(shards), leaf.dtype, sharding=NamedSharding(mesh, leaf.partition))
             for leaf in leaves
         ],
+        shards,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
@@ -18,6 +19,10 @@ from grok1.sharding import MODEL_AXIS
 
 Place = tuple[slice, ...]
 """A box in a part, whose first axis is that of the layers if there is one."""
+
+PackBox = Callable[[np.ndarray, np.ndarray, int, int, int, int], None]
+"""Puts an int8 box `[rows, columns]` into the panels of a packed matrix: given the box, the panels, the box's first row
+and first column, and the matrix's number of scale groups and the rows of each."""
 
 _ALIGNMENT = 64  # XLA takes a host buffer as it is if it is aligned so
 
@@ -75,6 +80,37 @@ class HostPart:
         return [jax.device_put(self._whole, device, may_alias=True) for device in self._devices]
 
 
+class PackedPart:
+    """A part of a quantised weight in host memory, packed for the kernels for processors."""
+
+    def __init__(self, leaf: StoredLeaf, key: tuple[slice, ...], shards: int, devices: list[jax.Device], pack: PackBox):
+        self.key = key
+        self.shards = shards
+        self._devices = devices
+        self._pack = pack
+        self._groups = leaf.scale_groups(key[-2].stop - key[-2].start)
+        self._whole = _aligned_empty(leaf.memory_shape(key), leaf.dtype)
+        self._file_dtype = leaf.file_dtype
+        self.host_bytes = self._whole.nbytes
+        self.staged_item_bytes = leaf.file_dtype.itemsize
+
+    def buffer(self, place: Place) -> np.ndarray:
+        """New memory."""
+        return np.empty(tuple(box.stop - box.start for box in place), self._file_dtype)
+
+    def put(self, place: Place, buffer: np.ndarray) -> list[jax.Array]:
+        """Packs the box."""
+        *lead, rows, columns = place
+        for index in np.ndindex(*buffer.shape[:-2]):
+            matrix = tuple(axis.start + i for axis, i in zip(lead, index, strict=True))
+            self._pack(buffer[index], self._whole[matrix], rows.start, columns.start, *self._groups)
+        return []
+
+    def arrays(self) -> list[jax.Array]:
+        """The same memory for each device."""
+        return [jax.device_put(self._whole, device, may_alias=True) for device in self._devices]
+
+
 class DevicePart:
     """A part on each of some devices, to which boxes go by way of the host."""
 
@@ -107,7 +143,7 @@ class DevicePart:
         return self._wholes
 
 
-def local_parts(leaf: StoredLeaf, mesh: Mesh, on_host: bool) -> list[Part]:
+def local_parts(leaf: StoredLeaf, mesh: Mesh, on_host: bool, pack: PackBox | None = None) -> list[Part]:
     """The parts of an array that this process's devices hold; shards and data rows that hold the same share one."""
     shards = mesh.shape[MODEL_AXIS]
     devices: dict[tuple[int, ...], list[jax.Device]] = {}
@@ -119,6 +155,10 @@ def local_parts(leaf: StoredLeaf, mesh: Mesh, on_host: bool) -> list[Part]:
             start = tuple(part.start for part in key)
             devices.setdefault(start, []).extend(local)
             held[start] = key, held.get(start, (key, 0))[1] + 1
+    if leaf.packed:
+        if pack is None:
+            raise ValueError(f"{leaf.module} is to be packed, and nothing says how")
+        return [PackedPart(leaf, *held[start], devices[start], pack) for start in held]
     kind = HostPart if on_host else DevicePart
     return [kind(leaf, *held[start], devices[start]) for start in held]
 

@@ -24,6 +24,7 @@ from grok1.config import ModelConfig
 from grok1.engine.request import MAX_LOGPROBS, SamplingOptions
 from grok1.engine.sampling import SampledTokens, SamplingState, sample, token_logprobs
 from grok1.network import KVCache, ModelShard, network
+from grok1.quantize import PackedWeight
 from grok1.sharding import DATA_AXIS, MODEL_AXIS
 
 MAX_CHUNK = 512
@@ -158,8 +159,9 @@ class Engine:
 
         Args:
             config: the model.
-            params: its parameters on the mesh, as `load_parameters` gives them; to lower programs without running
-                them, as `abstract_parameters` does.
+            params: its parameters on the mesh, as `load_parameters` gives them; if weights are packed, the kernels for
+                processors run. To lower programs without running them, as
+                `abstract_parameters` gives them.
             mesh: a (data, model) mesh.
             dtype: dtype of activations and of the cache.
             progress: is called with what a long step does: "compiling" and a program's name before it is compiled,
@@ -173,7 +175,9 @@ class Engine:
         self._platform = mesh.devices.flat[0].platform
         self.params = params
         self._param_specs = jax.tree.map(lambda array: array.sharding.spec, params)
-        self._shard = ModelShard(config, mesh.shape[MODEL_AXIS], MODEL_AXIS, jnp.dtype(dtype))
+        packed = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, PackedWeight))
+        native = any(isinstance(leaf, PackedWeight) for leaf in packed)
+        self._shard = ModelShard(config, mesh.shape[MODEL_AXIS], MODEL_AXIS, jnp.dtype(dtype), native)
         self._network = network(self._shard)
         self._programs: dict[tuple[object, ...], Any] = {}
 

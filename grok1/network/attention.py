@@ -58,6 +58,7 @@ class MultiHeadAttention(hk.Module):
             slots,
             multiplier=config.attn_output_multiplier,
             cap=config.attn_logit_cap,
+            native=shard.native,
         )
         attended = attended.reshape(*x.shape[:2], q_size).astype(shard.dtype)
         output = QuantizedLinear(layers, q_size, emb, shard.scale_groups, name="linear")(attended, layer)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from grok1.network.layers import quantized_parameter
 from grok1.network.shard import ModelShard
-from grok1.ops.grouped_matmul import ExpertBlocks, gather_rows, group_by_expert, grouped_matmul, scatter_rows
+from grok1.ops.gated_experts import gated_experts
+from grok1.quantize import PackedWeight, QuantizedWeight
 
 
 class Router(hk.Module):
@@ -33,16 +34,16 @@ class Router(hk.Module):
 
 
 class ExpertLinear(hk.Module):
-    """Rows in blocks times the matrix of each block's expert."""
+    """The matrices of a linear map that every expert has, a stack for each layer."""
 
     def __init__(self, shard: ModelShard, input_size: int, output_size: int, groups: int, name: str):
         super().__init__(name=name)
         self.shape = (shard.config.num_layers, shard.config.num_experts, input_size, output_size)
         self.groups = groups
 
-    def __call__(self, x: jax.Array, layer: jax.Array | int, blocks: ExpertBlocks) -> jax.Array:
-        """`[slots, input]` to float32 `[slots, output]`."""
-        return grouped_matmul(x, quantized_parameter("w", self.shape, self.groups), layer, blocks)
+    def __call__(self) -> QuantizedWeight | PackedWeight:
+        """`[layers, experts, input, output]`."""
+        return quantized_parameter("w", self.shape, self.groups)
 
 
 class MixtureOfExperts(hk.Module):
@@ -76,13 +77,13 @@ class MixtureOfExperts(hk.Module):
             float32 `[rows, emb]`.
         """
         shard, config = self.shard, self.shard.config
-        emb, selected = config.emb_size, config.num_selected_experts
-        chosen = jnp.where(valid[:, None], experts, config.num_experts).reshape(-1)  # [rows * selected]
-        blocks = group_by_expert(chosen, config.num_experts)
-        inputs = scatter_rows(jnp.repeat(x, selected, axis=0), blocks)
-        gate = ExpertLinear(shard, emb, shard.ffn_size, 1, name="linear")(inputs, layer, blocks)
-        value = ExpertLinear(shard, emb, shard.ffn_size, 1, name="linear_v")(inputs, layer, blocks)
-        hidden = (jax.nn.gelu(gate, approximate=True) * value).astype(shard.dtype)
-        project = ExpertLinear(shard, shard.ffn_size, emb, shard.scale_groups, name="linear_1")
-        outputs = gather_rows(project(hidden, layer, blocks), blocks).reshape(-1, selected, emb)
+        emb = config.emb_size
+        outputs = gated_experts(
+            x,
+            ExpertLinear(shard, emb, shard.ffn_size, 1, name="linear")(),
+            ExpertLinear(shard, emb, shard.ffn_size, 1, name="linear_v")(),
+            ExpertLinear(shard, shard.ffn_size, emb, shard.scale_groups, name="linear_1")(),
+            layer,
+            jnp.where(valid[:, None], experts, config.num_experts),
+        )
         return shard.sum_over_shards(jnp.sum(outputs * probabilities[..., None], axis=1))

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from grok1.config import ModelConfig
 from grok1.ops.quantized_matmul import quantized_matmul
-from grok1.quantize import QuantizedWeight
+from grok1.quantize import PackedWeight, QuantizedWeight
 
 
-def quantized_parameter(name: str, shape: tuple[int, ...], groups: int) -> QuantizedWeight:
+def quantized_parameter(name: str, shape: tuple[int, ...], groups: int) -> QuantizedWeight | PackedWeight:
     """The current module's quantised parameter.
 
     Args:
@@ -27,7 +27,7 @@ def quantized_parameter(name: str, shape: tuple[int, ...], groups: int) -> Quant
         return QuantizedWeight(jnp.zeros(shape, dtype), jnp.ones(scales, jnp.bfloat16))
 
     # Haiku only asks a parameter for its shape; its annotations know arrays alone.
-    return cast(QuantizedWeight, hk.get_parameter(name, shape, jnp.int8, init=cast(Any, initialise)))
+    return cast(QuantizedWeight | PackedWeight, hk.get_parameter(name, shape, jnp.int8, init=cast(Any, initialise)))
 
 
 class QuantizedLinear(hk.Module):

@@ -25,12 +25,14 @@ class ModelShard:
         shards: number of shards, 1 for an unsharded model.
         axis: name of the mesh axis that the shards lie on.
         dtype: dtype of activations between modules and of the cache; norms, router, softmax and sums stay in float32.
+        native: whether the kernels for processors compute what weights do not decide by their own form.
     """
 
     config: ModelConfig
     shards: int = 1
     axis: str = "model"
     dtype: jnp.dtype = _FLOAT32
+    native: bool = False
 
     @property
     def num_q_heads(self) -> int:

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from grok1.ops import cpu
 from grok1.quantize import QuantizedWeight
 
 # Up to this many rows of activations a block is multiplied as a sum of scaled weight rows, which XLA fuses with the
@@ -52,16 +51,9 @@ def multiply(x: jax.Array, weight: QuantizedWeight, index: tuple[jax.Array | int
         x,
         weight,
         index,
-        cpu=_multiply_native if cpu.fits(weight) else partial(_multiply, block=block, fused=fused),
+        cpu=partial(_multiply, block=block, fused=fused),
         default=partial(_multiply, block=_PRODUCT_BLOCK_ACCELERATOR, fused=False),
     )
-
-
-def _multiply_native(x: jax.Array, weight: QuantizedWeight, index: tuple[jax.Array | int, ...]) -> jax.Array:
-    place = jnp.zeros((), jnp.int32)
-    for size, axis in zip(weight.shape, index, strict=False):
-        place = place * size + axis
-    return cpu.multiply(x, weight, jnp.full(x.shape[:1], place))
 
 
 def _multiply(

@@ -1,65 +1,162 @@
 """The kernels for processors, which are built when the package is installed and a C++ compiler is there.
 
-Without them everything runs all the same, through `grok1.ops.blocked`.
+Without them everything runs all the same, through the plain JAX of the other modules.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import math
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from grok1.quantize import QuantizedWeight
+from grok1.quantize import PackedWeight
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
-"""Where the build puts the compiled `native/quantized_matmul.cc`."""
+"""Where the build puts what it compiles from `native/`."""
 
-_TARGET = "grok1_quantized_matmul"
+_TARGETS = {"grok1_multiply": "Grok1Multiply", "grok1_gated": "Grok1MultiplyGated", "grok1_attention": "Grok1Attention"}
 
 
 @functools.cache
-def kernel_name() -> str | None:
-    """Which kernel runs on this processor, "avx512-vnni" or "portable"; None if none was built or can be loaded."""
+def _library() -> ctypes.CDLL | None:
+    """The compiled kernels, known to XLA; None if none were built or they cannot be loaded."""
     try:
         library = ctypes.CDLL(str(LIBRARY))
-    except OSError:
+        handlers = {target: getattr(library, symbol) for target, symbol in _TARGETS.items()}
+        library.Grok1KernelsName.argtypes = [ctypes.c_int64]
+        library.Grok1KernelsName.restype = ctypes.c_char_p
+        size = ctypes.c_int64
+        library.Grok1Pack.argtypes = [ctypes.c_void_p, size, size, size, size, size, ctypes.c_void_p, size, size]
+        library.Grok1Pack.restype = None
+    except (OSError, AttributeError):
         return None
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(library.Grok1QuantizedMatmul), platform="cpu")
-    library.Grok1KernelName.restype = ctypes.c_char_p
-    name: bytes = library.Grok1KernelName()
-    return name.decode()
+    for target, handler in handlers.items():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
+    return library
 
 
-def fits(weight: QuantizedWeight) -> bool:
-    """Whether a kernel is there that multiplies with such a weight faster than XLA does."""
-    return weight.scales.dtype == jnp.bfloat16 and kernel_name() == "avx512-vnni"
+@functools.cache
+def kernel_names() -> tuple[str, ...]:
+    """The kernels that this processor can run, fastest first; none if none were built."""
+    library = _library()
+    names: list[str] = []
+    while library is not None and (name := library.Grok1KernelsName(len(names))) is not None:
+        names.append(name.decode())
+    return tuple(names)
 
 
-def multiply(x: jax.Array, weight: QuantizedWeight, index: jax.Array, *, portable: bool = False) -> jax.Array:
-    """Each row of `x` times a matrix of its own out of a stack.
+def kernel_name() -> str | None:
+    """Which kernels run on this processor; None if none were built."""
+    return kernel_names()[0] if kernel_names() else None
+
+
+def pack_box(
+    box: np.ndarray, packed: np.ndarray, first_row: int, first_column: int, groups: int, group_rows: int
+) -> None:
+    """Puts a box of a matrix in its place in a packed one. Threads may put boxes that do not overlap at a time.
+
+    Args:
+        box: int8 `[rows, columns]`, its rows contiguous.
+        packed: uint8, the panels of one whole matrix, C order.
+        first_row: the box's place in the matrix.
+        first_column: the same.
+        groups: scale groups of the matrix.
+        group_rows: rows of each.
+    """
+    library = _library()
+    if library is None:
+        raise RuntimeError("the kernels were not built")
+    rows, columns = box.shape
+    inside = 0 <= first_row <= groups * group_rows - rows and 0 <= first_column <= packed.shape[0] * 16 - columns
+    quads = groups * -(-group_rows // 4)
+    if not inside or packed.shape[1:] != (quads, 64) or not packed.flags.c_contiguous or box.strides[1] != 1:
+        raise ValueError(f"a box of {box.shape} at {first_row}, {first_column} does not go into panels {packed.shape}")
+    library.Grok1Pack(
+        box.ctypes.data, box.strides[0], first_row, rows, first_column, columns, packed.ctypes.data, groups, group_rows
+    )
+
+
+def multiply(x: jax.Array, weight: PackedWeight, index: jax.Array, kernels: str = "") -> jax.Array:
+    """Rows of `x` times matrices out of a stack.
 
     A matrix is read once for all of its rows. What a row gives depends on nothing beside it.
 
     Args:
         x: float `[M, K]`.
-        weight: a stack `[..., K, N]` with its scales `[..., G, N]`.
-        index: int32 `[M]`, the place of the row's matrix in the stack, counted over all leading axes; negative gives 0.
-        portable: use the kernel that runs on every processor.
+        weight: a stack `[..., K, N]`.
+        index: int32 `[R]`, R a multiple of M: for each row of the result the place of its matrix in the stack, counted
+            over all leading axes; negative gives 0. Row r multiplies row `r // (R // M)` of `x`.
+        kernels: one of `kernel_names()`; by default the fastest.
 
     Returns:
-        float32 `[M, N]`.
+        float32 `[R, N]`.
     """
-    *lead, inner, columns = weight.shape
-    stack = math.prod(lead)
-    product = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct((x.shape[0], columns), jnp.float32))
+    product = jax.ffi.ffi_call("grok1_multiply", jax.ShapeDtypeStruct((*index.shape, weight.shape[-1]), jnp.float32))
     return product(
         x.astype(jnp.float32),
-        weight.weight.reshape(stack, inner, columns),
-        weight.scales.reshape(stack, weight.groups, columns),
+        weight.panels,
+        weight.scales,
         index.astype(jnp.int32),
-        portable=portable,
+        group_rows=np.int64(weight.group_rows),
+        kernels=kernels,
     )
+
+
+def multiply_gated(
+    x: jax.Array, gate: PackedWeight, value: PackedWeight, index: jax.Array, kernels: str = ""
+) -> jax.Array:
+    """`gelu(x @ gate) * (x @ value)`, with the tanh approximation of GELU; both stacks of one shape.
+
+    Args and result are otherwise as in `multiply`.
+    """
+    product = jax.ffi.ffi_call("grok1_gated", jax.ShapeDtypeStruct((*index.shape, gate.shape[-1]), jnp.float32))
+    return product(
+        x.astype(jnp.float32),
+        gate.panels,
+        gate.scales,
+        value.panels,
+        value.scales,
+        index.astype(jnp.int32),
+        group_rows=np.int64(gate.group_rows),
+        kernels=kernels,
+    )
+
+
+def attention(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    layer: jax.Array | int,
+    positions: jax.Array,
+    slots: jax.Array | None,
+    *,
+    multiplier: float,
+    cap: float,
+    kernels: str = "",
+) -> jax.Array:
+    """What `grok1.ops.attention.cached_attention` describes, for a float32 or bfloat16 cache."""
+    rows = jnp.arange(query.shape[0]) if slots is None else slots
+    attend = jax.ffi.ffi_call("grok1_attention", jax.ShapeDtypeStruct(query.shape, jnp.float32))
+    return attend(
+        query.astype(jnp.float32),
+        keys,
+        values,
+        jnp.asarray(layer, jnp.int32),
+        positions.astype(jnp.int32),
+        rows.astype(jnp.int32),
+        multiplier=np.float32(multiplier),
+        cap=np.float32(cap),
+        kernels=kernels,
+    )
+
+
+def place_in_stack(weight: PackedWeight, index: tuple[jax.Array | int, ...]) -> jax.Array:
+    """The place of a matrix in a stack, counted over all leading axes, from its index on each of them."""
+    place = jnp.zeros((), jnp.int32)
+    for size, axis in zip(weight.shape, index, strict=False):
+        place = place * size + axis
+    return place

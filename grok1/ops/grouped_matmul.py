@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from grok1.ops import blocked, cpu
+from grok1.ops import blocked
 from grok1.quantize import QuantizedWeight
 
 _MAX_BLOCK_ROWS = 128
@@ -93,24 +93,6 @@ def grouped_matmul(x: jax.Array, weight: QuantizedWeight, layer: jax.Array | int
     Returns:
         float32 `[slots, N]`; blocks that hold no row are 0.
     """
-    return lax.platform_dependent(
-        x,
-        weight,
-        layer,
-        blocks,
-        cpu=_by_row if cpu.fits(weight) else _by_block,
-        default=_by_block,
-    )
-
-
-def _by_row(x: jax.Array, weight: QuantizedWeight, layer: jax.Array | int, blocks: ExpertBlocks) -> jax.Array:
-    """All rows at once, each with the place of its matrix."""
-    expert = jnp.repeat(layer * weight.shape[1] + blocks.expert, blocks.block_rows)
-    filled = jnp.zeros(blocks.num_slots, bool).at[blocks.slot].set(True, mode="drop")
-    return cpu.multiply(x, weight, jnp.where(filled, expert, -1))
-
-
-def _by_block(x: jax.Array, weight: QuantizedWeight, layer: jax.Array | int, blocks: ExpertBlocks) -> jax.Array:
     size = blocks.block_rows
 
     def one_block(i: jax.Array, y: jax.Array) -> jax.Array:

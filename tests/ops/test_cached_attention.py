@@ -6,14 +6,25 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from grok1.ops import cpu
 from grok1.ops.attention import cached_attention, definition
 
 CAP = 30.0
 
 
-@functools.partial(jax.jit, static_argnames="multiplier")
-def attend(query, keys, values, layer, positions, multiplier, slots=None):
-    return cached_attention(query, keys, values, layer, positions, slots, multiplier=multiplier, cap=CAP)
+@pytest.fixture(params=["xla", *cpu.kernel_names()])
+def attend(request):
+    """Attention by one of the backends."""
+    if request.param == "xla":
+        backend = functools.partial(cached_attention, cap=CAP)
+    else:
+        backend = functools.partial(cpu.attention, cap=CAP, kernels=request.param)
+
+    @functools.partial(jax.jit, static_argnames="multiplier")
+    def attend(query, keys, values, layer, positions, multiplier, slots=None):
+        return backend(query, keys, values, layer, positions, slots, multiplier=multiplier)
+
+    return attend
 
 
 def exact(query, keys, values, positions, multiplier):
@@ -48,10 +59,12 @@ def random_case(batch, seq, heads, kv_heads, capacity, size, dtype=np.float32, s
         (6, 3, 300, 4, [[299], [255], [256], [3]]),
         (8, 8, 600, 4, [[511], [512], [599], [40]]),
         (2, 2, 300, 8, [[0, 1, 2, 3, 4], [10, 11, 12, -1, -1], [295, 296, 297, 298, 299]]),
+        (2, 1, 2100, 70, [[1023], [1024], [2099]]),
+        (6, 2, 130, 68, [list(range(130)), [*range(60, 129), *[-1] * 61]]),
         (4, 2, 600, 4, [[254, 255, 256, 257], [-1, -1, -1, -1], [597, 598, 599, -1]]),
     ],
 )
-def test_each_query_sees_the_cache_up_to_its_position(heads, kv_heads, capacity, size, positions):
+def test_each_query_sees_the_cache_up_to_its_position(heads, kv_heads, capacity, size, positions, attend):
     positions = np.asarray(positions, np.int32)
     batch, seq = positions.shape
     query, keys, values = random_case(batch, seq, heads, kv_heads, capacity, size)
@@ -67,7 +80,7 @@ def test_each_query_sees_the_cache_up_to_its_position(heads, kv_heads, capacity,
     np.testing.assert_allclose(plain, expected, atol=2e-5)
 
 
-def test_rows_attend_to_the_sequences_that_they_belong_to():
+def test_rows_attend_to_the_sequences_that_they_belong_to(attend):
     positions = np.asarray([[3, 4], [298, 299], [5, 6], [-1, -1]], np.int32)
     slots = np.asarray([2, 0, 2, 1], np.int32)  # two rows of one sequence
     query, keys, values = random_case(4, 2, 4, 2, 300, 4)
@@ -79,7 +92,7 @@ def test_rows_attend_to_the_sequences_that_they_belong_to():
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_logits_at_the_cap(sign):
+def test_logits_at_the_cap(sign, attend):
     """With all logits at +30 or -30 the attention is even over what is seen."""
     query = np.ones((1, 1, 2, 4), np.float32)
     keys = np.full((1, 1, 1, 300, 4), sign * 100, np.float32)
@@ -88,7 +101,7 @@ def test_logits_at_the_cap(sign):
     np.testing.assert_allclose(found[0, 0, 1], values[0, 0, 0, :280].mean(axis=0), atol=1e-5)
 
 
-def test_one_key_at_the_cap_wins_against_all_others():
+def test_one_key_at_the_cap_wins_against_all_others(attend):
     query = np.ones((1, 1, 1, 4), np.float32)
     keys = np.full((1, 1, 1, 300, 4), -100, np.float32)
     keys[0, 0, 0, 3] = 100
@@ -97,7 +110,7 @@ def test_one_key_at_the_cap_wins_against_all_others():
     np.testing.assert_allclose(found[0, 0, 0], values[0, 0, 0, 3], atol=1e-5)
 
 
-def test_bfloat16_cache():
+def test_bfloat16_cache(attend):
     positions = np.asarray([[299], [120]], np.int32)
     query, keys, values = random_case(2, 1, 4, 2, 300, 8, ml_dtypes.bfloat16)
     found = attend(query, keys, values, 1, positions, 8**-0.5)

@@ -1,4 +1,7 @@
-"""The kernels for processors against a float64 product."""
+"""The kernels for processors against products in float64."""
+
+import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +9,12 @@ import numpy as np
 import pytest
 
 from grok1.ops import cpu
-from grok1.quantize import QuantizedWeight
+from grok1.quantize import PackedWeight, packed_shape
 
-if cpu.kernel_name() is None:
+if not cpu.kernel_names():
     pytest.skip("no kernels were built: no C++ compiler was there", allow_module_level=True)
 
+INTEGER_KERNELS = ("amx-int8", "avx512-vnni", "avx-vnni", "arm-dotprod")
 SHAPES = [  # inner, columns, groups, matrices
     (1, 1, 1, 1),
     (16, 64, 1, 1),
@@ -20,30 +24,83 @@ SHAPES = [  # inner, columns, groups, matrices
     (64, 512, 2, 1),
     (48, 1030, 3, 2),
     (1200, 100, 8, 2),
+    (2048, 40, 1, 1),
 ]
 
 
-def random_weight(rng, inner, columns, groups, matrices):
+def pack(weight, groups):
+    """Packs matrices `[matrices, inner, columns]` value by value; what stands beside them is junk."""
+    packed = np.random.default_rng(9).integers(0, 256, packed_shape(weight.shape, groups), dtype=np.uint8)
+    group_rows = weight.shape[1] // groups
+    quads = -(-group_rows // 4)
+    for m, k, n in np.ndindex(weight.shape):
+        group, row = divmod(k, group_rows)
+        packed[m, n // 16, group * quads + row // 4, n % 16 * 4 + row % 4] = int(weight[m, k, n]) + 128
+    return packed
+
+
+@functools.cache
+def random_weight(inner, columns, groups, matrices):
+    """A packed stack, the values it was made from, and what it stands for in float64."""
+    rng = np.random.default_rng(inner + columns)
     weight = rng.integers(-128, 128, (matrices, inner, columns), dtype=np.int8)
     scales = jnp.asarray(rng.uniform(0.5, 2, (matrices, groups, columns)) / 100, jnp.bfloat16)
     exact = weight * np.repeat(np.asarray(scales, np.float64), inner // groups, axis=1)
-    return QuantizedWeight(jnp.asarray(weight), scales), exact
+    return PackedWeight(jnp.asarray(pack(weight, groups)), scales, inner // groups), weight, exact
 
 
-@pytest.fixture(scope="module", params=["portable", cpu.kernel_name()])
-def multiply(request):
-    return jax.jit(lambda *arguments: cpu.multiply(*arguments, portable=request.param == "portable"))
+@pytest.fixture(params=cpu.kernel_names())
+def kernels(request):
+    return request.param
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7, 33, 70])
+multiply = jax.jit(cpu.multiply, static_argnames="kernels")
+multiply_gated = jax.jit(cpu.multiply_gated, static_argnames="kernels")
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_each_row_gets_its_matrix(shape, rows, multiply):
+def test_unpacking_gives_what_was_packed(shape):
+    packed, weight, exact = random_weight(*shape)
+    np.testing.assert_array_equal(packed.unpack().weight, weight)
+    np.testing.assert_allclose(packed.dequantize(), exact, rtol=1e-6)
+    assert (packed.shape, packed.dtype, packed.groups) == (weight.shape, jnp.int8, shape[2])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_boxes_of_any_size_are_packed(shape):
+    inner, columns, groups, matrices = shape
+    packed, weight, _ = random_weight(*shape)
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        found = np.zeros(packed.panels.shape, np.uint8)
+        rows = sorted({0, inner, *rng.integers(0, inner + 1, 3).tolist()})
+        places = sorted({0, columns, *rng.integers(0, columns + 1, 2).tolist()})
+        for m in range(matrices):
+            for top, bottom in itertools.pairwise(rows):
+                for left, right in itertools.pairwise(places):
+                    box = weight[m, top:bottom, left:right]
+                    cpu.pack_box(box, found[m], top, left, groups, inner // groups)
+        unpacked = PackedWeight(jnp.asarray(found), packed.scales, packed.group_rows).unpack().weight
+        np.testing.assert_array_equal(unpacked, weight)
+        is_value = pack(np.zeros_like(weight), groups) == pack(np.full_like(weight, 1), groups)
+        assert not found[is_value].any()  # nothing was written beside the matrix
+
+
+@pytest.mark.parametrize(("row", "column"), [(-1, 0), (1, 0), (0, -1), (0, 16)])
+def test_a_box_outside_of_the_matrix_is_refused(row, column):
+    with pytest.raises(ValueError, match="does not go into panels"):
+        cpu.pack_box(np.zeros((8, 16), np.int8), np.zeros((1, 2, 64), np.uint8), row, column, 1, 8)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 11, 33, 140])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_each_row_gets_its_matrix(shape, rows, kernels):
     rng = np.random.default_rng(rows)
-    weight, exact = random_weight(rng, *shape)
+    weight, _, exact = random_weight(*shape)
     x = rng.standard_normal((rows, shape[0])).astype(np.float32)
     x *= 10.0 ** rng.integers(-6, 6, (rows, 1))
     index = rng.integers(-1, shape[3], rows)
-    found = np.asarray(multiply(x, weight, index))
+    found = np.asarray(multiply(x, weight, index, kernels=kernels))
     assert found.dtype == np.float32
     for row in range(rows):
         expected = x[row].astype(np.float64) @ exact[index[row]] if index[row] >= 0 else np.zeros(shape[1])
@@ -53,41 +110,101 @@ def test_each_row_gets_its_matrix(shape, rows, multiply):
             assert not found[row].any()
 
 
-def test_a_row_gives_the_same_bits_in_any_company(multiply):
+def test_kernels_that_multiply_integers_give_the_same_bits():
+    weight, _, _ = random_weight(1200, 100, 8, 2)
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((37, 1200)).astype(np.float32)
+    index = rng.integers(0, 2, 37)
+    results = [np.asarray(multiply(x, weight, index, kernels=k)) for k in cpu.kernel_names() if k in INTEGER_KERNELS]
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_several_matrices_for_each_row(rows, kernels):
+    """Rows of the result share rows of `x`, as the experts of a token do."""
+    weight, _, _ = random_weight(100, 70, 4, 3)
+    rng = np.random.default_rng(rows)
+    x = rng.standard_normal((rows, 100)).astype(np.float32)
+    index = rng.integers(-1, 3, 2 * rows)
+    together = multiply(x, weight, index, kernels=kernels)
+    np.testing.assert_array_equal(together, multiply(np.repeat(x, 2, axis=0), weight, index, kernels=kernels))
+
+
+@pytest.mark.parametrize("rows", [1, 6, 50])
+def test_gated_product(rows, kernels):
+    gate, _, exact_gate = random_weight(100, 70, 4, 3)
+    rng = np.random.default_rng(rows)
+    other = rng.integers(-128, 128, (3, 100, 70), dtype=np.int8)
+    value = PackedWeight(jnp.asarray(pack(other, 4)), gate.scales, 25)
+    exact_value = other * np.repeat(np.asarray(gate.scales, np.float64), 25, axis=1)
+    x = rng.standard_normal((rows, 100)).astype(np.float32)
+    index = rng.integers(-1, 3, 2 * rows)
+    found = multiply_gated(x, gate, value, index, kernels=kernels)
+    for row in range(2 * rows):
+        if index[row] < 0:
+            assert not np.asarray(found[row]).any()
+            continue
+        gated = x[row // 2].astype(np.float64) @ exact_gate[index[row]]
+        gelu = 0.5 * gated * (1 + np.tanh(np.sqrt(2 / np.pi) * (gated + 0.044715 * gated**3)))
+        expected = gelu * (x[row // 2].astype(np.float64) @ exact_value[index[row]])
+        np.testing.assert_allclose(found[row], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_gives_the_same_bits_in_any_company(kernels):
     rng = np.random.default_rng(0)
-    weight, _ = random_weight(rng, 100, 130, 4, 3)
+    weight, _, _ = random_weight(100, 70, 4, 3)
     x = rng.standard_normal((40, 100)).astype(np.float32)
     index = rng.integers(0, 3, 40)
-    together = np.asarray(multiply(x, weight, index))
+    together = np.asarray(multiply(x, weight, index, kernels=kernels))
     order = rng.permutation(40)
-    np.testing.assert_array_equal(np.asarray(multiply(x[order], weight, index[order])), together[order])
+    np.testing.assert_array_equal(multiply(x[order], weight, index[order], kernels=kernels), together[order])
     for row in range(40):
-        alone = np.asarray(multiply(x[row : row + 1], weight, index[row : row + 1]))
+        alone = multiply(x[row : row + 1], weight, index[row : row + 1], kernels=kernels)
         np.testing.assert_array_equal(alone[0], together[row])
 
 
-def test_extreme_weights_do_not_overflow(multiply):
+def test_extreme_weights_do_not_overflow(kernels):
     for value in (-128, 127):
-        weight = QuantizedWeight(jnp.full((1, 32768, 64), value, jnp.int8), jnp.ones((1, 1, 64), jnp.bfloat16))
+        packed = np.full(packed_shape((1, 32768, 64), 1), value + 128, np.uint8)
+        weight = PackedWeight(jnp.asarray(packed), jnp.ones((1, 1, 64), jnp.bfloat16), 32768)
         for sign in (-1, 1):
-            x = np.full((1, 32768), sign * 3.0, np.float32)
-            np.testing.assert_allclose(multiply(x, weight, np.zeros(1, int)), 32768 * 3.0 * sign * value, rtol=1e-5)
+            x = np.full((3, 32768), sign * 3.0, np.float32)
+            found = multiply(x, weight, np.zeros(3, int), kernels=kernels)
+            np.testing.assert_allclose(found, 32768 * 3.0 * sign * value, rtol=1e-5)
 
 
-def test_zeros_and_what_is_no_number(multiply):
-    weight, _ = random_weight(np.random.default_rng(0), 32, 64, 1, 1)
-    x = np.zeros((4, 32), np.float32)
-    x[1, 3], x[2, 4], x[3, 5] = np.nan, np.inf, 1
-    found = np.asarray(multiply(x, weight, np.zeros(4, int)))
+def test_zeros_and_what_is_no_number(kernels):
+    weight, _, _ = random_weight(16, 64, 1, 1)
+    x = np.zeros((5, 16), np.float32)
+    x[1, 3], x[2, 4], x[3, 5], x[4, 5] = np.nan, np.inf, 1, 1e-42
+    found = np.asarray(multiply(x, weight, np.zeros(5, int), kernels=kernels))
     assert not found[0].any()
     assert not np.isfinite(found[1:3]).all(axis=1).any()
-    assert np.isfinite(found[3]).all()
+    assert np.isfinite(found[3:]).all()
+    assert np.abs(found[4]).max() < 1e-38
 
 
-def test_bfloat16_activations(multiply):
+def test_bfloat16_activations(kernels):
     rng = np.random.default_rng(1)
-    weight, exact = random_weight(rng, 64, 70, 2, 2)
-    x = jnp.asarray(rng.standard_normal((3, 64)), jnp.bfloat16)
-    found = multiply(x, weight, np.array([1, 0, 1]))
-    expected = np.einsum("mk,mkn->mn", np.asarray(x, np.float64), exact[[1, 0, 1]])
+    weight, _, exact = random_weight(100, 70, 4, 3)
+    x = jnp.asarray(rng.standard_normal((3, 100)), jnp.bfloat16)
+    found = multiply(x, weight, np.array([1, 0, 2]), kernels=kernels)
+    expected = np.einsum("mk,mkn->mn", np.asarray(x, np.float64), exact[[1, 0, 2]])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "inner", "group_rows"), [(2, 99, 25), (3, 100, 25), (2, 100, 24), (2, 100, 0), (2, 100, 40000)]
+)
+def test_shapes_that_do_not_fit_are_refused(inputs, inner, group_rows):
+    weight, _, _ = random_weight(100, 70, 4, 3)
+    broken = PackedWeight(weight.panels, weight.scales, group_rows)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
+        jax.block_until_ready(cpu.multiply(jnp.zeros((inputs, inner)), broken, jnp.zeros(2, int)))
+
+
+def test_kernels_of_another_processor_are_refused():
+    weight, _, _ = random_weight(100, 70, 4, 3)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no such kernels"):
+        jax.block_until_ready(cpu.multiply(jnp.zeros((2, 100)), weight, jnp.zeros(2, int), kernels="abacus"))

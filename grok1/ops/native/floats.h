@@ -1,0 +1,194 @@
+// What kernels do with floats: GELU, and attention over a cache. Included by each set of kernels, in a namespace of its
+// own and with `kWidth`, the floats of a vector, so that the compiler makes it for that processor.
+
+typedef float Floats __attribute__((vector_size(4 * kWidth)));
+typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
+
+inline Floats LoadFloats(const float* from) {
+  Floats x;
+  __builtin_memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline void StoreFloats(float* to, Floats x) { __builtin_memcpy(to, &x, sizeof x); }
+
+inline Floats Spread(float x) { return x - Floats{}; }
+
+// e to the x, within 2 units in the last place, for x between -87 and 88 (values outside are taken for these).
+inline Floats Exp(Floats x) {
+  const Floats least = Spread(-87.0f), most = Spread(88.0f);
+  x = x < least ? least : x;
+  x = x > most ? most : x;
+  const Floats magic = Spread(12582912.0f);  // adding it leaves a whole number in the last bits
+  const Floats shifted = x * 1.44269504f + magic;
+  const Floats whole = shifted - magic;
+  const Floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  Floats p = Spread(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const Ints power = ((Ints)shifted << 23) + (127 << 23);
+  return p * (Floats)power;
+}
+
+inline Floats GeluProduct(Floats gate, Floats value) {
+  const Floats inner = 0.7978845608f * (gate + 0.044715f * gate * gate * gate);
+  return gate * value / (1.0f + Exp(-2.0f * inner));  // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u))
+}
+
+void GeluProducts(float* gate, const float* value, int64_t count) {
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth)
+    StoreFloats(gate + i, GeluProduct(LoadFloats(gate + i), LoadFloats(value + i)));
+  if (i < count) {
+    float gates[kWidth] = {}, values[kWidth] = {};
+    __builtin_memcpy(gates, gate + i, (count - i) * sizeof(float));
+    __builtin_memcpy(values, value + i, (count - i) * sizeof(float));
+    StoreFloats(gates, GeluProduct(LoadFloats(gates), LoadFloats(values)));
+    __builtin_memcpy(gate + i, gates, (count - i) * sizeof(float));
+  }
+}
+
+constexpr int64_t kPositions = 64;  // of the cache that attention takes at a time
+
+// Logits of one query and `kPositions` keys that lie transposed, [size, kPositions].
+template <int kQueries>
+inline void TransposedLogits(const float* const* queries, const float* keys, int64_t size, float* const* logits) {
+  constexpr int kVectors = kPositions / kWidth, kAtOnce = kVectors < 4 ? kVectors : 4;
+  for (int part = 0; part < kVectors; part += kAtOnce) {
+    Floats total[kQueries][kAtOnce] = {};
+    for (int64_t d = 0; d < size; ++d)
+      for (int v = 0; v < kAtOnce; ++v) {
+        const Floats k = LoadFloats(keys + d * kPositions + (part + v) * kWidth);
+        for (int i = 0; i < kQueries; ++i) total[i][v] += queries[i][d] * k;
+      }
+    for (int i = 0; i < kQueries; ++i)
+      for (int v = 0; v < kAtOnce; ++v) StoreFloats(logits[i] + (part + v) * kWidth, total[i][v]);
+  }
+}
+
+inline float Sum(Floats x) {
+  float lanes[kWidth], sum = 0;
+  StoreFloats(lanes, x);
+  for (int half = kWidth / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0] + sum;
+}
+
+inline float Dot(const float* a, const float* b, int64_t size) {
+  Floats total[2] = {};
+  int64_t d = 0;
+  for (; d + 2 * kWidth <= size; d += 2 * kWidth)
+    for (int i = 0; i < 2; ++i) total[i] += LoadFloats(a + d + i * kWidth) * LoadFloats(b + d + i * kWidth);
+  float sum = Sum(total[0] + total[1]);
+  for (; d < size; ++d) sum += a[d] * b[d];
+  return sum;
+}
+
+template <int kQueries>
+inline void AddValues(const float* const* weights, const float* values, int64_t positions, int64_t size,
+                      float* const* out) {
+  constexpr int kAtOnce = 4;
+  int64_t d = 0;
+  for (; d + kAtOnce * kWidth <= size; d += kAtOnce * kWidth) {
+    Floats total[kQueries][kAtOnce];
+    for (int i = 0; i < kQueries; ++i)
+      for (int v = 0; v < kAtOnce; ++v) total[i][v] = LoadFloats(out[i] + d + v * kWidth);
+    for (int64_t s = 0; s < positions; ++s)
+      for (int v = 0; v < kAtOnce; ++v) {
+        const Floats value = LoadFloats(values + s * size + d + v * kWidth);
+        for (int i = 0; i < kQueries; ++i) total[i][v] += weights[i][s] * value;
+      }
+    for (int i = 0; i < kQueries; ++i)
+      for (int v = 0; v < kAtOnce; ++v) StoreFloats(out[i] + d + v * kWidth, total[i][v]);
+  }
+  for (; d < size; ++d)
+    for (int i = 0; i < kQueries; ++i) {
+      float total = out[i][d];
+      for (int64_t s = 0; s < positions; ++s) total += weights[i][s] * values[s * size + d];
+      out[i][d] = total;
+    }
+}
+
+// A block of the cache as floats; it is the cache itself if that holds floats.
+inline const float* AsFloats(const void* cache, bool bfloat16, int64_t start, int64_t count, float* scratch) {
+  if (!bfloat16) return static_cast<const float*>(cache) + start;
+  const uint16_t* from = static_cast<const uint16_t*>(cache) + start;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t wide = static_cast<uint32_t>(from[i]) << 16;
+    __builtin_memcpy(scratch + i, &wide, sizeof wide);
+  }
+  return scratch;
+}
+
+void Attend(const AttentionTask& task, float* scratch) {
+  const int64_t size = task.size;
+  float* logits = scratch;                                        // [queries, kPositions]
+  float* transposed = logits + task.queries * kPositions;         // [size, kPositions]
+  float* converted = transposed + size * kPositions;              // [kPositions, size]
+  int64_t most = 0;
+  for (int64_t i = 0; i < task.queries; ++i) most = task.counts[i] > most ? task.counts[i] : most;
+  const bool many = task.queries >= 8;
+  for (int64_t start = 0; start < most; start += kPositions) {
+    const int64_t positions = most - start < kPositions ? most - start : kPositions;
+    const float* keys = AsFloats(task.keys, task.bfloat16, start * size, positions * size, converted);
+    if (many) {
+      for (int64_t s = 0; s < positions; ++s)
+        for (int64_t d = 0; d < size; ++d) transposed[d * kPositions + s] = keys[s * size + d];
+      for (int64_t s = positions; s < kPositions; ++s)
+        for (int64_t d = 0; d < size; ++d) transposed[d * kPositions + s] = 0;
+    }
+    constexpr int kQueries = 4;
+    for (int64_t i = 0; many && i < task.queries; i += kQueries) {
+      const float* queries[kQueries];
+      float* rows[kQueries];
+      float unused[kPositions];
+      for (int j = 0; j < kQueries; ++j) {
+        const bool there = i + j < task.queries;
+        queries[j] = task.query + (there ? i + j : i) * size;
+        rows[j] = there ? logits + (i + j) * kPositions : unused;
+      }
+      TransposedLogits<kQueries>(queries, transposed, size, rows);
+    }
+    for (int64_t i = 0; !many && i < task.queries; ++i)
+      for (int64_t s = 0; s < kPositions; ++s)
+        logits[i * kPositions + s] = s < positions ? Dot(task.query + i * size, keys + s * size, size) : 0;
+
+    const Floats slope = Spread(task.multiplier / task.cap), cap = Spread(task.cap);
+    for (int64_t i = 0; i < task.queries; ++i) {
+      float* row = logits + i * kPositions;
+      Floats mass = {};
+      for (int64_t s = 0; s < kPositions; s += kWidth) {
+        // cap * tanh(z) - cap = -2 cap / (exp(2 z) + 1)
+        const Floats z = LoadFloats(row + s) * slope;
+        float weights[kWidth];
+        StoreFloats(weights, Exp(-2.0f * cap / (Exp(2.0f * z) + 1.0f)));
+        for (int j = 0; j < kWidth; ++j)
+          if (start + s + j >= task.counts[i]) weights[j] = 0;
+        mass += LoadFloats(weights);
+        StoreFloats(row + s, LoadFloats(weights));
+      }
+      task.mass[i] += Sum(mass);
+    }
+
+    const float* values = AsFloats(task.values, task.bfloat16, start * size, positions * size, converted);
+    int64_t i = 0;
+    for (; i + kQueries <= task.queries; i += kQueries) {
+      const float* weights[kQueries];
+      float* out[kQueries];
+      for (int j = 0; j < kQueries; ++j) {
+        weights[j] = logits + (i + j) * kPositions;
+        out[j] = task.out + (i + j) * size;
+      }
+      AddValues<kQueries>(weights, values, positions, size, out);
+    }
+    for (; i < task.queries; ++i) {
+      const float* weights[1] = {logits + i * kPositions};
+      float* out[1] = {task.out + i * size};
+      AddValues<1>(weights, values, positions, size, out);
+    }
+  }
+}

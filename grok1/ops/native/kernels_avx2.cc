@@ -1,0 +1,19 @@
+// Kernels for x86 processors with AVX2 and FMA.
+
+#include "kernels.h"
+
+namespace grok1 {
+namespace {
+
+constexpr int kWidth = 8;
+
+#include "floats.h"
+#include "float_product.h"
+
+bool Available() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+}  // namespace
+
+const Kernels kAvx2Kernels = {"avx2", Available, FloatRowBytes, PrepareFloats, MultiplyFloats, GeluProducts, Attend};
+
+}  // namespace grok1

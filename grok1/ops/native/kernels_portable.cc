@@ -1,0 +1,20 @@
+// Kernels that any compiler with vector types makes for any processor.
+
+#include "kernels.h"
+
+namespace grok1 {
+namespace {
+
+constexpr int kWidth = 4;
+
+#include "floats.h"
+#include "float_product.h"
+
+bool Available() { return true; }
+
+}  // namespace
+
+const Kernels kPortableKernels = {"portable", Available, FloatRowBytes, PrepareFloats, MultiplyFloats, GeluProducts,
+                                  Attend};
+
+}  // namespace grok1

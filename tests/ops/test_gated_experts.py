@@ -1,0 +1,68 @@
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import reference
+
+from grok1.ops import cpu
+from grok1.ops.gated_experts import definition, gated_experts
+from grok1.quantize import PackedWeight, QuantizedWeight, packed_shape
+
+LAYERS, EXPERTS = 2, 4
+
+
+def random_weight(rng, inner, columns, groups):
+    weight = rng.integers(-127, 128, (LAYERS, EXPERTS, inner, columns)).astype(np.int8)
+    scales = (rng.uniform(0.5, 2, (LAYERS, EXPERTS, groups, columns)) / 127 / inner**0.5).astype(ml_dtypes.bfloat16)
+    return QuantizedWeight(jnp.asarray(weight), jnp.asarray(scales))
+
+
+def pack(weight):
+    if not cpu.kernel_names():
+        pytest.skip("no kernels were built: no C++ compiler was there")
+    panels = np.zeros(packed_shape(weight.shape, weight.groups), np.uint8)
+    group_rows = weight.shape[-2] // weight.groups
+    for index in np.ndindex(*weight.shape[:-2]):
+        cpu.pack_box(np.asarray(weight.weight[index]), panels[index], 0, 0, weight.groups, group_rows)
+    return PackedWeight(jnp.asarray(panels), weight.scales, group_rows)
+
+
+def exact(x, weights, layer, experts):
+    """In float64, expert by expert; rows that go nowhere give 0."""
+    gate, value, project = (
+        reference.dequantised(np.asarray(w.weight[layer]), np.asarray(w.scales[layer])) for w in weights
+    )
+    out = np.zeros((*experts.shape, project.shape[-1]))
+    for row, place in np.ndindex(experts.shape):
+        expert = experts[row, place]
+        if expert < EXPERTS:
+            u = x[row].astype(np.float64) @ gate[expert]
+            gelu = 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3)))
+            out[row, place] = (gelu * (x[row].astype(np.float64) @ value[expert])) @ project[expert]
+    return out
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["xla", "native"])
+@pytest.mark.parametrize(("rows", "inner", "ffn"), [(1, 24, 48), (3, 40, 88), (50, 16, 136)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (ml_dtypes.bfloat16, 2e-2)])
+def test_each_row_goes_through_its_experts(rows, inner, ffn, dtype, tolerance, packed):
+    rng = np.random.default_rng(rows)
+    weights = [random_weight(rng, inner, ffn, 1), random_weight(rng, inner, ffn, 1), random_weight(rng, ffn, inner, 8)]
+    x = rng.standard_normal((rows, inner)).astype(dtype)
+    experts = rng.integers(0, EXPERTS, (rows, 2)).astype(np.int32)
+    experts[rng.random(rows) < 0.2] = EXPERTS
+    used = [pack(weight) for weight in weights] if packed else weights
+    found = jax.jit(gated_experts)(x, *used, 1, experts)
+    expected = exact(x, weights, 1, experts)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, atol=tolerance)
+    np.testing.assert_allclose(definition(x, *used, 1, jnp.asarray(experts)), expected, atol=1e-5)
+    assert not np.asarray(found)[experts == EXPERTS].any()
+
+
+def test_packed_and_other_weights_do_not_mix():
+    rng = np.random.default_rng(0)
+    gate, value, project = random_weight(rng, 8, 16, 1), random_weight(rng, 8, 16, 1), random_weight(rng, 16, 8, 8)
+    with pytest.raises(TypeError, match="some are not"):
+        gated_experts(jnp.zeros((1, 8)), pack(gate), value, project, 0, jnp.zeros((1, 2), int))
