@@ -29,6 +29,7 @@ from grok1.prompt import Request as Request
 from grok1.prompt import check_token_ids, encode_prompt, encode_scored, required, window_stride, windows
 from grok1.sharding import make_mesh
 from grok1.stop_text import StopMatcher
+from grok1.threads import thread_count
 from grok1.tokenizer import Tokenizer, find_tokenizer
 
 _BATCH_SIZE = {"cpu": 16}  # sequences that are continued at a time, unless the caller says otherwise
@@ -195,6 +196,7 @@ def load(
     devices: Sequence[jax.Device] | None = None,
     load_memory: int = memory.DEFAULT_LOAD_MEMORY,
     kernels: KernelsName = "auto",
+    threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> Model:
     """Loads a checkpoint onto the devices there are.
@@ -212,6 +214,8 @@ def load(
         load_memory: bytes of host memory beyond the weights that loading may take at a time; at least 16 MB.
         kernels: "native" for the kernels for processors, "xla" for what XLA makes of plain JAX; "auto" takes the first
             where they can be had.
+        threads: how many the native kernels compute with; by default one for each physical core that the process may
+            use. XLA's own are set when JAX starts: see `grok1.threads`.
         progress: is called while files are checked, weights loaded and programs compiled, also later by the model's
             methods, from whichever thread does the work.
 
@@ -239,6 +243,8 @@ def load(
     room = require_room(config, (data, model), devices or jax.devices(), kind.name)
     enable_compilation_cache()
     native = use_native_kernels(config, device_mesh, kernels)
+    if native:
+        cpu.set_threads(threads or thread_count())
     params = load_parameters(
         opened,
         device_mesh,
@@ -297,6 +303,16 @@ class Model:
         """Sizes of the mesh's data and model axes."""
         data, model = self.engine.mesh.devices.shape
         return data, model
+
+    @property
+    def kernels(self) -> str:
+        """What computes: the name of the native kernels, such as "amx-int8", or "xla"."""
+        return (cpu.kernel_name() or "xla") if self.engine.native else "xla"
+
+    @property
+    def lacks_kernels(self) -> bool:
+        """Whether the devices are processors for which native kernels could have been built and were not."""
+        return self.engine.mesh.devices.flat[0].platform == "cpu" and not cpu.kernel_names()
 
     @property
     def peak_device_bytes(self) -> int | None:

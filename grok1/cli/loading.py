@@ -12,6 +12,7 @@ from grok1.cli.terminal import Terminal
 from grok1.config import ModelConfig
 from grok1.errors import Grok1Error
 from grok1.plan.devices import GPU_MEMORY_FRACTION
+from grok1.threads import set_threads
 
 if TYPE_CHECKING:
     import jax
@@ -57,26 +58,31 @@ class DeviceError(Grok1Error):
     """JAX found no devices to run on."""
 
 
-def prepare_jax(terminal: Terminal) -> None:
+def prepare_jax(terminal: Terminal, threads: int | None = None) -> None:
     """Sets up what JAX reads from the environment; comes before it is imported.
 
-    XLA does not log to stderr unless the user wants that, and takes more of a GPU's memory than the three quarters that
-    it would by itself.
+    XLA does not log to stderr unless the user wants that, takes more of a GPU's memory than the three quarters that it
+    would by itself, and computes on processors with as many threads as are given, or as there are cores.
     """
+    set_threads(threads)
     if not terminal.verbose:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_MEMORY_FRACTION)
 
 
-def start_jax(terminal: Terminal) -> Sequence[jax.Device]:
+def start_jax(terminal: Terminal, threads: int | None = None) -> Sequence[jax.Device]:
     """Starts JAX, which takes a second or more, and gives its devices.
+
+    Args:
+        terminal: shows that it takes a while.
+        threads: that compute on processors; by default one on each physical core.
 
     Raises:
         DeviceError: if it finds none.
     """
     terminal.show_status("starting JAX")
-    prepare_jax(terminal)
+    prepare_jax(terminal, threads)
     import jax
 
     try:
@@ -98,7 +104,8 @@ def load_model(choice: ModelChoice, terminal: Terminal) -> tuple[Model, float]:
         the model, and how many seconds it took, JAX's own start included.
     """
     start = time.perf_counter()
-    start_jax(terminal)
+    start_jax(terminal, choice.threads)
+    from grok1.kernels import HOW_TO_BUILD
     from grok1.model import load
 
     model = load(
@@ -107,7 +114,11 @@ def load_model(choice: ModelChoice, terminal: Terminal) -> tuple[Model, float]:
         mesh=choice.mesh,
         dtype=choice.dtype,  # type: ignore[arg-type]
         load_memory=choice.load_memory,
+        kernels=choice.kernels,  # type: ignore[arg-type]
+        threads=choice.threads,
         progress=terminal.progress,
     )
     terminal.clear()
+    if model.lacks_kernels:
+        terminal.note(f"no kernels for this processor were built, and it will be several times slower: {HOW_TO_BUILD}")
     return model, time.perf_counter() - start

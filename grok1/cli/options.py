@@ -6,13 +6,14 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 from click.core import ParameterSource
 
 from grok1.byte_size import format_bytes, parse_bytes
 from grok1.cli.terminal import Terminal
+from grok1.config import KernelsName
 from grok1.engine.request import MAX_LOGPROBS, MAX_SEED, SamplingOptions
 from grok1.errors import RequestError
 from grok1.memory import DEFAULT_LOAD_MEMORY, MIN_LOAD_MEMORY
@@ -32,6 +33,8 @@ class ModelChoice:
         mesh: sizes of the data and the model axis; None uses all devices.
         dtype: of activations and the key/value cache; None chooses by device.
         load_memory: bytes of host memory beyond the weights that loading may take.
+        kernels: what computes; "auto" chooses.
+        threads: how many compute on processors; None for one on each physical core.
     """
 
     checkpoint: Path
@@ -39,6 +42,8 @@ class ModelChoice:
     mesh: tuple[int, int] | None = None
     dtype: str | None = None
     load_memory: int = DEFAULT_LOAD_MEMORY
+    kernels: str = "auto"
+    threads: int | None = None
 
 
 class _MeshType(click.ParamType):
@@ -115,6 +120,20 @@ _LOAD_MEMORY = click.option(
     help="The most memory of the host that loading takes beyond the weights, for what is on its way to the devices; "
     f"at least {format_bytes(MIN_LOAD_MEMORY)}.  [default: {format_bytes(DEFAULT_LOAD_MEMORY)}]",
 )
+_KERNELS = click.option(
+    "--kernels",
+    type=click.Choice(get_args(KernelsName)),
+    default="auto",
+    show_default=True,
+    help="What computes: native for the kernels for processors, xla for what XLA makes of plain JAX. auto takes what "
+    "$GROK1_KERNELS says, or the native ones where they were built.",
+)
+_THREADS = click.option(
+    "--threads",
+    type=click.IntRange(1),
+    metavar="N",
+    help="How many threads compute, on processors.  [default: one for each physical core that grok1 may use]",
+)
 
 
 def tokenizer_choice_options(command: Command) -> Command:
@@ -138,11 +157,16 @@ def model_options(command: Command) -> Command:
         mesh: tuple[int, int] | None,
         dtype: str | None,
         load_memory: int,
+        kernels: str,
+        threads: int | None,
         **rest: Any,
     ) -> Any:
-        return command(*args, choice=ModelChoice(checkpoint, tokenizer, mesh, dtype, load_memory), **rest)
+        choice = ModelChoice(checkpoint, tokenizer, mesh, dtype, load_memory, kernels, threads)
+        return command(*args, choice=choice, **rest)
 
-    return CHECKPOINT(TOKENIZER(MESH(_DTYPE(_LOAD_MEMORY(with_choice)))))  # type: ignore[return-value]
+    for option in (_THREADS, _KERNELS, _LOAD_MEMORY, _DTYPE, MESH, TOKENIZER, CHECKPOINT):
+        with_choice = option(with_choice)
+    return with_choice  # type: ignore[return-value]
 
 
 def _set_on_terminal(ctx: click.Context, param: click.Parameter, value: bool) -> None:

@@ -187,6 +187,11 @@ class Engine:
         return np.dtype(self._shard.dtype)
 
     @property
+    def native(self) -> bool:
+        """Whether the native kernels for processors compute."""
+        return self._shard.native
+
+    @property
     def data_rows(self) -> int:
         """Size of the mesh's data axis: the number of slots of a batch is a multiple of it."""
         return int(self.mesh.shape[DATA_AXIS])

@@ -32,6 +32,8 @@ def _library() -> ctypes.CDLL | None:
         size = ctypes.c_int64
         library.Grok1Pack.argtypes = [ctypes.c_void_p, size, size, size, size, size, ctypes.c_void_p, size, size]
         library.Grok1Pack.restype = None
+        library.Grok1SetThreads.argtypes = [size]
+        library.Grok1SetThreads.restype = None
     except (OSError, AttributeError):
         return None
     for target, handler in handlers.items():
@@ -52,6 +54,13 @@ def kernel_names() -> tuple[str, ...]:
 def kernel_name() -> str | None:
     """Which kernels run on this processor; None if none were built."""
     return kernel_names()[0] if kernel_names() else None
+
+
+def set_threads(count: int) -> None:
+    """Sets how many threads the kernels compute with at a time, over all devices of the process."""
+    library = _library()
+    if library is not None:
+        library.Grok1SetThreads(count)
 
 
 def pack_box(

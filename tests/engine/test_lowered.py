@@ -28,8 +28,9 @@ def _sizes(program):
 def engines(request, make_checkpoint, make_engine, small_config):
     """An engine with weights and one without, on the same mesh."""
     mesh = make_mesh(small_config, request.param)
-    abstract = Engine(small_config, abstract_parameters(small_config, mesh), mesh)
-    return make_engine(make_checkpoint(small_config), request.param), abstract
+    engine = make_engine(make_checkpoint(small_config), request.param)
+    abstract = Engine(small_config, abstract_parameters(small_config, mesh, packed=engine.native), mesh)
+    return engine, abstract
 
 
 def test_the_decode_step(engines):

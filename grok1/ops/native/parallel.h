@@ -16,9 +16,22 @@ namespace grok1 {
 // thread that calls, beside those of the pool that they share.
 class Permits {
  public:
-  void Take(int64_t most) {
+  // At least 1; until it is called, as many as the pool has.
+  void SetMost(int64_t most) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    most_ = most > 1 ? most : 1;
+    released_.notify_all();
+  }
+
+  int64_t Most(int64_t pool_threads) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (most_ == 0) most_ = pool_threads > 1 ? pool_threads : 1;
+    return most_;
+  }
+
+  void Take() {
     std::unique_lock<std::mutex> lock(mutex_);
-    released_.wait(lock, [&] { return taken_ < most; });
+    released_.wait(lock, [&] { return taken_ < most_; });
     ++taken_;
   }
 
@@ -30,14 +43,12 @@ class Permits {
     released_.notify_one();
   }
 
-  static Permits& OfProcess() {
-    static Permits permits;
-    return permits;
-  }
+  static Permits& OfProcess();
 
  private:
   std::mutex mutex_;
   std::condition_variable released_;
+  int64_t most_ = 0;
   int64_t taken_ = 0;
 };
 
@@ -47,7 +58,6 @@ void ParallelFor(const xla::ffi::ThreadPool& pool_of_call, int64_t count, const 
   struct State {
     const Body* body;
     int64_t count;
-    int64_t threads;
     std::atomic<int64_t> next{0};
     std::atomic<int64_t> done{0};
     std::mutex mutex;
@@ -55,7 +65,7 @@ void ParallelFor(const xla::ffi::ThreadPool& pool_of_call, int64_t count, const 
 
     void Work() {
       if (next.load() >= count) return;
-      Permits::OfProcess().Take(threads);
+      Permits::OfProcess().Take();
       for (int64_t i; (i = next.fetch_add(1)) < count;) {
         (*body)(i);
         if (done.fetch_add(1) + 1 == count) {
@@ -71,8 +81,8 @@ void ParallelFor(const xla::ffi::ThreadPool& pool_of_call, int64_t count, const 
   auto state = std::make_shared<State>();
   state->body = &body;
   state->count = count;
-  state->threads = pool.num_threads() > 1 ? pool.num_threads() : 1;
-  const int64_t helpers = (count < state->threads ? count : state->threads) - 1;
+  const int64_t threads = Permits::OfProcess().Most(pool.num_threads());
+  const int64_t helpers = (count < threads ? count : threads) - 1;
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule([state] { state->Work(); });
   state->Work();
   // Helpers that have not begun find nothing left; those that have are waited for.

@@ -187,6 +187,12 @@ ffi::Error MultiplyGated(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, Panels p
 }
 
 }  // namespace
+
+Permits& Permits::OfProcess() {
+  static Permits permits;
+  return permits;
+}
+
 }  // namespace grok1
 
 #pragma GCC visibility push(default)
@@ -221,5 +227,8 @@ extern "C" const char* Grok1KernelsName(int64_t place) {
   while (*kernels && place > 0) ++kernels, --place;
   return *kernels ? (*kernels)->name : nullptr;
 }
+
+// How many threads compute at a time from now on, over all devices.
+extern "C" void Grok1SetThreads(int64_t count) { grok1::Permits::OfProcess().SetMost(count); }
 
 #pragma GCC visibility pop

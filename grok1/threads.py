@@ -1,0 +1,74 @@
+"""How many threads to compute with on processors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_VARIABLE = "NPROC"  # XLA makes its pool of so many threads
+
+
+def default_threads(root: Path = Path("/")) -> int:
+    """One thread for each physical core that this process may use: the affinity mask and control groups count.
+
+    A second thread on a core reads memory no faster.
+
+    Args:
+        root: the folder that holds `proc` and `sys`.
+    """
+    try:
+        usable = sorted(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        return os.cpu_count() or 1
+    cores = {_core(cpu, root) for cpu in usable}
+    quota = min([float(len(cores)), *_quotas(root)])
+    return max(1, min(len(cores), int(-(-quota // 1))))
+
+
+def thread_count() -> int:
+    """What the environment's NPROC says, which XLA obeys by itself, or else `default_threads`."""
+    given = os.environ.get(_VARIABLE, "")
+    return int(given) if given.isascii() and given.isdigit() and int(given) > 0 else default_threads()
+
+
+def set_threads(count: int | None = None) -> None:
+    """Sets how many threads XLA's pool will have, by default `thread_count`; comes before JAX starts."""
+    os.environ[_VARIABLE] = str(thread_count() if count is None else count)
+
+
+def _core(cpu: int, root: Path) -> str:
+    """What the hardware threads of one core have in common."""
+    topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+    for name in ("core_cpus_list", "thread_siblings_list"):  # the second is the older name
+        try:
+            return (topology / name).read_text().strip()
+        except OSError:
+            continue
+    return str(cpu)
+
+
+def _quotas(root: Path) -> list[float]:
+    """How many processors' time each control group of the process, of either version, may use."""
+    found = []
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mount, names = root / "sys/fs/cgroup", ["cpu.max"]
+        elif "cpu" in controllers.split(","):
+            mount, names = root / "sys/fs/cgroup/cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        else:
+            continue
+        group = mount / path.lstrip("/")
+        while group.is_relative_to(mount):
+            try:
+                quota, period = " ".join((group / name).read_text() for name in names).split()
+                if float(quota) > 0:
+                    found.append(float(quota) / float(period))
+            except (OSError, ValueError):  # no such file, or no limit: "max"
+                pass
+            group = group.parent
+    return found
