@@ -19,7 +19,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 SOURCES = Path("grok1/ops/native")
 LIBRARY = Path("grok1/ops/_kernels.so")
 
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-w")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-w")
 _LINK_FLAGS = {"Darwin": ("-undefined", "dynamic_lookup")}
 _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = (
@@ -70,6 +70,11 @@ class KernelsHook(BuildHookInterface):
         build_data["force_include"][str(root / LIBRARY)] = str(LIBRARY)
 
 
+def sources(machine: str) -> list[tuple[str, tuple[str, ...]]]:
+    """The files to compile for a kind of processor, each with the flags that it needs beside `FLAGS`."""
+    return [*_SOURCES, *_SOURCES_OF.get(_ARCHITECTURES.get(machine, machine), {}).items()]
+
+
 def compile_kernels(folder: Path, library: Path) -> str | None:
     """Compiles the kernels; why not, if that is not possible."""
     library.unlink(missing_ok=True)
@@ -81,16 +86,16 @@ def compile_kernels(folder: Path, library: Path) -> str | None:
     compiler = shlex.split(chosen) if chosen else [next(filter(shutil.which, ("c++", "g++", "clang++")), "")]
     if not compiler[0]:
         return "no C++ compiler was found"
-    flags = [*_FLAGS, "-isystem", str(Path(jaxlib).parent / "include")]
+    flags = [*FLAGS, "-isystem", str(Path(jaxlib).parent / "include")]
     with tempfile.TemporaryDirectory() as scratch:
         try:
             machine = _run([*compiler, "-dumpmachine"]).split("-")[0]
-            sources = [*_SOURCES, *_SOURCES_OF.get(_ARCHITECTURES.get(machine, machine), {}).items()]
-            objects = [str(Path(scratch, source).with_suffix(".o")) for source, _ in sources]
+            wanted = sources(machine)
+            objects = [str(Path(scratch, source).with_suffix(".o")) for source, _ in wanted]
             with ThreadPoolExecutor(os.cpu_count()) as threads:
                 commands = [
                     [*compiler, *flags, *extra, "-c", str(folder / source), "-o", built]
-                    for (source, extra), built in zip(sources, objects, strict=True)
+                    for (source, extra), built in zip(wanted, objects, strict=True)
                 ]
                 list(threads.map(_run, commands))
             made = library.with_suffix(".tmp")
