@@ -30,6 +30,7 @@ _SOURCES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("products.cc", ()),
     ("attention.cc", ()),
     ("pack.cc", ()),
+    ("parallel.cc", ()),
     ("dispatch.cc", ()),
     ("kernels_portable.cc", ()),
 )

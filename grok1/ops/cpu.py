@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -54,6 +55,12 @@ def kernel_names() -> tuple[str, ...]:
 def kernel_name() -> str | None:
     """Which kernels run on this processor; None if none were built."""
     return kernel_names()[0] if kernel_names() else None
+
+
+def _kernel(target: str, result: jax.ShapeDtypeStruct) -> Callable[..., jax.Array]:
+    if _library() is None:
+        raise RuntimeError("the kernels were not built")
+    return jax.ffi.ffi_call(target, result)
 
 
 def set_threads(count: int) -> None:
@@ -104,7 +111,7 @@ def multiply(x: jax.Array, weight: PackedWeight, index: jax.Array, kernels: str 
     Returns:
         float32 `[R, N]`.
     """
-    product = jax.ffi.ffi_call("grok1_multiply", jax.ShapeDtypeStruct((*index.shape, weight.shape[-1]), jnp.float32))
+    product = _kernel("grok1_multiply", jax.ShapeDtypeStruct((*index.shape, weight.shape[-1]), jnp.float32))
     return product(
         x.astype(jnp.float32),
         weight.panels,
@@ -122,7 +129,7 @@ def multiply_gated(
 
     Args and result are otherwise as in `multiply`.
     """
-    product = jax.ffi.ffi_call("grok1_gated", jax.ShapeDtypeStruct((*index.shape, gate.shape[-1]), jnp.float32))
+    product = _kernel("grok1_gated", jax.ShapeDtypeStruct((*index.shape, gate.shape[-1]), jnp.float32))
     return product(
         x.astype(jnp.float32),
         gate.panels,
@@ -149,7 +156,7 @@ def attention(
 ) -> jax.Array:
     """What `grok1.ops.attention.cached_attention` describes, for a float32 or bfloat16 cache."""
     rows = jnp.arange(query.shape[0]) if slots is None else slots
-    attend = jax.ffi.ffi_call("grok1_attention", jax.ShapeDtypeStruct(query.shape, jnp.float32))
+    attend = _kernel("grok1_attention", jax.ShapeDtypeStruct(query.shape, jnp.float32))
     return attend(
         query.astype(jnp.float32),
         keys,

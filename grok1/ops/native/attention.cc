@@ -7,6 +7,7 @@
 
 #include "kernels.h"
 #include "parallel.h"
+#include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
@@ -16,7 +17,7 @@ namespace {
 constexpr int64_t kTaskQueries = 64;      // of several tokens
 constexpr int64_t kTaskPositions = 1024;  // that a task for one token looks at
 
-ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+ffi::Error Attention(ffi::Buffer<ffi::F32> query, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                      ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> slots,
                      float multiplier, float cap, std::string_view kernel_name,
                      ffi::Result<ffi::Buffer<ffi::F32>> y) {
@@ -70,7 +71,7 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi::Any
       }
   };
 
-  ParallelFor(pool, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
+  Pool::OfProcess().ForEach(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     const Task& task = tasks[order[i]];
     const int64_t queries = task.tokens * shared;
     static thread_local std::vector<float> memory;
@@ -129,7 +130,6 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi::Any
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Grok1Attention, grok1::Attention,
                               ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()

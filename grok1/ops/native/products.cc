@@ -12,6 +12,7 @@
 
 #include "kernels.h"
 #include "parallel.h"
+#include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
@@ -83,7 +84,7 @@ float* Scratch(int64_t floats) {
 
 // Row r of the result is row r / repeat of `x` times the matrix that `index[r]` names in `stack`; where there is a second
 // stack, gelu of that times the row's product with the second stack's matrix.
-ffi::Error Multiply(const ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x, const Stack& stack,
+ffi::Error Multiply(const ffi::Buffer<ffi::F32>& x, const Stack& stack,
                     const Stack* values, const ffi::Buffer<ffi::S32>& index, std::string_view kernel_name,
                     ffi::Result<ffi::Buffer<ffi::F32>>& y) {
   const Kernels* kernels = Find(kernel_name);
@@ -131,7 +132,7 @@ ffi::Error Multiply(const ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x,
   if (prepared * inner <= kAloneElements)
     for (int64_t i = 0; i < prepared; ++i) prepare(i);
   else
-    ParallelFor(pool, prepared, prepare);
+    Pool::OfProcess().ForEach(prepared, prepare);
 
   struct Task {
     const Share* share;
@@ -150,7 +151,7 @@ ffi::Error Multiply(const ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x,
         tasks.push_back({&share, row, std::min(task_rows, count - row), panel,
                          std::min(task_panels, num_panels - panel)});
   }
-  ParallelFor(pool, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
+  Pool::OfProcess().ForEach(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     const Task& task = tasks[i];
     const int64_t place = task.share->first + task.first_row, width = task.panels * kPanelColumns;
     const Rows of_task = {task.rows, data + place * row_bytes, &step[place], &bias[place * shape.groups]};
@@ -169,37 +170,30 @@ ffi::Error Multiply(const ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x,
   return ffi::Error::Success();
 }
 
-ffi::Error MultiplyPacked(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, Panels panels, Scales scales,
+ffi::Error MultiplyPacked(ffi::Buffer<ffi::F32> x, Panels panels, Scales scales,
                           ffi::Buffer<ffi::S32> index, int64_t group_rows, std::string_view kernels,
                           ffi::Result<ffi::Buffer<ffi::F32>> y) {
   const auto stack = Stack::Of(panels, scales, group_rows);
   if (stack.has_error()) return stack.error();
-  return Multiply(pool, x, *stack, nullptr, index, kernels, y);
+  return Multiply(x, *stack, nullptr, index, kernels, y);
 }
 
-ffi::Error MultiplyGated(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, Panels panels, Scales scales,
+ffi::Error MultiplyGated(ffi::Buffer<ffi::F32> x, Panels panels, Scales scales,
                          Panels value_panels, Scales value_scales, ffi::Buffer<ffi::S32> index, int64_t group_rows,
                          std::string_view kernels, ffi::Result<ffi::Buffer<ffi::F32>> y) {
   const auto stack = Stack::Of(panels, scales, group_rows), values = Stack::Of(value_panels, value_scales, group_rows);
   if (stack.has_error()) return stack.error();
   if (values.has_error()) return values.error();
-  return Multiply(pool, x, *stack, &*values, index, kernels, y);
+  return Multiply(x, *stack, &*values, index, kernels, y);
 }
 
 }  // namespace
-
-Permits& Permits::OfProcess() {
-  static Permits permits;
-  return permits;
-}
-
 }  // namespace grok1
 
 #pragma GCC visibility push(default)
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Grok1Multiply, grok1::MultiplyPacked,
                               ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<grok1::Panels>()
                                   .Arg<grok1::Scales>()
@@ -210,7 +204,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Grok1Multiply, grok1::MultiplyPacked,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Grok1MultiplyGated, grok1::MultiplyGated,
                               ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<grok1::Panels>()
                                   .Arg<grok1::Scales>()
@@ -229,6 +222,6 @@ extern "C" const char* Grok1KernelsName(int64_t place) {
 }
 
 // How many threads compute at a time from now on, over all devices.
-extern "C" void Grok1SetThreads(int64_t count) { grok1::Permits::OfProcess().SetMost(count); }
+extern "C" void Grok1SetThreads(int64_t count) { grok1::Pool::OfProcess().SetThreads(count); }
 
 #pragma GCC visibility pop
