@@ -36,6 +36,8 @@ def use_native_kernels(config: ModelConfig, mesh: Mesh, kernels: KernelsName = "
     reason = _why_not_native(config, mesh)
     if kernels == "native" and reason is not None:
         raise KernelsError(f"the native kernels cannot be used, as {reason}")
+    if kernels == "auto" and cpu.kernel_name() == "portable":
+        return False  # XLA makes better use of a processor that no other kernels are made for
     return kernels != "xla" and reason is None
 
 

@@ -19,7 +19,7 @@ from grok1.network.experts import MixtureOfExperts, Router
 from grok1.network.kv_cache import KVCache
 from grok1.network.layers import RMSNorm
 from grok1.network.shard import ModelShard
-from grok1.ops.blocked import product_precision
+from grok1.ops.output_logits import output_logits
 
 
 class DecoderLayer(hk.Module):
@@ -95,13 +95,7 @@ class InOutEmbed(hk.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """float32 `[rows, emb]` to float32 `[rows, vocab]`."""
-        logits = jnp.einsum(
-            "re,ve->rv",
-            x.astype(self.shard.dtype),
-            self.embeddings,
-            precision=product_precision(self.shard.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        logits = output_logits(x.astype(self.shard.dtype), self.embeddings, native=self.shard.native)
         return self.shard.gather_vocabulary(logits)
 
 

@@ -19,7 +19,12 @@ from grok1.quantize import PackedWeight
 LIBRARY = Path(__file__).with_name("_kernels.so")
 """Where the build puts what it compiles from `native/`."""
 
-_TARGETS = {"grok1_multiply": "Grok1Multiply", "grok1_gated": "Grok1MultiplyGated", "grok1_attention": "Grok1Attention"}
+_TARGETS = {
+    "grok1_multiply": "Grok1Multiply",
+    "grok1_gated": "Grok1MultiplyGated",
+    "grok1_transposed": "Grok1MultiplyTransposed",
+    "grok1_attention": "Grok1Attention",
+}
 
 
 @functools.cache
@@ -140,6 +145,21 @@ def multiply_gated(
         group_rows=np.int64(gate.group_rows),
         kernels=kernels,
     )
+
+
+def multiply_transposed(x: jax.Array, table: jax.Array, kernels: str = "") -> jax.Array:
+    """`x @ table.T` for few rows: the table is read once. What a row gives depends on nothing beside it.
+
+    Args:
+        x: float `[M, K]`.
+        table: float32 or bfloat16 `[N, K]`.
+        kernels: one of `kernel_names()`; by default the fastest.
+
+    Returns:
+        float32 `[M, N]`.
+    """
+    product = _kernel("grok1_transposed", jax.ShapeDtypeStruct((x.shape[0], table.shape[0]), jnp.float32))
+    return product(x.astype(jnp.float32), table, kernels=kernels)
 
 
 def attention(

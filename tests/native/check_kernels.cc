@@ -133,6 +133,27 @@ void CheckAttention(const Kernels& kernels, int64_t queries, int64_t positions, 
   }
 }
 
+void CheckTransposed(const Kernels& kernels, int64_t rows, int64_t entries, int64_t size, bool bfloat16,
+                     std::mt19937& random) {
+  std::vector<float> x(rows * size), table(entries * size), found(rows * entries), scratch(size);
+  for (auto* array : {&x, &table})
+    for (float& value : *array) value = FromBfloat16(ToBfloat16(std::normal_distribution<float>(0, 1)(random)));
+  std::vector<uint16_t> short_table;
+  for (const float value : table) short_table.push_back(ToBfloat16(value));
+  const void* given = bfloat16 ? static_cast<const void*>(short_table.data()) : table.data();
+  const int64_t cut = entries / 2;
+  kernels.multiply_transposed(x.data(), rows, given, bfloat16, 0, cut, size, found.data(), entries, scratch.data());
+  kernels.multiply_transposed(x.data(), rows, given, bfloat16, cut, entries - cut, size, found.data() + cut, entries,
+                              scratch.data());
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t n = 0; n < entries; ++n) {
+      double expected = 0;
+      for (int64_t d = 0; d < size; ++d) expected += static_cast<double>(x[row * size + d]) * table[n * size + d];
+      Expect(std::fabs(found[row * entries + n] - expected) <= 1e-5 * static_cast<double>(size), kernels,
+             "a product with a table", std::to_string(rows) + " x " + std::to_string(entries) + " x " + std::to_string(size));
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -148,6 +169,9 @@ int main() {
       for (const int64_t positions : {1, 63, 64, 200})
         for (const int64_t size : {2, 64, 70, 128})
           for (const bool bfloat16 : {false, true}) CheckAttention(kernels, queries, positions, size, bfloat16, random);
+    for (const int64_t rows : {1, 4, 7})
+      for (const int64_t size : {1, 16, 75, 128})
+        for (const bool bfloat16 : {false, true}) CheckTransposed(kernels, rows, 9, size, bfloat16, random);
     std::printf("%s: checked\n", kernels.name);
   }
   return failures != 0;

@@ -5,6 +5,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -55,6 +56,7 @@ def kernels(request):
 
 
 multiply = jax.jit(cpu.multiply, static_argnames="kernels")
+multiply_transposed = jax.jit(cpu.multiply_transposed, static_argnames="kernels")
 multiply_gated = jax.jit(cpu.multiply_gated, static_argnames="kernels")
 
 
@@ -192,6 +194,19 @@ def test_bfloat16_activations(kernels):
     found = multiply(x, weight, np.array([1, 0, 2]), kernels=kernels)
     expected = np.einsum("mk,mkn->mn", np.asarray(x, np.float64), exact[[1, 0, 2]])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(("rows", "inner", "entries"), [(1, 3, 1), (1, 64, 500), (5, 100, 33), (16, 1000, 2000)])
+def test_product_with_a_table(rows, inner, entries, dtype, kernels):
+    rng = np.random.default_rng(rows)
+    x = rng.standard_normal((rows, inner)).astype(np.float32)
+    table = rng.standard_normal((entries, inner)).astype(dtype)
+    found = np.asarray(multiply_transposed(x, table, kernels=kernels))
+    exact = x.astype(np.float64) @ table.astype(np.float64).T
+    np.testing.assert_allclose(found, exact, atol=1e-6 * inner, rtol=1e-6)
+    for row in range(rows):
+        np.testing.assert_array_equal(multiply_transposed(x[row : row + 1], table, kernels=kernels)[0], found[row])
 
 
 @pytest.mark.parametrize(

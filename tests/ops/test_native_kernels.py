@@ -55,6 +55,23 @@ def test_sanitizers_find_nothing(tmp_path):
     assert checked[-1] == "portable"
 
 
+def test_threads_do_not_race(tmp_path):
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler is there")
+    native, program = ROOT / "grok1/ops/native", tmp_path / "check"
+    sources = [native / "parallel.cc", ROOT / "tests/native/check_pool.cc"]
+    flags = ("-std=c++17", "-O1", "-g", "-pthread", f"-I{native}")
+    sanitized = subprocess.run([compiler, *flags, "-fsanitize=thread", *sources, "-o", program], check=False)
+    if sanitized.returncode == 0:
+        done = subprocess.run([program], capture_output=True, text=True, check=False)
+        if "unexpected memory mapping" not in done.stderr:  # otherwise the sanitizer cannot run on this system
+            assert (done.stdout, done.returncode) == ("checked\n", 0), done.stderr[-3000:]
+            return
+    subprocess.run([compiler, *flags, *sources, "-o", program], check=True)
+    assert check([program]) == ["checked"]
+
+
 def test_arm_kernels_under_an_emulator(tmp_path):
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if compiler is None or emulator is None:

@@ -85,10 +85,7 @@ inline void MultiplyPanels(const Rows& rows, int64_t first_row, const Matrix& ma
 template <class V>
 void MultiplyRows(const Rows& rows, const Matrix& matrix, int64_t first_panel, int64_t panels, float* out,
                   int64_t stride) {
-  constexpr int kMost = V::kAccumulators >= 24 ? 8 : 4;
   int64_t row = 0;
-  for (; kMost == 8 && row + 8 <= rows.count; row += 8)
-    MultiplyPanels<V, 8>(rows, row, matrix, first_panel, panels, out, stride);
   for (; row + 4 <= rows.count; row += 4)
     MultiplyPanels<V, 4>(rows, row, matrix, first_panel, panels, out, stride);
   for (; row + 2 <= rows.count; row += 2)

@@ -18,16 +18,23 @@ void PrepareFloats(const float* x, const Matrix& shape, uint8_t* data, float*, d
       }
 }
 
-typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
-typedef int8_t SignedBytes __attribute__((vector_size(kWidth)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+typedef int8_t SignedBytes __attribute__((vector_size(16)));
+typedef int16_t Shorts __attribute__((vector_size(32)));
+typedef int32_t Words __attribute__((vector_size(64)));
+typedef float Sixteen __attribute__((vector_size(64)));
 
-inline Floats LoadWeights(const uint8_t* from) {
+// 16 weights as floats; widened step by step, as compilers have instructions for each.
+inline void LoadWeights(const uint8_t* from, Floats* to) {
   Bytes bytes;
   __builtin_memcpy(&bytes, from, sizeof bytes);
   bytes ^= 0x80;  // without the 128 that packed values have too much
-  return __builtin_convertvector(__builtin_convertvector((SignedBytes)bytes, Ints), Floats);
+  const Shorts shorts = __builtin_convertvector((SignedBytes)bytes, Shorts);
+  const Sixteen floats = __builtin_convertvector(__builtin_convertvector(shorts, Words), Sixteen);
+  __builtin_memcpy(to, &floats, sizeof floats);
 }
 
+constexpr int kMostRows = kWidth >= 8 ? 3 : 2;               // whose sums registers have room for
 constexpr int kHalfVectors = kQuadBytes / 2 / kWidth;  // vectors of half a quad, so that sums stay in registers
 
 template <int kRows>
@@ -42,9 +49,13 @@ inline void FloatPanel(const Rows& rows, int64_t first_row, const Matrix& matrix
       const uint8_t* from = weights + group * quads * kQuadBytes + half * (kQuadBytes / 2);
       const float* inputs = x + group * quads * kWidth;
       for (int64_t q = 0; q < quads; ++q)
-        for (int v = 0; v < kHalfVectors; ++v) {
-          const Floats w = LoadWeights(from + q * kQuadBytes + v * kWidth);
-          for (int r = 0; r < kRows; ++r) total[r][v] += LoadFloats(inputs + r * row_floats + q * kWidth) * w;
+        for (int v = 0; v < kHalfVectors; v += 16 / kWidth) {
+          Floats weight[16 / kWidth];
+          LoadWeights(from + q * kQuadBytes + v * kWidth, weight);
+          for (int r = 0; r < kRows; ++r) {
+            const Floats input = LoadFloats(inputs + r * row_floats + q * kWidth);
+            for (int i = 0; i < 16 / kWidth; ++i) total[r][v + i] += input * weight[i];
+          }
         }
       for (int r = 0; r < kRows; ++r) {
         float sums[kHalfVectors * kWidth];
@@ -68,8 +79,8 @@ void MultiplyFloats(const Rows& rows, const Matrix& matrix, int64_t first_panel,
                     int64_t stride) {
   for (int64_t p = 0; p < panels; ++p) {
     int64_t row = 0;
-    for (; row + 2 <= rows.count; row += 2)
-      FloatPanel<2>(rows, row, matrix, first_panel + p, out + p * kPanelColumns, stride);
-    if (row < rows.count) FloatPanel<1>(rows, row, matrix, first_panel + p, out + p * kPanelColumns, stride);
+    for (; row + kMostRows <= rows.count; row += kMostRows)
+      FloatPanel<kMostRows>(rows, row, matrix, first_panel + p, out + p * kPanelColumns, stride);
+    for (; row < rows.count; ++row) FloatPanel<1>(rows, row, matrix, first_panel + p, out + p * kPanelColumns, stride);
   }
 }

@@ -71,20 +71,33 @@ inline void TransposedLogits(const float* const* queries, const float* keys, int
 }
 
 inline float Sum(Floats x) {
-  float lanes[kWidth], sum = 0;
+  float lanes[kWidth];
   StoreFloats(lanes, x);
   for (int half = kWidth / 2; half; half /= 2)
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0] + sum;
+  return lanes[0];
+}
+
+// Dot products of some rows, `stride` floats apart, with one more; each is summed in the same order whatever their number.
+template <int kRows>
+inline void Dots(const float* rows, int64_t stride, const float* other, int64_t size, float* out, int64_t out_stride) {
+  Floats total[kRows][2] = {};
+  int64_t d = 0;
+  for (; d + 2 * kWidth <= size; d += 2 * kWidth)
+    for (int i = 0; i < 2; ++i) {
+      const Floats x = LoadFloats(other + d + i * kWidth);
+      for (int r = 0; r < kRows; ++r) total[r][i] += LoadFloats(rows + r * stride + d + i * kWidth) * x;
+    }
+  for (int r = 0; r < kRows; ++r) {
+    float sum = Sum(total[r][0] + total[r][1]);
+    for (int64_t rest = d; rest < size; ++rest) sum += rows[r * stride + rest] * other[rest];
+    out[r * out_stride] = sum;
+  }
 }
 
 inline float Dot(const float* a, const float* b, int64_t size) {
-  Floats total[2] = {};
-  int64_t d = 0;
-  for (; d + 2 * kWidth <= size; d += 2 * kWidth)
-    for (int i = 0; i < 2; ++i) total[i] += LoadFloats(a + d + i * kWidth) * LoadFloats(b + d + i * kWidth);
-  float sum = Sum(total[0] + total[1]);
-  for (; d < size; ++d) sum += a[d] * b[d];
+  float sum;
+  Dots<1>(a, size, b, size, &sum, 1);
   return sum;
 }
 
@@ -190,5 +203,15 @@ void Attend(const AttentionTask& task, float* scratch) {
       float* out[1] = {task.out + i * size};
       AddValues<1>(weights, values, positions, size, out);
     }
+  }
+}
+
+void MultiplyTransposed(const float* x, int64_t rows, const void* table, bool bfloat16, int64_t first, int64_t count,
+                        int64_t size, float* out, int64_t stride, float* scratch) {
+  for (int64_t n = 0; n < count; ++n) {
+    const float* entry = AsFloats(table, bfloat16, (first + n) * size, size, scratch);
+    int64_t row = 0;
+    for (; row + 4 <= rows; row += 4) Dots<4>(x + row * size, size, entry, size, out + row * stride + n, stride);
+    for (; row < rows; ++row) Dots<1>(x + row * size, size, entry, size, out + row * stride + n, stride);
   }
 }

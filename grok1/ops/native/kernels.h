@@ -74,6 +74,11 @@ struct Kernels {
 
   // Adds what a task's queries find in a part of the cache to its `out` and `mass`.
   void (*attend)(const AttentionTask& task, float* scratch);
+
+  // Products of rows of activations [rows, size] with `count` rows of a table [entries, size], from `first` on:
+  // float [rows, count], with `stride` floats from row to row. `scratch` holds `size` floats.
+  void (*multiply_transposed)(const float* x, int64_t rows, const void* table, bool bfloat16, int64_t first,
+                              int64_t count, int64_t size, float* out, int64_t stride, float* scratch);
 };
 
 // The kernels for this processor, fastest first; the last runs on every processor.

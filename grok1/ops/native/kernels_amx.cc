@@ -206,6 +206,7 @@ void MultiplyTiles(const Rows& rows, const Matrix& matrix, int64_t first_panel, 
 }  // namespace
 
 const Kernels kAmxKernels = {"amx-int8",    Available,    PlanesRowBytes, PreparePlanes<true>,
-                             MultiplyTiles, GeluProducts, Attend};
+                             MultiplyTiles, GeluProducts, Attend,
+    MultiplyTransposed};
 
 }  // namespace grok1

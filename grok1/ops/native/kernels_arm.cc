@@ -47,6 +47,7 @@ bool Available() {
 }  // namespace
 
 const Kernels kDotProductKernels = {"arm-dotprod",           Available,    PlanesRowBytes, PreparePlanes<false>,
-                                    MultiplyRows<DotProduct>, GeluProducts, Attend};
+                                    MultiplyRows<DotProduct>, GeluProducts, Attend,
+    MultiplyTransposed};
 
 }  // namespace grok1

@@ -37,6 +37,7 @@ bool Available() {
 }  // namespace
 
 const Kernels kAvx512Kernels = {"avx512-vnni",      Available,    PlanesRowBytes, PreparePlanes<true>,
-                                MultiplyRows<Avx512>, GeluProducts, Attend};
+                                MultiplyRows<Avx512>, GeluProducts, Attend,
+    MultiplyTransposed};
 
 }  // namespace grok1

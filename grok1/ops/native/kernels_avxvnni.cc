@@ -39,6 +39,7 @@ bool Available() {
 }  // namespace
 
 const Kernels kAvxVnniKernels = {"avx-vnni",           Available,    PlanesRowBytes, PreparePlanes<true>,
-                                 MultiplyRows<AvxVnni>, GeluProducts, Attend};
+                                 MultiplyRows<AvxVnni>, GeluProducts, Attend,
+    MultiplyTransposed};
 
 }  // namespace grok1

@@ -15,6 +15,7 @@ bool Available() { return true; }
 }  // namespace
 
 const Kernels kPortableKernels = {"portable", Available, FloatRowBytes, PrepareFloats, MultiplyFloats, GeluProducts,
-                                  Attend};
+                                  Attend,
+    MultiplyTransposed};
 
 }  // namespace grok1

@@ -187,6 +187,27 @@ ffi::Error MultiplyGated(ffi::Buffer<ffi::F32> x, Panels panels, Scales scales,
   return Multiply(x, *stack, &*values, index, kernels, y);
 }
 
+// Rows of `x` times the rows of a table: [rows, size] and [entries, size] to [rows, entries].
+ffi::Error MultiplyTransposed(ffi::Buffer<ffi::F32> x, ffi::AnyBuffer table, std::string_view kernel_name,
+                              ffi::Result<ffi::Buffer<ffi::F32>> y) {
+  const Kernels* kernels = Find(kernel_name);
+  if (kernels == nullptr) return ffi::Error::InvalidArgument("this processor has no such kernels");
+  const auto inputs = x.dimensions(), stored = table.dimensions();
+  const bool bfloat16 = table.element_type() == ffi::BF16;
+  if (inputs.size() != 2 || stored.size() != 2 || inputs[1] != stored[1] || inputs[1] < 1 ||
+      (!bfloat16 && table.element_type() != ffi::F32))
+    return ffi::Error::InvalidArgument("rows and table do not fit together");
+  const int64_t rows = inputs[0], size = inputs[1], entries = stored[0];
+  const int64_t chunk = std::max<int64_t>(16, kTaskPanelBytes / (size * (bfloat16 ? 2 : 4)));
+  Pool::OfProcess().ForEach((entries + chunk - 1) / chunk, [&](int64_t i) {
+    const int64_t first = i * chunk;
+    kernels->multiply_transposed(x.typed_data(), rows, table.untyped_data(), bfloat16, first,
+                                 std::min(chunk, entries - first), size, y->typed_data() + first, entries,
+                                 Scratch(size));
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace grok1
 
@@ -211,6 +232,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Grok1MultiplyGated, grok1::MultiplyGated,
                                   .Arg<grok1::Scales>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Attr<int64_t>("group_rows")
+                                  .Attr<std::string_view>("kernels")
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Grok1MultiplyTransposed, grok1::MultiplyTransposed,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Attr<std::string_view>("kernels")
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
