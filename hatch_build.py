@@ -31,6 +31,7 @@ _SOURCES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("attention.cc", ()),
     ("pack.cc", ()),
     ("parallel.cc", ()),
+    ("read.cc", ()),
     ("dispatch.cc", ()),
     ("kernels_portable.cc", ()),
 )

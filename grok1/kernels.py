@@ -41,6 +41,21 @@ def use_native_kernels(config: ModelConfig, mesh: Mesh, kernels: KernelsName = "
     return kernels != "xla" and reason is None
 
 
+def kernels_in_use(platform: str, kernels: KernelsName = "auto") -> str:
+    """The name of the kernels that a model would run on there, such as "amx-int8", or "xla".
+
+    Args:
+        platform: of the devices.
+        kernels: what is asked for.
+
+    Raises:
+        KernelsError: as `use_native_kernels`.
+    """
+    chosen = _from_environment() if kernels == "auto" else kernels
+    name = cpu.kernel_name() if platform == "cpu" else None
+    return "xla" if chosen == "xla" or name is None or (chosen == "auto" and name == "portable") else name
+
+
 def _from_environment() -> KernelsName:
     named = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
     if named not in get_args(KernelsName):

@@ -10,9 +10,12 @@ from typing import Any, Literal, cast
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from grok1 import memory
 from grok1.checkpoint.load import load_parameters
+from grok1.checkpoint.parameters import abstract_parameters
+from grok1.checkpoint.random_parameters import random_parameters
 from grok1.checkpoint.reader import Checkpoint
 from grok1.config import DTypeName, KernelsName, ModelConfig, default_dtype
 from grok1.engine.compilation_cache import enable_compilation_cache
@@ -237,24 +240,85 @@ def load(
     opened = Checkpoint.open(Path(checkpoint))
     config = opened.config
     text = _open_tokenizer(opened, tokenizer)
-    device_mesh = make_mesh(config, mesh, devices)
-    kind = np.dtype(dtype or default_dtype(device_mesh.devices.flat[0].platform))
-    data, model = device_mesh.devices.shape
-    room = require_room(config, (data, model), devices or jax.devices(), kind.name)
-    enable_compilation_cache()
-    native = use_native_kernels(config, device_mesh, kernels)
-    if native:
-        cpu.set_threads(threads or thread_count())
+    place = _Place.choose(config, mesh, dtype, devices, kernels, threads)
     params = load_parameters(
         opened,
-        device_mesh,
-        kind,
+        place.mesh,
+        place.dtype,
         lambda done, total: report("loading", str(opened.directory), done, total),
         load_memory,
-        cpu.pack_box if native else None,
+        cpu.pack_box if place.native else None,
     )
-    engine = Engine(config, params, device_mesh, kind, progress=report)
-    return Model(engine, text, room)
+    return Model(Engine(config, params, place.mesh, place.dtype, progress=report), text, place.room)
+
+
+def random_model(
+    config: ModelConfig,
+    *,
+    seed: int = 0,
+    mesh: tuple[int, int] | None = None,
+    dtype: DTypeName | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    kernels: KernelsName = "auto",
+    threads: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> Model:
+    """A model of random weights made on the devices, without a checkpoint and without a tokenizer.
+
+    Args:
+        config: the model.
+        seed: of the weights.
+        mesh: as for `load`, as are all others.
+        dtype: of activations and the key/value cache.
+        devices: the devices to use.
+        kernels: what computes.
+        threads: of the native kernels.
+        progress: is called as by `load`.
+
+    Raises:
+        KernelsError: as `load`.
+        MeshError: as `load`.
+        TooSmallError: as `load`.
+    """
+
+    def report(stage: Any, detail: str, done: int = 0, total: int = 0) -> None:
+        if progress is not None:
+            progress(Progress(stage, detail, done, total))
+
+    place = _Place.choose(config, mesh, dtype, devices, kernels, threads)
+    report("loading", "random weights")
+    params = random_parameters(abstract_parameters(config, place.mesh, place.dtype, place.native), seed)
+    return Model(Engine(config, params, place.mesh, place.dtype, progress=report), None, place.room)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where and how a model is to run, chosen and found to have room."""
+
+    mesh: Mesh
+    dtype: np.dtype
+    native: bool
+    room: int | None
+
+    @classmethod
+    def choose(
+        cls,
+        config: ModelConfig,
+        mesh: tuple[int, int] | None,
+        dtype: DTypeName | None,
+        devices: Sequence[jax.Device] | None,
+        kernels: KernelsName,
+        threads: int | None,
+    ) -> _Place:
+        device_mesh = make_mesh(config, mesh, devices)
+        kind = np.dtype(dtype or default_dtype(device_mesh.devices.flat[0].platform))
+        data, model = device_mesh.devices.shape
+        native = use_native_kernels(config, device_mesh, kernels)
+        room = require_room(config, (data, model), devices or jax.devices(), kind.name)
+        enable_compilation_cache()
+        if native:
+            cpu.set_threads(threads or thread_count())
+        return cls(device_mesh, kind, native, room)
 
 
 def _open_tokenizer(checkpoint: Checkpoint, given: str | Path | None) -> Tokenizer | None:

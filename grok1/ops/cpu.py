@@ -38,6 +38,8 @@ def _library() -> ctypes.CDLL | None:
         size = ctypes.c_int64
         library.Grok1Pack.argtypes = [ctypes.c_void_p, size, size, size, size, size, ctypes.c_void_p, size, size]
         library.Grok1Pack.restype = None
+        library.Grok1Read.argtypes = [ctypes.c_void_p, size]
+        library.Grok1Read.restype = ctypes.c_uint64
         library.Grok1SetThreads.argtypes = [size]
         library.Grok1SetThreads.restype = None
     except (OSError, AttributeError):
@@ -73,6 +75,16 @@ def set_threads(count: int) -> None:
     library = _library()
     if library is not None:
         library.Grok1SetThreads(count)
+
+
+def read(memory: np.ndarray) -> int:
+    """Reads an array of 256 bytes or a multiple with all threads, as fast as memory allows."""
+    library = _library()
+    if library is None:
+        raise RuntimeError("the kernels were not built")
+    if not memory.flags.c_contiguous or memory.nbytes % 256:
+        raise ValueError(f"an array of {memory.nbytes:,} bytes is to be read, expected contiguous ones in 256s")
+    return int(library.Grok1Read(memory.ctypes.data, memory.nbytes))
 
 
 def pack_box(

@@ -1,0 +1,271 @@
+"""What a model reaches on the devices at hand, and what their memory and arithmetic would allow."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import threading
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grok1.engine.engine import BatchState, Engine, PromptPart
+from grok1.engine.request import SamplingOptions
+from grok1.engine.sampling import SampledTokens
+from grok1.errors import RequestError
+from grok1.memory import available_bytes
+from grok1.model import Model
+from grok1.ops import cpu
+from grok1.plan.devices import present_devices
+from grok1.plan.estimate import Estimate
+from grok1.threads import thread_count
+
+_WARM_STEPS = 2  # of decoding, before those that count
+_PREFILLS = 3  # whose median counts, as far as they take no more than:
+_PREFILL_SECONDS = 10.0
+_READ_BYTES = 1 << 30  # of memory, to measure how fast it can be read
+_MATRIX_SIZE = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What was measured of the devices that a model is on, all of them together.
+
+    Attributes:
+        read_bytes_per_second: reading memory that is in no cache.
+        matrix_operations_per_second: a product of two matrices in the dtype of activations; a multiplication and an
+            addition are two.
+    """
+
+    read_bytes_per_second: float
+    matrix_operations_per_second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """A prompt length and a number of sequences, measured.
+
+    Attributes:
+        prompt_tokens: that each sequence's prompt has.
+        batch: sequences.
+        decode_steps: steps of decoding after the prompts, of `batch` tokens each.
+        prefill_seconds: reading all prompts, one after the other.
+        prefill_operations: multiplications and additions of that.
+        prefill_bytes: weights that it has to read, once for each chunk of a prompt.
+        time_to_first_token_seconds: from the start to the first token of the first prompt, on the host.
+        decode_step_seconds: of a step.
+        decode_bytes_per_step: weights and cache that a step has to read, over all devices; of a batch's experts as many
+            as it selects on average if each token chooses evenly.
+        decode_operations_per_step: multiplications and additions.
+    """
+
+    prompt_tokens: int
+    batch: int
+    decode_steps: int
+    prefill_seconds: float
+    prefill_operations: float
+    prefill_bytes: int
+    time_to_first_token_seconds: float
+    decode_step_seconds: float
+    decode_bytes_per_step: int
+    decode_operations_per_step: float
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens, of all sequences together."""
+        return self.prompt_tokens * self.batch / self.prefill_seconds
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """New tokens, of all sequences together."""
+        return self.batch / self.decode_step_seconds
+
+    @property
+    def decode_bytes_per_second(self) -> float:
+        """Weights and cache that were read."""
+        return self.decode_bytes_per_step / self.decode_step_seconds
+
+
+def check_measurable(model: Model, prompt_tokens: int, batch: int, decode_steps: int) -> None:
+    """Makes sure that a measurement is possible.
+
+    Raises:
+        RequestError: if the context is too short, or there is no room for so many sequences.
+    """
+    context, needed = model.config.sequence_len, prompt_tokens + decode_steps + _WARM_STEPS
+    if needed > context:
+        raise RequestError(
+            f"a prompt of {prompt_tokens} tokens and {decode_steps} steps take {needed} positions (with "
+            f"{_WARM_STEPS} to warm up), and the context has {context}: lower --prompt or --decode"
+        )
+    rows = model.engine.data_rows
+    if batch % rows:
+        raise RequestError(f"a batch of {batch} does not divide over the {rows} data rows of the mesh: use a multiple")
+    if model.max_sequences is not None and batch > model.max_sequences:
+        raise RequestError(
+            f"there is memory for {model.max_sequences} sequences of {context} tokens beside the weights, and the "
+            f"batch is {batch}: lower --batch"
+        )
+
+
+def measure(model: Model, prompt_tokens: int, batch: int, decode_steps: int) -> Measurement:
+    """Measures reading prompts and decoding after them; programs are compiled and run once before.
+
+    Args:
+        model: whose engine runs.
+        prompt_tokens: of each prompt, random ones.
+        batch: how many sequences.
+        decode_steps: how many steps to measure.
+
+    Raises:
+        RequestError: as `check_measurable`.
+    """
+    check_measurable(model, prompt_tokens, batch, decode_steps)
+    engine = model.engine
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, model.config.vocab_size, (batch, prompt_tokens)).astype(np.int32)
+    state, _ = _read_prompts(engine, engine.new_batch(batch), prompts)  # compiles
+    jax.block_until_ready(state)
+    prefills: list[float] = []
+    firsts: list[float] = []
+    while len(prefills) < _PREFILLS and sum(prefills) < _PREFILL_SECONDS:
+        start = time.perf_counter()
+        state, first_token = _read_prompts(engine, state, prompts)
+        jax.block_until_ready(state)
+        prefills.append(time.perf_counter() - start)
+        firsts.append(first_token - start)
+    active = np.ones(batch, bool)
+    for _ in range(_WARM_STEPS):
+        state, tokens = engine.decode(state, active)
+    jax.block_until_ready(tokens)
+    start = time.perf_counter()
+    for _ in range(decode_steps):
+        state, tokens = engine.decode(state, active)
+    jax.block_until_ready(tokens)
+    step = (time.perf_counter() - start) / decode_steps
+    estimate = _estimate(model)
+    context = prompt_tokens + _WARM_STEPS + decode_steps // 2
+    return Measurement(
+        prompt_tokens=prompt_tokens,
+        batch=batch,
+        decode_steps=decode_steps,
+        prefill_seconds=statistics.median(prefills),
+        prefill_operations=batch * _operations(model, prompt_tokens, prompt_tokens / 2),
+        prefill_bytes=_prefill_bytes(estimate, engine, batch, prompt_tokens),
+        time_to_first_token_seconds=statistics.median(firsts),
+        decode_step_seconds=step,
+        decode_bytes_per_step=estimate.decode_read_bytes(batch, context) * engine.mesh.size,
+        decode_operations_per_step=batch * _operations(model, 1, context),
+    )
+
+
+def _read_prompts(engine: Engine, state: BatchState, prompts: np.ndarray) -> tuple[BatchState, float]:
+    """Reads a prompt into each slot, one for each data row at a time; also when the first token came to the host."""
+    batch, length = prompts.shape
+    slots_of_row = batch // engine.data_rows
+    first_token: float | None = None
+    for slot in range(slots_of_row):
+        slots = [row * slots_of_row + slot for row in range(engine.data_rows)]
+        for start in range(0, length, engine.max_chunk):
+            end = min(start + engine.max_chunk, length)
+            ending = [(SamplingOptions(ignore_eos=True), slot) if end == length else None for slot in slots]
+            parts = [
+                PromptPart(slot, prompts[slot, start:end], start, how) for slot, how in zip(slots, ending, strict=True)
+            ]
+            state, sampled = engine.read_prompts(state, parts)[:2]
+        if first_token is None:
+            first_token = _arrival(sampled)
+    assert first_token is not None
+    return state, first_token
+
+
+def _arrival(sampled: SampledTokens) -> float:
+    np.asarray(sampled.tokens)
+    return time.perf_counter()
+
+
+def _estimate(model: Model) -> Estimate:
+    devices = present_devices(list(model.engine.mesh.devices.flat))
+    return Estimate(model.config, devices, model.mesh_shape, model.engine.dtype.name)
+
+
+def _prefill_bytes(estimate: Estimate, engine: Engine, batch: int, tokens: int) -> int:
+    chunks = [min(engine.max_chunk, tokens - start) for start in range(0, tokens, engine.max_chunk)]
+    of_a_prompt = sum(estimate.decode_read_bytes(count * engine.data_rows, 0) for count in chunks)
+    return of_a_prompt * engine.mesh.size * batch // engine.data_rows
+
+
+def _operations(model: Model, tokens: int, context: float) -> float:
+    """Multiplications and additions for tokens of one sequence that see so many positions each on average."""
+    config = model.config
+    return tokens * (2 * config.num_active_parameters + 4 * config.num_layers * config.q_size * context)
+
+
+def weight_bytes(model: Model) -> int:
+    """The model's weights as they are held, over all devices; what several hold counts for each."""
+    shards = [shard for array in jax.tree.leaves(model.engine.params) for shard in array.addressable_shards]
+    if _platform(model) == "cpu":  # data rows share one memory
+        shards = [shard for shard in shards if shard.replica_id == 0]
+    return sum(shard.data.nbytes for shard in shards)
+
+
+def measure_limits(model: Model) -> Limits:
+    """Measures what the devices of a model can do."""
+    devices = list(model.engine.mesh.devices.flat)
+    on_host = _platform(model) == "cpu"
+    times = 1 if on_host else len(devices)  # processors' devices share their memory and arithmetic
+    read = _host_read_rate(model.engine.native) if on_host else _device_read_rate(devices[0])
+    return Limits(times * read, times * _matrix_rate(devices[0], model.engine.dtype))
+
+
+def _platform(model: Model) -> str:
+    return str(model.engine.mesh.devices.flat[0].platform)
+
+
+def _best_rate(work: Callable[[], object], amount: float, repetitions: int = 5) -> float:
+    """The most of an amount of work that was done in a second; one run before does not count."""
+    work()
+    best = 0.0
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        work()
+        best = max(best, amount / (time.perf_counter() - start))
+    return best
+
+
+def _host_read_rate(native: bool) -> float:
+    available = available_bytes()
+    size = _READ_BYTES if available is None else min(_READ_BYTES, available // 4)
+    memory = np.ones(max(1 << 20, size) // 2048 * 256, np.uint64)
+    if native:
+        return _best_rate(lambda: cpu.read(memory), memory.nbytes)
+    parts = np.array_split(memory, thread_count())
+
+    def read(part: np.ndarray) -> None:
+        for start in range(0, len(part), 1 << 16):
+            np.maximum.reduce(part[start : start + (1 << 16)])
+
+    def read_all() -> None:
+        threads = [threading.Thread(target=read, args=(part,)) for part in parts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    return _best_rate(read_all, memory.nbytes)
+
+
+def _device_read_rate(device: jax.Device) -> float:
+    memory = jax.device_put(jnp.ones(_READ_BYTES // 4, jnp.int32), device)
+    largest = jax.jit(jnp.max)
+    return _best_rate(lambda: largest(memory).block_until_ready(), memory.nbytes)
+
+
+def _matrix_rate(device: jax.Device, dtype: np.dtype) -> float:
+    size = _MATRIX_SIZE if device.platform == "cpu" else 4 * _MATRIX_SIZE
+    matrix = jax.device_put(jnp.ones((size, size), dtype), device)
+    product = jax.jit(jnp.dot)
+    return _best_rate(lambda: product(matrix, matrix).block_until_ready(), 2.0 * size**3)

@@ -1,0 +1,283 @@
+"""`grok1 bench`: what a model reaches on the devices at hand."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from grok1.byte_size import format_bytes
+from grok1.cli.columns import columns
+from grok1.cli.loading import load_model, start_jax
+from grok1.cli.options import ModelChoice, model_options, output_options
+from grok1.cli.terminal import OutputError, Terminal, pass_terminal
+from grok1.config import PRESETS, preset
+from grok1.json_text import json_line
+
+if TYPE_CHECKING:
+    from grok1.bench import Limits, Measurement
+    from grok1.model import Model
+
+
+class _Numbers(click.ParamType):
+    name = "N[,N...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        try:
+            numbers = tuple(int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a whole number or several with commas between, such as 64,512", param, ctx)
+        if min(numbers) < 1:
+            self.fail(f"{value!r} has a number below 1", param, ctx)
+        return numbers
+
+
+def _plot_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    if value is None:
+        return None
+    if value.suffix.lower() not in (".png", ".svg"):
+        raise click.BadParameter(f"{str(value)!r} ends neither in .png nor in .svg")
+    if not value.parent.is_dir():
+        raise click.BadParameter(f"there is no folder {str(value.parent)!r}")
+    return value
+
+
+@click.command("bench", short_help="Measure prefill and decode speed against what memory allows.")
+@click.option(
+    "--preset",
+    "preset_name",
+    type=click.Choice(list(PRESETS)),
+    help="Measure this model with random weights, made in memory, instead of a checkpoint.",
+)
+@click.option("--prompt", type=_Numbers(), default="512", show_default=True, help="Tokens of the prompts to read.")
+@click.option("--batch", type=_Numbers(), default="1", show_default=True, help="Sequences that go on together.")
+@click.option(
+    "--decode", type=click.IntRange(1), default=32, show_default=True, metavar="N", help="Steps of decoding to measure."
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    callback=_plot_file,
+    metavar="FILE",
+    help="Draw what was reached against the limits, as .png or .svg; needs the plot extra.",
+)
+@click.option(
+    "--devices", "only_devices", is_flag=True, help="Tell the devices and what computes on them; load nothing."
+)
+@model_options
+@output_options
+@pass_terminal
+def command(
+    terminal: Terminal,
+    preset_name: str | None,
+    prompt: tuple[int, ...],
+    batch: tuple[int, ...],
+    decode: int,
+    plot: Path | None,
+    only_devices: bool,
+    choice: ModelChoice,
+    as_json: bool,
+) -> None:
+    """Measure how fast a model reads prompts and decodes after them, against how fast memory can be read.
+
+    Every prompt length is measured with every batch, on random tokens. Programs are compiled and run once before they
+    are measured. Bandwidth is measured in the same run, and so is the rate of a matrix product in the dtype of
+    activations. A step has to read all weights that it uses and the cache; of a batch's experts it is taken to use as
+    many as even and independent choices give on average. With --json there is a line for each measurement.
+
+    \b
+    grok1 bench --preset tiny --prompt 64
+    grok1 bench --preset bench-3b --prompt 64,512 --batch 1,8 --plot roofline.svg
+    grok1 bench -c checkpoints --threads 8 --json
+    """
+    given = click.get_current_context().get_parameter_source("checkpoint") is ParameterSource.COMMANDLINE
+    if preset_name is not None and given:
+        raise click.UsageError("--checkpoint and --preset are both given: give one of them.")
+    if plot is not None:
+        from grok1.cli.roofline import require_matplotlib
+
+        require_matplotlib()
+    with terminal.interruptible():
+        if only_devices:
+            _tell_devices(terminal, choice, as_json)
+            return
+        model, load_seconds = _model(terminal, choice, preset_name)
+        name = preset_name or str(choice.checkpoint)
+
+        from grok1 import memory
+        from grok1.bench import check_measurable, measure, measure_limits
+
+        for tokens in prompt:
+            for sequences in batch:
+                check_measurable(model, tokens, sequences, decode)
+        measured = []
+        for tokens in prompt:
+            for sequences in batch:
+                terminal.show_status(f"measuring {sequences} x {tokens} tokens")
+                measured.append(measure(model, tokens, sequences, decode))
+        peak = memory.peak_resident_bytes()  # before what the next step takes
+        terminal.show_status("measuring how fast memory can be read")
+        limits = measure_limits(model)
+    terminal.clear()
+    if as_json:
+        for one in measured:
+            terminal.write(json_line(_fields(model, name, load_seconds, choice, peak, limits, one)))
+    else:
+        terminal.write(_table(model, name, load_seconds, peak, limits, measured))
+    if plot is not None:
+        from grok1.cli.roofline import draw_roofline
+
+        _write_whole(plot, draw_roofline(name, limits, measured, plot.suffix.lower()[1:]))
+
+
+def _model(terminal: Terminal, choice: ModelChoice, preset_name: str | None) -> tuple[Model, float]:
+    if preset_name is None:
+        return load_model(choice, terminal)
+    import time
+
+    start = time.perf_counter()
+    start_jax(terminal, choice.threads)
+    from grok1.model import random_model
+
+    model = random_model(
+        preset(preset_name),
+        mesh=choice.mesh,
+        dtype=choice.dtype,  # type: ignore[arg-type]
+        kernels=choice.kernels,  # type: ignore[arg-type]
+        threads=choice.threads,
+        progress=terminal.progress,
+    )
+    return model, time.perf_counter() - start
+
+
+def _fields(
+    model: Model,
+    name: str,
+    load_seconds: float,
+    choice: ModelChoice,
+    peak: int | None,
+    limits: Limits,
+    measured: Measurement,
+) -> dict[str, Any]:
+    from grok1.bench import weight_bytes
+    from grok1.threads import thread_count
+
+    reached = measured.decode_bytes_per_second
+    return {
+        "model": name,
+        "mesh": list(model.mesh_shape),
+        "dtype": model.engine.dtype.name,
+        "kernels": model.kernels,
+        "threads": choice.threads or thread_count(),
+        "prompt_tokens": measured.prompt_tokens,
+        "batch": measured.batch,
+        "decode_steps": measured.decode_steps,
+        "prefill_seconds": measured.prefill_seconds,
+        "prefill_tokens_per_second": measured.prefill_tokens_per_second,
+        "prefill_tera_operations_per_second": measured.prefill_operations / measured.prefill_seconds / 1e12,
+        "time_to_first_token_seconds": measured.time_to_first_token_seconds,
+        "decode_step_seconds": measured.decode_step_seconds,
+        "decode_tokens_per_second": measured.decode_tokens_per_second,
+        "decode_bytes_per_token": measured.decode_bytes_per_step / measured.batch,
+        "decode_bytes_per_step": measured.decode_bytes_per_step,
+        "decode_gigabytes_per_second": reached / 1e9,
+        "read_gigabytes_per_second": limits.read_bytes_per_second / 1e9,
+        "decode_share_of_read_bandwidth": reached / limits.read_bytes_per_second,
+        "matrix_tera_operations_per_second": limits.matrix_operations_per_second / 1e12,
+        "load_seconds": load_seconds,
+        "compile_seconds": model.engine.compile_seconds,
+        "weight_bytes": weight_bytes(model),
+        "peak_memory_bytes": peak,
+        "peak_device_memory_bytes": model.peak_device_bytes,
+    }
+
+
+def _table(
+    model: Model, name: str, load_seconds: float, peak: int | None, limits: Limits, measured: Sequence[Measurement]
+) -> str:
+    from grok1.bench import weight_bytes
+
+    data, shards = model.mesh_shape
+    on_devices = model.peak_device_bytes
+    facts = [
+        ["model", f"{name}, {format_bytes(weight_bytes(model))} of weights"],
+        ["mesh (data,model), activations", f"{data},{shards} {model.engine.dtype.name}"],
+        ["kernels", model.kernels],
+        ["reading memory, measured", f"{limits.read_bytes_per_second / 1e9:.1f} GB/s"],
+        ["matrix product, measured", f"{limits.matrix_operations_per_second / 1e12:.3g} TOP/s"],
+        ["loading, JAX's start included", f"{load_seconds:.1f} s"],
+        ["compiling", f"{model.engine.compile_seconds:.1f} s"],
+        ["peak memory of the process", "not known" if peak is None else format_bytes(peak)],
+    ]
+    if on_devices is not None:
+        facts.append(["peak memory of a device", format_bytes(on_devices)])
+    head = ["prompt", "batch", "first token", "prefill", "", "step", "decode", "read", "of memory's"]
+    units = ["tokens", "", "s", "tokens/s", "TOP/s", "ms", "tokens/s", "GB/s", "speed"]
+    rows = [
+        [
+            str(m.prompt_tokens),
+            str(m.batch),
+            f"{m.time_to_first_token_seconds:.3f}",
+            f"{m.prefill_tokens_per_second:.1f}",
+            f"{m.prefill_operations / m.prefill_seconds / 1e12:.3f}",
+            f"{1e3 * m.decode_step_seconds:.2f}",
+            f"{m.decode_tokens_per_second:.1f}",
+            f"{m.decode_bytes_per_second / 1e9:.1f}",
+            f"{m.decode_bytes_per_second / limits.read_bytes_per_second:.0%}",
+        ]
+        for m in measured
+    ]
+    return columns(facts) + "\n" + columns([head, units, *rows], right=range(len(head)))
+
+
+def _tell_devices(terminal: Terminal, choice: ModelChoice, as_json: bool) -> None:
+    devices = start_jax(terminal, choice.threads)
+    from grok1.kernels import HOW_TO_BUILD, kernels_in_use
+    from grok1.ops import cpu
+    from grok1.threads import thread_count
+
+    terminal.clear()
+    platform = devices[0].platform
+    used = kernels_in_use(platform, choice.kernels)  # type: ignore[arg-type]
+    threads = choice.threads or thread_count()
+    if as_json:
+        for device in devices:
+            fields = {"id": device.id, "platform": device.platform, "kind": device.device_kind, "kernels": used}
+            limit = (device.memory_stats() or {}).get("bytes_limit")
+            shared = {"threads": threads, "kernels_built": list(cpu.kernel_names()), "memory_bytes": limit}
+            terminal.write(json_line(fields | shared))
+        return
+    rows = [["device", "platform", "kind"], *([str(d.id), d.platform, d.device_kind] for d in devices)]
+    terminal.write(columns(rows) + "\n")
+    facts = [["kernels", used]]
+    if platform == "cpu":
+        facts[0][1] = used if cpu.kernel_names() else f"{used}: none for this processor were built; {HOW_TO_BUILD}"
+        facts += [["that this processor can run", ", ".join(cpu.kernel_names()) or "none"], ["threads", str(threads)]]
+    terminal.write(columns(facts))
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that is there whole or not at all."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as scratch:
+            try:
+                scratch.write(content)
+                scratch.flush()
+                os.chmod(scratch.name, 0o666 & ~_umask())
+                os.replace(scratch.name, path)
+            except BaseException:
+                os.unlink(scratch.name)
+                raise
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written ({error.strerror}): name another file with --plot") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
