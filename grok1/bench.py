@@ -21,6 +21,7 @@ from grok1.model import Model
 from grok1.ops import cpu
 from grok1.plan.devices import present_devices
 from grok1.plan.estimate import Estimate
+from grok1.quantize import PackedWeight, packed_shape
 from grok1.threads import thread_count
 
 _WARM_STEPS = 2  # of decoding, before those that count
@@ -36,12 +37,13 @@ class Limits:
 
     Attributes:
         read_bytes_per_second: reading memory that is in no cache.
-        matrix_operations_per_second: a product of two matrices in the dtype of activations; a multiplication and an
-            addition are two.
+        matrix_operations_per_second: a product of large matrices; a multiplication and an addition are two.
+        matrix_product: which product that was.
     """
 
     read_bytes_per_second: float
     matrix_operations_per_second: float
+    matrix_product: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +89,11 @@ class Measurement:
     def decode_bytes_per_second(self) -> float:
         """Weights and cache that were read."""
         return self.decode_bytes_per_step / self.decode_step_seconds
+
+
+def longest_prompt(model: Model, decode_steps: int) -> int:
+    """Tokens of the longest prompt that leaves room for so many steps; at least 1."""
+    return max(1, model.config.sequence_len - decode_steps - _WARM_STEPS)
 
 
 def check_measurable(model: Model, prompt_tokens: int, batch: int, decode_steps: int) -> None:
@@ -218,7 +225,10 @@ def measure_limits(model: Model) -> Limits:
     on_host = _platform(model) == "cpu"
     times = 1 if on_host else len(devices)  # processors' devices share their memory and arithmetic
     read = _host_read_rate(model.engine.native) if on_host else _device_read_rate(devices[0])
-    return Limits(times * read, times * _matrix_rate(devices[0], model.engine.dtype))
+    if model.engine.native:
+        return Limits(read, _packed_rate(), "8-bit matrix product")
+    rate = _matrix_rate(devices[0], model.engine.dtype)
+    return Limits(times * read, times * rate, f"{model.engine.dtype.name} matrix product")
 
 
 def _platform(model: Model) -> str:
@@ -262,6 +272,16 @@ def _device_read_rate(device: jax.Device) -> float:
     memory = jax.device_put(jnp.ones(_READ_BYTES // 4, jnp.int32), device)
     largest = jax.jit(jnp.max)
     return _best_rate(lambda: largest(memory).block_until_ready(), memory.nbytes)
+
+
+def _packed_rate() -> float:
+    """Of the native kernels: many rows, and a matrix that stays in the caches."""
+    size, rows = _MATRIX_SIZE, 512
+    panels = jnp.ones(packed_shape((1, size, size), 1), jnp.uint8)
+    weight = PackedWeight(panels, jnp.ones((1, 1, size), jnp.bfloat16), size)
+    product = jax.jit(cpu.multiply)
+    x, index = jnp.ones((rows, size)), jnp.zeros(rows, jnp.int32)
+    return _best_rate(lambda: product(x, weight, index).block_until_ready(), 2.0 * rows * size**2)
 
 
 def _matrix_rate(device: jax.Device, dtype: np.dtype) -> float:

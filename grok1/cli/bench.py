@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from grok1.bench import Limits, Measurement
     from grok1.model import Model
 
+_PROMPT = 512  # tokens, unless the user says otherwise
+
 
 class _Numbers(click.ParamType):
     name = "N[,N...]"
@@ -54,7 +56,11 @@ def _plot_file(ctx: click.Context, param: click.Parameter, value: Path | None) -
     type=click.Choice(list(PRESETS)),
     help="Measure this model with random weights, made in memory, instead of a checkpoint.",
 )
-@click.option("--prompt", type=_Numbers(), default="512", show_default=True, help="Tokens of the prompts to read.")
+@click.option(
+    "--prompt",
+    type=_Numbers(),
+    help="Tokens of the prompts to read.  [default: 512, or as many as the context has room for]",
+)
 @click.option("--batch", type=_Numbers(), default="1", show_default=True, help="Sequences that go on together.")
 @click.option(
     "--decode", type=click.IntRange(1), default=32, show_default=True, metavar="N", help="Steps of decoding to measure."
@@ -75,7 +81,7 @@ def _plot_file(ctx: click.Context, param: click.Parameter, value: Path | None) -
 def command(
     terminal: Terminal,
     preset_name: str | None,
-    prompt: tuple[int, ...],
+    prompt: tuple[int, ...] | None,
     batch: tuple[int, ...],
     decode: int,
     plot: Path | None,
@@ -86,9 +92,10 @@ def command(
     """Measure how fast a model reads prompts and decodes after them, against how fast memory can be read.
 
     Every prompt length is measured with every batch, on random tokens. Programs are compiled and run once before they
-    are measured. Bandwidth is measured in the same run, and so is the rate of a matrix product in the dtype of
-    activations. A step has to read all weights that it uses and the cache; of a batch's experts it is taken to use as
-    many as even and independent choices give on average. With --json there is a line for each measurement.
+    are measured. How fast memory can be read is measured in the same run, and so is a matrix product, by the native
+    kernels or in the dtype of activations. A step has to read all weights that it uses and the cache; of a batch's
+    experts it is taken to use as many as even and independent choices give on average. With --json there is a line for
+    each measurement.
 
     \b
     grok1 bench --preset tiny --prompt 64
@@ -110,8 +117,9 @@ def command(
         name = preset_name or str(choice.checkpoint)
 
         from grok1 import memory
-        from grok1.bench import check_measurable, measure, measure_limits
+        from grok1.bench import check_measurable, longest_prompt, measure, measure_limits
 
+        prompt = prompt or (min(_PROMPT, longest_prompt(model, decode)),)
         for tokens in prompt:
             for sequences in batch:
                 check_measurable(model, tokens, sequences, decode)
@@ -188,6 +196,7 @@ def _fields(
         "decode_gigabytes_per_second": reached / 1e9,
         "read_gigabytes_per_second": limits.read_bytes_per_second / 1e9,
         "decode_share_of_read_bandwidth": reached / limits.read_bytes_per_second,
+        "matrix_product": limits.matrix_product,
         "matrix_tera_operations_per_second": limits.matrix_operations_per_second / 1e12,
         "load_seconds": load_seconds,
         "compile_seconds": model.engine.compile_seconds,
@@ -209,7 +218,7 @@ def _table(
         ["mesh (data,model), activations", f"{data},{shards} {model.engine.dtype.name}"],
         ["kernels", model.kernels],
         ["reading memory, measured", f"{limits.read_bytes_per_second / 1e9:.1f} GB/s"],
-        ["matrix product, measured", f"{limits.matrix_operations_per_second / 1e12:.3g} TOP/s"],
+        [f"{limits.matrix_product}, measured", f"{limits.matrix_operations_per_second / 1e12:.3g} TOP/s"],
         ["loading, JAX's start included", f"{load_seconds:.1f} s"],
         ["compiling", f"{model.engine.compile_seconds:.1f} s"],
         ["peak memory of the process", "not known" if peak is None else format_bytes(peak)],

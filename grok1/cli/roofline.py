@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from grok1.errors import Grok1Error
 
@@ -54,28 +54,28 @@ def draw_roofline(name: str, limits: Limits, measured: Sequence[Measurement], ki
         )
     intensities = [point[0] for point in points] + [peak / bandwidth]
     left, right = min(intensities) / 3, max(intensities) * 8
+    ridge = peak / bandwidth
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.loglog([left, peak / bandwidth], [left * bandwidth, peak], color="0.3")
-    axes.loglog([peak / bandwidth, right], [peak, peak], color="0.3")
+    axes.loglog([left, ridge], [left * bandwidth, peak], color="0.3")
+    axes.loglog([ridge, right], [peak, peak], color="0.3")
     axes.annotate(
-        f"reading memory, {bandwidth / 1e9:.3g} GB/s",
-        (left * 1.3, left * 1.3 * bandwidth),
-        xytext=(0, 8),
-        textcoords="offset points",
-        rotation=0,
-    )
-    axes.annotate(
-        f"matrix product, {peak / 1e12:.3g} TOP/s",
-        (right, peak),
-        xytext=(0, 6),
+        f"reading memory,\n{bandwidth / 1e9:.3g} GB/s",
+        (ridge / 3, ridge / 3 * bandwidth),
+        xytext=(-8, 2),
         textcoords="offset points",
         horizontalalignment="right",
     )
-    for x, y, label, marker in points:
+    axes.annotate(
+        f"{limits.matrix_product}, {peak / 1e12:.3g} TOP/s",
+        (right, peak),
+        xytext=(-4, 6),
+        textcoords="offset points",
+        horizontalalignment="right",
+    )
+    for x, y, _, marker in points:
         axes.plot(x, y, marker, markersize=8, color="C0" if marker == "o" else "C1")
-        axes.annotate(label, (x, y), xytext=(10, -5), textcoords="offset points")
     axes.set(
         title=f"{name}: reached against limits (sequences x tokens of the prompt)",
         xlabel="operations for each byte that has to be read",
@@ -83,6 +83,29 @@ def draw_roofline(name: str, limits: Limits, measured: Sequence[Measurement], ki
         xlim=(left, right),
     )
     axes.grid(True, which="major", alpha=0.3)
+    figure.canvas.draw()  # places the axes
+    _label(axes, points)
     picture = io.BytesIO()
     figure.savefig(picture, format=kind, dpi=150)
     return picture.getvalue()
+
+
+def _label(axes: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
+    """Writes each point's label right of it, or below one that is in its way, with a line to its point."""
+    line, width = 15.0, 170.0  # pixels of a label
+    taken: list[tuple[float, float]] = []
+    for x, y, label, _ in sorted(points, key=lambda point: -point[1]):
+        at_x, at_y = axes.transData.transform((x, y))
+        low = at_y
+        while any(abs(other_x - at_x) < width and abs(other_y - low) < line for other_x, other_y in taken):
+            low -= 1
+        taken.append((at_x, low))
+        scale = 72 / axes.figure.dpi  # points are text's unit
+        axes.annotate(
+            label,
+            (x, y),
+            xytext=(14, (low - at_y) * scale - 3),
+            textcoords="offset points",
+            fontsize=9,
+            arrowprops={"arrowstyle": "-", "color": "0.6"} if at_y - low > line / 2 else None,
+        )

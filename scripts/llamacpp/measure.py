@@ -1,0 +1,85 @@
+"""Measures llama.cpp on a GGUF file and prints one line of JSON: MODEL --prompt P --batch B --decode N --threads T."""
+
+import argparse
+import json
+import resource
+import time
+
+import llama_cpp
+import numpy as np
+
+
+def main() -> None:
+    """Reads a prompt into each sequence, then decodes all of them together."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--decode", type=int, default=32)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument(
+        "--plain-buffers", action="store_true", help="leave out llama.cpp's own weight layouts, AMX's too"
+    )
+    options = parser.parse_args()
+
+    llama_cpp.llama_backend_init()
+    silent = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(silent, None)
+    model_options = llama_cpp.llama_model_default_params()
+    model_options.use_extra_bufts = not options.plain_buffers
+    model = llama_cpp.llama_model_load_from_file(options.model.encode(), model_options)
+    context_options = llama_cpp.llama_context_default_params()
+    context_options.n_ctx = options.batch * (options.prompt + options.decode + 8)
+    context_options.n_batch = context_options.n_ubatch = 512
+    context_options.n_seq_max = options.batch
+    context_options.n_threads = context_options.n_threads_batch = options.threads
+    context = llama_cpp.llama_init_from_model(model, context_options)
+    if not context:
+        raise SystemExit(f"llama.cpp cannot run {options.model}")
+    vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model)) or 8192
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(3, vocabulary, (options.batch, options.prompt))
+    batch = llama_cpp.llama_batch_init(512, 0, 1)
+
+    def run(tokens: list[tuple[int, int, int]]) -> None:
+        """Computes (token, position, sequence) together, with logits for the last of each sequence."""
+        batch.n_tokens = len(tokens)
+        last = {sequence: i for i, (_, _, sequence) in enumerate(tokens)}
+        for i, (token, position, sequence) in enumerate(tokens):
+            batch.token[i], batch.pos[i] = token, position
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+            batch.logits[i] = last[sequence] == i
+        if llama_cpp.llama_decode(context, batch):
+            raise SystemExit("llama.cpp could not decode")
+
+    def read_prompts() -> float:
+        """Reads all prompts, one after the other; when the first had its logits."""
+        first = 0.0
+        for sequence, prompt in enumerate(prompts.tolist()):
+            for start in range(0, len(prompt), 512):
+                run([(token, start + i, sequence) for i, token in enumerate(prompt[start : start + 512])])
+            first = first or time.perf_counter()
+        return first
+
+    read_prompts()
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+    start = time.perf_counter()
+    first = read_prompts() - start
+    prefill = time.perf_counter() - start
+    for step in range(options.decode + 2):
+        if step == 2:
+            start = time.perf_counter()
+        new = rng.integers(3, vocabulary, options.batch).tolist()
+        run([(token, options.prompt + step, sequence) for sequence, token in enumerate(new)])
+    decode = time.perf_counter() - start
+    found = {
+        "prefill_tokens_per_second": options.batch * options.prompt / prefill,
+        "decode_tokens_per_second": options.batch * options.decode / decode,
+        "time_to_first_token_seconds": first,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+import builtins
+import os
+
+import pytest
+
+from grok1 import bench
+from grok1.ops import cpu
+
+SHORT = ("--prompt", "6,20", "--batch", "1,2", "--decode", "3", "--mesh", "1,1")
+KEYS = {
+    "prefill_tokens_per_second",
+    "decode_tokens_per_second",
+    "decode_gigabytes_per_second",
+    "decode_bytes_per_token",
+    "read_gigabytes_per_second",
+    "decode_share_of_read_bandwidth",
+    "time_to_first_token_seconds",
+    "peak_memory_bytes",
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_limits(monkeypatch):
+    monkeypatch.setattr(bench, "_READ_BYTES", 1 << 20)
+    monkeypatch.setattr(bench, "_MATRIX_SIZE", 64)
+
+
+def test_a_line_of_json_for_each_measurement(grok1, checkpoint):
+    result = grok1("bench", "-c", checkpoint, *SHORT, "--threads", "1", "--json")
+    assert (result.code, result.err) == (0, "")
+    assert [(line["prompt_tokens"], line["batch"]) for line in result.lines] == [(6, 1), (6, 2), (20, 1), (20, 2)]
+    for line in result.lines:
+        assert line.keys() >= KEYS
+        assert line["threads"] == 1
+        read = line["decode_bytes_per_step"] / line["decode_step_seconds"] / 1e9
+        assert line["decode_gigabytes_per_second"] == pytest.approx(read)
+        assert line["decode_share_of_read_bandwidth"] == pytest.approx(read / line["read_gigabytes_per_second"])
+        assert line["decode_bytes_per_token"] == pytest.approx(line["decode_bytes_per_step"] / line["batch"])
+
+
+def test_a_table(grok1, checkpoint):
+    short = ("--batch", "1,2", "--decode", "3", "--mesh", "1,1")
+    result = grok1("bench", "-c", checkpoint, *short, "--kernels", "xla")
+    assert (result.code, result.err) == (0, "")
+    facts, table = result.out.split("\n\n")
+    assert "kernels" in facts
+    assert "xla" in facts
+    assert [line.split()[:2] for line in table.splitlines()[2:]] == [["59", "1"], ["59", "2"]]  # of 64
+
+
+@pytest.mark.parametrize(("ending", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
+def test_a_picture(ending, begins, grok1, checkpoint, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"roofline.{ending}"
+    path.write_text("what was there before")
+    assert grok1("bench", "-c", checkpoint, "--mesh", "1,1", "--prompt", "6", "--plot", path).code == 0
+    assert path.read_bytes().startswith(begins)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_devices(grok1):
+    result = grok1("bench", "--devices", "--threads", "3")
+    assert result.code == 0
+    assert "cpu" in result.out
+    assert (cpu.kernel_name() or "none for this processor were built") in result.out
+    lines = grok1("bench", "--devices", "--json", "--kernels", "xla").lines
+    assert len(lines) == 16
+    assert {line["kernels"] for line in lines} == {"xla"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (("-c", "checkpoint", "--preset", "tiny"), 2, "--checkpoint and --preset are both given"),
+        (("--preset", "tiny", "--prompt", "x"), 2, "is not a whole number"),
+        (("--preset", "tiny", "--batch", "1,0"), 2, "a number below 1"),
+        (("--preset", "tiny", "--plot", "picture.gif"), 2, "ends neither in .png nor in .svg"),
+        (("--preset", "tiny", "--plot", "nowhere/picture.png"), 2, "there is no folder 'nowhere'"),
+        (("--preset", "tiny", "--mesh", "1,1", "--prompt", "100000"), 1, "lower --prompt or --decode"),
+        (("--preset", "tiny", "--mesh", "2,1", "--batch", "3"), 1, "use a multiple"),
+        (("--devices", "--threads", "0"), 2, "0 is not in the range"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_at_once(arguments, code, sentence, grok1, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = grok1("bench", *arguments)
+    assert result.code == code
+    assert sentence in result.err
+    assert result.out == ""
+
+
+def test_a_picture_without_matplotlib(grok1, tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without_matplotlib(name, *rest):
+        if name.startswith("matplotlib"):
+            raise ImportError("No module named 'matplotlib'")
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    result = grok1("bench", "--preset", "tiny", "--plot", tmp_path / "r.png")
+    assert result.code == 1
+    assert "pip install 'grok1[plot]'" in result.err
+
+
+def test_native_kernels_that_were_not_built(grok1, checkpoint, monkeypatch):
+    monkeypatch.setattr(cpu, "kernel_names", lambda: ())
+    result = grok1("run", "-c", checkpoint, "--mesh", "1,1", "--kernels", "native", "x")
+    assert result.code == 1
+    assert "none were built" in result.err
+    result = grok1("bench", "--devices")
+    assert "install a C++ compiler" in result.out
+    monkeypatch.setenv("GROK1_KERNELS", "abacus")
+    result = grok1("run", "-c", checkpoint, "--mesh", "1,1", "x")
+    assert result.code == 1
+    assert "GROK1_KERNELS is 'abacus'" in result.err
