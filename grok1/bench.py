@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grok1.config import ModelConfig
 from grok1.engine.engine import BatchState, Engine, PromptPart
 from grok1.engine.request import SamplingOptions
 from grok1.engine.sampling import SampledTokens
@@ -91,30 +92,41 @@ class Measurement:
         return self.decode_bytes_per_step / self.decode_step_seconds
 
 
-def longest_prompt(model: Model, decode_steps: int) -> int:
+def longest_prompt(config: ModelConfig, decode_steps: int) -> int:
     """Tokens of the longest prompt that leaves room for so many steps; at least 1."""
-    return max(1, model.config.sequence_len - decode_steps - _WARM_STEPS)
+    return max(1, config.sequence_len - decode_steps - _WARM_STEPS)
 
 
-def check_measurable(model: Model, prompt_tokens: int, batch: int, decode_steps: int) -> None:
-    """Makes sure that a measurement is possible.
+def check_measurable(
+    config: ModelConfig, data_rows: int, room: int | None, prompt_tokens: int, batch: int, decode_steps: int
+) -> None:
+    """Makes sure that a measurement is possible; no model is needed.
+
+    Args:
+        config: the model's.
+        data_rows: of the mesh.
+        room: how many sequences there is memory for; None if not known.
+        prompt_tokens: as for `measure`, as are the others.
+        batch: how many sequences.
+        decode_steps: how many steps.
 
     Raises:
         RequestError: if the context is too short, or there is no room for so many sequences.
     """
-    context, needed = model.config.sequence_len, prompt_tokens + decode_steps + _WARM_STEPS
+    context, needed = config.sequence_len, prompt_tokens + decode_steps + _WARM_STEPS
     if needed > context:
         raise RequestError(
             f"a prompt of {prompt_tokens} tokens and {decode_steps} steps take {needed} positions (with "
             f"{_WARM_STEPS} to warm up), and the context has {context}: lower --prompt or --decode"
         )
-    rows = model.engine.data_rows
-    if batch % rows:
-        raise RequestError(f"a batch of {batch} does not divide over the {rows} data rows of the mesh: use a multiple")
-    if model.max_sequences is not None and batch > model.max_sequences:
+    if batch % data_rows:
         raise RequestError(
-            f"there is memory for {model.max_sequences} sequences of {context} tokens beside the weights, and the "
-            f"batch is {batch}: lower --batch"
+            f"a batch of {batch} does not divide over the {data_rows} data rows of the mesh: use a multiple"
+        )
+    if room is not None and batch > room:
+        raise RequestError(
+            f"there is memory for {room} sequences of {context} tokens beside the weights, and the batch is {batch}: "
+            "lower --batch"
         )
 
 
@@ -130,8 +142,8 @@ def measure(model: Model, prompt_tokens: int, batch: int, decode_steps: int) -> 
     Raises:
         RequestError: as `check_measurable`.
     """
-    check_measurable(model, prompt_tokens, batch, decode_steps)
     engine = model.engine
+    check_measurable(model.config, engine.data_rows, model.max_sequences, prompt_tokens, batch, decode_steps)
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, model.config.vocab_size, (batch, prompt_tokens)).astype(np.int32)
     state, _ = _read_prompts(engine, engine.new_batch(batch), prompts)  # compiles

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,10 @@ from click.core import ParameterSource
 
 from grok1.byte_size import format_bytes
 from grok1.cli.columns import columns
-from grok1.cli.loading import load_model, start_jax
+from grok1.cli.loading import load_model, read_config, start_jax
 from grok1.cli.options import ModelChoice, model_options, output_options
 from grok1.cli.terminal import OutputError, Terminal, pass_terminal
-from grok1.config import PRESETS, preset
+from grok1.config import PRESETS, ModelConfig, default_dtype, preset
 from grok1.json_text import json_line
 
 if TYPE_CHECKING:
@@ -102,8 +103,7 @@ def command(
     grok1 bench --preset bench-3b --prompt 64,512 --batch 1,8 --plot roofline.svg
     grok1 bench -c checkpoints --threads 8 --json
     """
-    given = click.get_current_context().get_parameter_source("checkpoint") is ParameterSource.COMMANDLINE
-    if preset_name is not None and given:
+    if preset_name is not None and _given("checkpoint"):
         raise click.UsageError("--checkpoint and --preset are both given: give one of them.")
     if plot is not None:
         from grok1.cli.roofline import require_matplotlib
@@ -113,16 +113,16 @@ def command(
         if only_devices:
             _tell_devices(terminal, choice, as_json)
             return
-        model, load_seconds = _model(terminal, choice, preset_name)
+        start = time.perf_counter()
+        config = read_config(choice) if preset_name is None else preset(preset_name)
+        prompt = _measurable(terminal, choice, config, prompt, batch, decode)
+        model = _model(terminal, choice, preset_name, config)
+        load_seconds = time.perf_counter() - start
         name = preset_name or str(choice.checkpoint)
 
         from grok1 import memory
-        from grok1.bench import check_measurable, longest_prompt, measure, measure_limits
+        from grok1.bench import measure, measure_limits
 
-        prompt = prompt or (min(_PROMPT, longest_prompt(model, decode)),)
-        for tokens in prompt:
-            for sequences in batch:
-                check_measurable(model, tokens, sequences, decode)
         measured = []
         for tokens in prompt:
             for sequences in batch:
@@ -143,24 +143,48 @@ def command(
         _write_whole(plot, draw_roofline(name, limits, measured, plot.suffix.lower()[1:]))
 
 
-def _model(terminal: Terminal, choice: ModelChoice, preset_name: str | None) -> tuple[Model, float]:
-    if preset_name is None:
-        return load_model(choice, terminal)
-    import time
+def _given(name: str) -> bool:
+    """Whether an option is on the command line."""
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
 
-    start = time.perf_counter()
-    start_jax(terminal, choice.threads)
+
+def _measurable(
+    terminal: Terminal,
+    choice: ModelChoice,
+    config: ModelConfig,
+    prompt: tuple[int, ...] | None,
+    batch: tuple[int, ...],
+    decode: int,
+) -> tuple[int, ...]:
+    """The lengths of prompts to measure. What cannot be measured is told before hundreds of gigabytes are loaded."""
+    devices = start_jax(terminal, choice.threads)
+    from grok1.bench import check_measurable, longest_prompt
+    from grok1.plan.verdict import require_room
+    from grok1.sharding import check_mesh_shape, default_mesh_shape
+
+    mesh = choice.mesh or default_mesh_shape(config, len(devices))
+    check_mesh_shape(config, mesh, len(devices))
+    room = require_room(config, mesh, devices, choice.dtype or default_dtype(devices[0].platform))
+    lengths = prompt or (min(_PROMPT, longest_prompt(config, decode)),)
+    for tokens in lengths:
+        for sequences in batch:
+            check_measurable(config, mesh[0], room, tokens, sequences, decode)
+    return lengths
+
+
+def _model(terminal: Terminal, choice: ModelChoice, preset_name: str | None, config: ModelConfig) -> Model:
+    if preset_name is None:
+        return load_model(choice, terminal)[0]
     from grok1.model import random_model
 
-    model = random_model(
-        preset(preset_name),
+    return random_model(
+        config,
         mesh=choice.mesh,
         dtype=choice.dtype,  # type: ignore[arg-type]
         kernels=choice.kernels,  # type: ignore[arg-type]
         threads=choice.threads,
         progress=terminal.progress,
     )
-    return model, time.perf_counter() - start
 
 
 def _fields(

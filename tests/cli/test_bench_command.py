@@ -89,6 +89,17 @@ def test_what_cannot_be_measured_is_told_at_once(arguments, code, sentence, grok
     assert result.out == ""
 
 
+@pytest.mark.parametrize(
+    "arguments", [("--prompt", "63"), ("--mesh", "2,1", "--batch", "3"), ("--batch", "1,1000000000")]
+)
+def test_nothing_is_loaded_for_what_cannot_be_measured(arguments, grok1, checkpoint, monkeypatch):
+    monkeypatch.setattr("grok1.model.load_parameters", lambda *_: pytest.fail("weights were loaded"))
+    result = grok1("bench", "-c", checkpoint, *arguments)
+    assert result.code == 1
+    assert "grok1: error: " in result.err
+    assert "internal error" not in result.err
+
+
 def test_a_picture_without_matplotlib(grok1, tmp_path, monkeypatch):
     real = builtins.__import__
 
