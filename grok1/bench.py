@@ -281,7 +281,9 @@ def _host_read_rate(native: bool) -> float:
 
 
 def _device_read_rate(device: jax.Device) -> float:
-    memory = jax.device_put(jnp.ones(_READ_BYTES // 4, jnp.int32), device)
+    free = present_devices([device]).usable_bytes
+    size = _READ_BYTES if free is None else min(_READ_BYTES, free // 4)
+    memory = jax.device_put(jnp.ones(max(1 << 20, size) // 4, jnp.int32), device)
     largest = jax.jit(jnp.max)
     return _best_rate(lambda: largest(memory).block_until_ready(), memory.nbytes)
 

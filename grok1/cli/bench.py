@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+import grok1
 from grok1.byte_size import format_bytes
 from grok1.cli.columns import columns
 from grok1.cli.loading import load_model, read_config, start_jax
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
     from grok1.model import Model
 
 _PROMPT = 512  # tokens, unless the user says otherwise
+
+# Options that say what to measure, and how.
+_OF_MEASURING = (
+    *("checkpoint", "tokenizer", "mesh", "dtype", "load_memory"),
+    *("preset_name", "prompt", "batch", "decode", "plot"),
+)
 
 
 class _Numbers(click.ParamType):
@@ -105,10 +112,15 @@ def command(
     """
     if preset_name is not None and _given("checkpoint"):
         raise click.UsageError("--checkpoint and --preset are both given: give one of them.")
+    if preset_name is not None:
+        _refuse("tokenizer", "load_memory", because="--preset reads no files")
+    if only_devices:
+        _refuse(*_OF_MEASURING, because="--devices measures nothing")
     if plot is not None:
         from grok1.cli.roofline import require_matplotlib
 
         require_matplotlib()
+        _require_place(plot)
     with terminal.interruptible():
         if only_devices:
             _tell_devices(terminal, choice, as_json)
@@ -146,6 +158,13 @@ def command(
 def _given(name: str) -> bool:
     """Whether an option is on the command line."""
     return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+def _refuse(*names: str, because: str) -> None:
+    """Makes sure that none of these options is on the command line, where it would do nothing."""
+    for parameter in click.get_current_context().command.params:
+        if parameter.name in names and _given(parameter.name):
+            raise click.UsageError(f"{because}: leave out {max(parameter.opts, key=len)}.")
 
 
 def _measurable(
@@ -196,12 +215,20 @@ def _fields(
     limits: Limits,
     measured: Measurement,
 ) -> dict[str, Any]:
+    import jax
+
     from grok1.bench import weight_bytes
     from grok1.threads import thread_count
 
+    device = model.engine.mesh.devices.flat[0]
     reached = measured.decode_bytes_per_second
     return {
         "model": name,
+        "grok1_version": grok1.__version__,
+        "jax_version": jax.__version__,
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "devices": int(model.engine.mesh.size),
         "mesh": list(model.mesh_shape),
         "dtype": model.engine.dtype.name,
         "kernels": model.kernels,
@@ -239,6 +266,7 @@ def _table(
     on_devices = model.peak_device_bytes
     facts = [
         ["model", f"{name}, {format_bytes(weight_bytes(model))} of weights"],
+        ["devices", f"{model.engine.mesh.size} x {model.engine.mesh.devices.flat[0].device_kind}"],
         ["mesh (data,model), activations", f"{data},{shards} {model.engine.dtype.name}"],
         ["kernels", model.kernels],
         ["reading memory, measured", f"{limits.read_bytes_per_second / 1e9:.1f} GB/s"],
@@ -249,8 +277,8 @@ def _table(
     ]
     if on_devices is not None:
         facts.append(["peak memory of a device", format_bytes(on_devices)])
-    head = ["prompt", "batch", "first token", "prefill", "", "step", "decode", "read", "of memory's"]
-    units = ["tokens", "", "s", "tokens/s", "TOP/s", "ms", "tokens/s", "GB/s", "speed"]
+    head = ["prompt", "batch", "first token", "prefill", "", "step", "decode", "read", "", "of memory's"]
+    units = ["tokens", "", "s", "tokens/s", "TOP/s", "ms", "tokens/s", "a token", "GB/s", "speed"]
     rows = [
         [
             str(m.prompt_tokens),
@@ -260,6 +288,7 @@ def _table(
             f"{m.prefill_operations / m.prefill_seconds / 1e12:.3f}",
             f"{1e3 * m.decode_step_seconds:.2f}",
             f"{m.decode_tokens_per_second:.1f}",
+            format_bytes(round(m.decode_bytes_per_step / m.batch)),
             f"{m.decode_bytes_per_second / 1e9:.1f}",
             f"{m.decode_bytes_per_second / limits.read_bytes_per_second:.0%}",
         ]
@@ -270,6 +299,7 @@ def _table(
 
 def _tell_devices(terminal: Terminal, choice: ModelChoice, as_json: bool) -> None:
     devices = start_jax(terminal, choice.threads)
+    from grok1 import memory
     from grok1.kernels import HOW_TO_BUILD, kernels_in_use
     from grok1.ops import cpu
     from grok1.threads import thread_count
@@ -278,20 +308,37 @@ def _tell_devices(terminal: Terminal, choice: ModelChoice, as_json: bool) -> Non
     platform = devices[0].platform
     used = kernels_in_use(platform, choice.kernels)  # type: ignore[arg-type]
     threads = choice.threads or thread_count()
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    machine = memory.total_bytes()
     if as_json:
-        for device in devices:
+        for device, limit in zip(devices, limits, strict=True):
             fields = {"id": device.id, "platform": device.platform, "kind": device.device_kind, "kernels": used}
-            limit = (device.memory_stats() or {}).get("bytes_limit")
-            shared = {"threads": threads, "kernels_built": list(cpu.kernel_names()), "memory_bytes": limit}
-            terminal.write(json_line(fields | shared))
+            shared = {"threads": threads, "kernels_built": list(cpu.kernel_names()), "machine_memory_bytes": machine}
+            terminal.write(json_line(fields | {"memory_bytes": limit} | shared))
         return
-    rows = [["device", "platform", "kind"], *([str(d.id), d.platform, d.device_kind] for d in devices)]
+    rows = [["device", "platform", "kind", "memory"]]
+    for device, limit in zip(devices, limits, strict=True):
+        size = "the machine's" if platform == "cpu" else "not known" if limit is None else format_bytes(limit)
+        rows.append([str(device.id), device.platform, device.device_kind, size])
     terminal.write(columns(rows) + "\n")
     facts = [["kernels", used]]
     if platform == "cpu":
         facts[0][1] = used if cpu.kernel_names() else f"{used}: none for this processor were built; {HOW_TO_BUILD}"
         facts += [["that this processor can run", ", ".join(cpu.kernel_names()) or "none"], ["threads", str(threads)]]
+    facts.append(["memory of the machine", "not known" if machine is None else format_bytes(machine)])
     terminal.write(columns(facts))
+
+
+def _require_place(path: Path) -> None:
+    """Makes sure that a file can be written beside which a scratch file can."""
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"{path} cannot be written ({error.strerror}): name another file with --plot")
 
 
 def _write_whole(path: Path, content: bytes) -> None:
@@ -307,7 +354,7 @@ def _write_whole(path: Path, content: bytes) -> None:
                 os.unlink(scratch.name)
                 raise
     except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error.strerror}): name another file with --plot") from error
+        raise _unwritable(path, error) from error
 
 
 def _umask() -> int:

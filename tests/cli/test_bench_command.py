@@ -1,9 +1,14 @@
 import builtins
+import errno
 import os
+import re
 
+import jax
 import pytest
 
 from grok1 import bench
+from grok1.byte_size import format_bytes
+from grok1.cli import bench as command
 from grok1.ops import cpu
 
 SHORT = ("--prompt", "6,20", "--batch", "1,2", "--decode", "3", "--mesh", "1,1")
@@ -16,6 +21,8 @@ KEYS = {
     "decode_share_of_read_bandwidth",
     "time_to_first_token_seconds",
     "peak_memory_bytes",
+    "grok1_version",
+    "device_kind",
 }
 
 
@@ -32,6 +39,8 @@ def test_a_line_of_json_for_each_measurement(grok1, checkpoint):
     for line in result.lines:
         assert line.keys() >= KEYS
         assert line["threads"] == 1
+        assert (line["platform"], line["devices"]) == ("cpu", 1)
+        assert line["jax_version"] == jax.__version__
         read = line["decode_bytes_per_step"] / line["decode_step_seconds"] / 1e9
         assert line["decode_gigabytes_per_second"] == pytest.approx(read)
         assert line["decode_share_of_read_bandwidth"] == pytest.approx(read / line["read_gigabytes_per_second"])
@@ -46,6 +55,9 @@ def test_a_table(grok1, checkpoint):
     assert "kernels" in facts
     assert "xla" in facts
     assert [line.split()[:2] for line in table.splitlines()[2:]] == [["59", "1"], ["59", "2"]]  # of 64
+    lines = grok1("bench", "-c", checkpoint, *short, "--kernels", "xla", "--json").lines
+    for row, line in zip(table.splitlines()[2:], lines, strict=True):
+        assert f"  {format_bytes(round(line['decode_bytes_per_token']))}  " in row
 
 
 @pytest.mark.parametrize(("ending", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
@@ -63,6 +75,7 @@ def test_devices(grok1):
     assert result.code == 0
     assert "cpu" in result.out
     assert (cpu.kernel_name() or "none for this processor were built") in result.out
+    assert re.search(r"^memory of the machine +\S+ [GT]B$", result.out, re.MULTILINE)
     lines = grok1("bench", "--devices", "--json", "--kernels", "xla").lines
     assert len(lines) == 16
     assert {line["kernels"] for line in lines} == {"xla"}
@@ -79,6 +92,10 @@ def test_devices(grok1):
         (("--preset", "tiny", "--mesh", "1,1", "--prompt", "100000"), 1, "lower --prompt or --decode"),
         (("--preset", "tiny", "--mesh", "2,1", "--batch", "3"), 1, "use a multiple"),
         (("--devices", "--threads", "0"), 2, "0 is not in the range"),
+        (("--devices", "--plot", "picture.png"), 2, "--devices measures nothing: leave out --plot"),
+        (("--devices", "--preset", "tiny"), 2, "leave out --preset"),
+        (("--preset", "tiny", "--load-memory", "1GB"), 2, "--preset reads no files: leave out --load-memory"),
+        (("--preset", "tiny", "--tokenizer", "x.model"), 2, "leave out --tokenizer"),
     ],
 )
 def test_what_cannot_be_measured_is_told_at_once(arguments, code, sentence, grok1, tmp_path, monkeypatch):
@@ -98,6 +115,20 @@ def test_nothing_is_loaded_for_what_cannot_be_measured(arguments, grok1, checkpo
     assert result.code == 1
     assert "grok1: error: " in result.err
     assert "internal error" not in result.err
+
+
+def test_a_picture_that_cannot_be_written_is_told_before_anything_is_loaded(grok1, checkpoint, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+
+    def refuse(**where):
+        assert where == {"dir": tmp_path}
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(command.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr("grok1.model.load_parameters", lambda *_: pytest.fail("weights were loaded"))
+    result = grok1("bench", "-c", checkpoint, "--plot", tmp_path / "r.png")
+    assert result.code == 1
+    assert "r.png cannot be written (Read-only file system): name another file with --plot" in result.err
 
 
 def test_a_picture_without_matplotlib(grok1, tmp_path, monkeypatch):
