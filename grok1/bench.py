@@ -157,13 +157,9 @@ def measure(model: Model, prompt_tokens: int, batch: int, decode_steps: int) -> 
         prefills.append(time.perf_counter() - start)
         firsts.append(first_token - start)
     active = np.ones(batch, bool)
-    for _ in range(_WARM_STEPS):
-        state, tokens = engine.decode(state, active)
-    jax.block_until_ready(tokens)
+    state = _decode(engine, state, active, _WARM_STEPS)
     start = time.perf_counter()
-    for _ in range(decode_steps):
-        state, tokens = engine.decode(state, active)
-    jax.block_until_ready(tokens)
+    _decode(engine, state, active, decode_steps)
     step = (time.perf_counter() - start) / decode_steps
     estimate = _estimate(model)
     context = prompt_tokens + _WARM_STEPS + decode_steps // 2
@@ -181,11 +177,23 @@ def measure(model: Model, prompt_tokens: int, batch: int, decode_steps: int) -> 
     )
 
 
+def _decode(engine: Engine, state: BatchState, active: np.ndarray, steps: int) -> BatchState:
+    """Decodes as `generate` does: a step is dispatched before the one before it is waited for, and no more."""
+    before: jax.Array | None = None
+    for _ in range(steps):
+        state, sampled = engine.decode(state, active)
+        jax.block_until_ready(before)
+        before = sampled.tokens
+    jax.block_until_ready(before)
+    return state
+
+
 def _read_prompts(engine: Engine, state: BatchState, prompts: np.ndarray) -> tuple[BatchState, float]:
     """Reads a prompt into each slot, one for each data row at a time; also when the first token came to the host."""
     batch, length = prompts.shape
     slots_of_row = batch // engine.data_rows
     first_token: float | None = None
+    before: jax.Array | None = None
     for slot in range(slots_of_row):
         slots = [row * slots_of_row + slot for row in range(engine.data_rows)]
         for start in range(0, length, engine.max_chunk):
@@ -195,6 +203,8 @@ def _read_prompts(engine: Engine, state: BatchState, prompts: np.ndarray) -> tup
                 PromptPart(slot, prompts[slot, start:end], start, how) for slot, how in zip(slots, ending, strict=True)
             ]
             state, sampled = engine.read_prompts(state, parts)[:2]
+            jax.block_until_ready(before)
+            before = sampled.tokens
         if first_token is None:
             first_token = _arrival(sampled)
     assert first_token is not None

@@ -160,9 +160,9 @@ int main() {
   for (const Kernels* const* each = AllKernels(); *each; ++each) {
     const Kernels& kernels = **each;
     std::mt19937 random(1);
-    for (const int64_t rows : {1, 2, 3, 5, 8, 11, 17, 43, 130})
+    for (const int64_t rows : {1, 2, 3, 8, 17, 43})
       for (const auto& [group_rows, columns, groups] :
-           {std::tuple<int64_t, int64_t, int64_t>{1, 1, 1}, {5, 17, 3}, {64, 64, 1}, {70, 33, 2}, {200, 100, 2}})
+           {std::tuple<int64_t, int64_t, int64_t>{1, 1, 1}, {5, 17, 3}, {64, 64, 1}, {70, 33, 2}, {200, 70, 2}})
         CheckProducts(kernels, rows, group_rows, columns, groups, random);
     for (const int64_t count : {1, 15, 16, 100}) CheckGelu(kernels, count, random);
     for (const int64_t queries : {1, 2, 7, 8, 13, 64})

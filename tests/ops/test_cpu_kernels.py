@@ -20,12 +20,9 @@ SHAPES = [  # inner, columns, groups, matrices
     (1, 1, 1, 1),
     (16, 64, 1, 1),
     (17, 5, 1, 3),
-    (40, 33, 8, 2),
     (100, 70, 4, 3),
-    (64, 512, 2, 1),
     (48, 1030, 3, 2),
     (1200, 100, 8, 2),
-    (2048, 40, 1, 1),
 ]
 
 
@@ -94,7 +91,7 @@ def test_a_box_outside_of_the_matrix_is_refused(row, column):
         cpu.pack_box(np.zeros((8, 16), np.int8), np.zeros((1, 2, 64), np.uint8), row, column, 1, 8)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 7, 11, 33, 140])
+@pytest.mark.parametrize("rows", [1, 3, 11, 140])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_each_row_gets_its_matrix(shape, rows, kernels):
     rng = np.random.default_rng(rows)
