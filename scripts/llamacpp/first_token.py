@@ -1,10 +1,13 @@
-"""Loads a GGUF file and computes the logits after a prompt of 8 tokens, as a program does that was just started."""
+"""Loads a GGUF file and computes the logits after a short prompt, as a program does that was just started.
+
+MODEL THREADS TOKENS [--plain-buffers]
+"""
 
 import sys
 
 import llama_cpp
 
-path, threads, plain = sys.argv[1], int(sys.argv[2]), sys.argv[3:] == ["--plain-buffers"]
+path, threads, count, plain = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:] == ["--plain-buffers"]
 llama_cpp.llama_backend_init()
 silent = llama_cpp.llama_log_callback(lambda *_: None)
 llama_cpp.llama_log_set(silent, None)
@@ -15,8 +18,8 @@ context_options = llama_cpp.llama_context_default_params()
 context_options.n_ctx = 1024
 context_options.n_threads = context_options.n_threads_batch = threads
 context = llama_cpp.llama_init_from_model(model, context_options)
-tokens = (llama_cpp.llama_token * 8)(*range(10, 18))
-if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, 8)):
+tokens = (llama_cpp.llama_token * count)(*range(10, 10 + count))
+if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, count)):
     sys.exit("llama.cpp could not decode")
 logits = llama_cpp.llama_get_logits_ith(context, -1)
 print(max(range(100), key=lambda i: logits[i]))
