@@ -162,18 +162,19 @@ def measure(model: Model, prompt_tokens: int, batch: int, decode_steps: int) -> 
     _decode(engine, state, active, decode_steps)
     step = (time.perf_counter() - start) / decode_steps
     estimate = _estimate(model)
+    of_all_shards = batch * model.mesh_shape[1]
     context = prompt_tokens + _WARM_STEPS + decode_steps // 2
     return Measurement(
         prompt_tokens=prompt_tokens,
         batch=batch,
         decode_steps=decode_steps,
         prefill_seconds=statistics.median(prefills),
-        prefill_operations=batch * _operations(model, prompt_tokens, prompt_tokens / 2),
+        prefill_operations=of_all_shards * estimate.operations(prompt_tokens, prompt_tokens / 2),
         prefill_bytes=_prefill_bytes(estimate, engine, batch, prompt_tokens),
         time_to_first_token_seconds=statistics.median(firsts),
         decode_step_seconds=step,
         decode_bytes_per_step=estimate.decode_read_bytes(batch, context) * engine.mesh.size,
-        decode_operations_per_step=batch * _operations(model, 1, context),
+        decode_operations_per_step=of_all_shards * estimate.operations(1, context),
     )
 
 
@@ -225,12 +226,6 @@ def _prefill_bytes(estimate: Estimate, engine: Engine, batch: int, tokens: int) 
     chunks = [min(engine.max_chunk, tokens - start) for start in range(0, tokens, engine.max_chunk)]
     of_a_prompt = sum(estimate.decode_read_bytes(count * engine.data_rows, 0) for count in chunks)
     return of_a_prompt * engine.mesh.size * batch // engine.data_rows
-
-
-def _operations(model: Model, tokens: int, context: float) -> float:
-    """Multiplications and additions for tokens of one sequence that see so many positions each on average."""
-    config = model.config
-    return tokens * (2 * config.num_active_parameters + 4 * config.num_layers * config.q_size * context)
 
 
 def weight_bytes(model: Model) -> int:

@@ -31,29 +31,34 @@ def use_native_kernels(config: ModelConfig, mesh: Mesh, kernels: KernelsName = "
     Raises:
         KernelsError: if the native ones were asked for and cannot be had, or the variable names none.
     """
-    if kernels == "auto":
-        kernels = _from_environment()
-    reason = _why_not_native(config, mesh)
-    if kernels == "native" and reason is not None:
+    chosen = _chosen(kernels)
+    reason = _why_not_native(mesh.devices.flat[0].platform) or _why_not_packed(config)
+    if chosen == "native" and reason is not None:
         raise KernelsError(f"the native kernels cannot be used, as {reason}")
-    if kernels == "auto" and cpu.kernel_name() == "portable":
-        return False  # XLA makes better use of a processor that no other kernels are made for
-    return kernels != "xla" and reason is None
+    return reason is None and _prefers_native(chosen)
 
 
 def kernels_in_use(platform: str, kernels: KernelsName = "auto") -> str:
-    """The name of the kernels that a model would run on there, such as "amx-int8", or "xla".
+    """The name of the kernels that models run on there, such as "amx-int8", or "xla".
 
     Args:
         platform: of the devices.
         kernels: what is asked for.
 
     Raises:
-        KernelsError: as `use_native_kernels`.
+        KernelsError: if the environment variable names none.
     """
-    chosen = _from_environment() if kernels == "auto" else kernels
-    name = cpu.kernel_name() if platform == "cpu" else None
-    return "xla" if chosen == "xla" or name is None or (chosen == "auto" and name == "portable") else name
+    native = _prefers_native(_chosen(kernels)) and _why_not_native(platform) is None
+    return (cpu.kernel_name() if native else None) or "xla"
+
+
+def _chosen(kernels: KernelsName) -> KernelsName:
+    return _from_environment() if kernels == "auto" else kernels
+
+
+def _prefers_native(chosen: KernelsName) -> bool:
+    """Whether native kernels that can be had are to run; portable ones make less of a processor than XLA does."""
+    return chosen == "native" or (chosen == "auto" and cpu.kernel_name() != "portable")
 
 
 def _from_environment() -> KernelsName:
@@ -66,12 +71,15 @@ def _from_environment() -> KernelsName:
     return cast(KernelsName, named)
 
 
-def _why_not_native(config: ModelConfig, mesh: Mesh) -> str | None:
-    platform = mesh.devices.flat[0].platform
+def _why_not_native(platform: str) -> str | None:
     if platform != "cpu":
         return f"they are for processors and the devices are of the platform {platform}: use --kernels auto"
     if not cpu.kernel_names():
         return f"none were built: {HOW_TO_BUILD}, or use --kernels auto"
+    return None
+
+
+def _why_not_packed(config: ModelConfig) -> str | None:
     rows = max(leaf.scale_groups(leaf.file_shape[-2])[1] for leaf in stored_leaves(config, packed=True) if leaf.packed)
     if rows > MOST_GROUP_ROWS:
         return f"a scale group has {rows:,} rows and they take {MOST_GROUP_ROWS:,} at most: use --kernels auto"

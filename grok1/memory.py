@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from grok1.control_groups import control_groups
+
 DEFAULT_LOAD_MEMORY = 2_000_000_000
 """Bytes of host memory beyond the weights that loading takes at most."""
 
@@ -69,27 +71,14 @@ def available_bytes(root: Path = Path("/")) -> int | None:
 
 def _left_by_groups(root: Path) -> Iterator[int]:
     """What each control group that the process is in, of either version, leaves of its limit."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            mount, names, cached = root / "sys/fs/cgroup", ("memory.max", "memory.current"), ""
-        elif "memory" in controllers.split(","):
-            mount, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            cached = "total_"
-        else:
-            continue
-        group = mount / path.lstrip("/")
-        while group.is_relative_to(mount):
-            with contextlib.suppress(OSError, KeyError, ValueError):  # ValueError: the limit is "max"
-                limit, usage = (int((group / name).read_text()) for name in names)
-                counts = dict(entry.split() for entry in (group / "memory.stat").read_text().splitlines())
-                cache = sum(int(counts[f"{cached}{state}_file"]) for state in ("active", "inactive"))
-                yield limit - usage + cache
-            group = group.parent
+    for group, version in control_groups(root, "memory"):
+        names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        cached = "" if version == 2 else "total_"
+        with contextlib.suppress(OSError, KeyError, ValueError):  # ValueError: the limit is "max"
+            limit, usage = (int((group / name).read_text()) for name in names)
+            counts = dict(entry.split() for entry in (group / "memory.stat").read_text().splitlines())
+            cache = sum(int(counts[f"{cached}{state}_file"]) for state in ("active", "inactive"))
+            yield limit - usage + cache
 
 
 def peak_resident_bytes() -> int | None:

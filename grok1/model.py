@@ -231,11 +231,7 @@ def load(
         TooSmallError: if there is too little memory; no weight has been read then.
         ValueError: if `load_memory` is too little.
     """
-
-    def report(stage: Any, detail: str, done: int = 0, total: int = 0) -> None:
-        if progress is not None:
-            progress(Progress(stage, detail, done, total))
-
+    report = _reporter(progress)
     report("checking", str(checkpoint))
     opened = Checkpoint.open(Path(checkpoint))
     config = opened.config
@@ -280,15 +276,21 @@ def random_model(
         MeshError: as `load`.
         TooSmallError: as `load`.
     """
+    report = _reporter(progress)
+    place = _Place.choose(config, mesh, dtype, devices, kernels, threads)
+    report("loading", "random weights")
+    params = random_parameters(abstract_parameters(config, place.mesh, place.dtype, place.native), seed)
+    return Model(Engine(config, params, place.mesh, place.dtype, progress=report), None, place.room)
+
+
+def _reporter(progress: ProgressCallback | None) -> Callable[..., None]:
+    """What takes the fields of a `Progress` and hands it to the caller's `progress`, if there is one."""
 
     def report(stage: Any, detail: str, done: int = 0, total: int = 0) -> None:
         if progress is not None:
             progress(Progress(stage, detail, done, total))
 
-    place = _Place.choose(config, mesh, dtype, devices, kernels, threads)
-    report("loading", "random weights")
-    params = random_parameters(abstract_parameters(config, place.mesh, place.dtype, place.native), seed)
-    return Model(Engine(config, params, place.mesh, place.dtype, progress=report), None, place.room)
+    return report
 
 
 @dataclasses.dataclass(frozen=True)

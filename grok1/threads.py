@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from grok1.control_groups import control_groups
 
 _VARIABLE = "NPROC"  # XLA makes its pool of so many threads
 
@@ -47,28 +51,11 @@ def _core(cpu: int, root: Path) -> str:
     return str(cpu)
 
 
-def _quotas(root: Path) -> list[float]:
+def _quotas(root: Path) -> Iterator[float]:
     """How many processors' time each control group of the process, of either version, may use."""
-    found = []
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            mount, names = root / "sys/fs/cgroup", ["cpu.max"]
-        elif "cpu" in controllers.split(","):
-            mount, names = root / "sys/fs/cgroup/cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
-        else:
-            continue
-        group = mount / path.lstrip("/")
-        while group.is_relative_to(mount):
-            try:
-                quota, period = " ".join((group / name).read_text() for name in names).split()
-                if float(quota) > 0:
-                    found.append(float(quota) / float(period))
-            except (OSError, ValueError):  # no such file, or no limit: "max"
-                pass
-            group = group.parent
-    return found
+    for group, version in control_groups(root, "cpu"):
+        names = ["cpu.max"] if version == 2 else ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        with contextlib.suppress(OSError, ValueError):  # ValueError: there is no limit: "max"
+            quota, period = " ".join((group / name).read_text() for name in names).split()
+            if float(quota) > 0:
+                yield float(quota) / float(period)

@@ -102,18 +102,12 @@ def read_parts(
         CheckpointError: if a file cannot be read.
     """
     budget = MemoryBudget(load_memory)
+    most = {False: _PIECE_BYTES, True: _PACKED_PIECE_BYTES}
     pieces = sorted(
         (
             piece
             for leaf, held in zip(leaves, parts, strict=True)
-            for piece in _cut(
-                leaf,
-                held,
-                min(
-                    _PACKED_PIECE_BYTES if leaf.packed else _PIECE_BYTES,
-                    load_memory // _PIECES - STAGING_BYTES,
-                ),
-            )
+            for piece in _cut(leaf, held, min(most[leaf.packed], load_memory // _PIECES - STAGING_BYTES))
         ),
         key=lambda piece: (piece.leaf.specs[piece.layer].layer or 0, piece.index),
     )

@@ -22,6 +22,7 @@ from grok1.checkpoint.layout import CHECKPOINT_DIR
 from grok1.checkpoint.parallel import Advance, Progress, in_parallel
 from grok1.checkpoint.pickle_source import ScanError, open_regular
 from grok1.errors import CheckpointError
+from grok1.whole_file import whole_file
 
 _BLOCK = 4 << 20  # bytes hashed at a time
 _MAX_MANIFEST = 16 << 20  # bytes: a hundred times the release's
@@ -67,20 +68,13 @@ def write_manifest(manifest: Path, entries: Mapping[str, Entry], folder: str) ->
     Raises:
         CheckpointError: if it cannot be written.
     """
-    scratch = manifest.with_name(f".{manifest.name}.{os.getpid()}.tmp")
     try:
-        with scratch.open("w", encoding="utf-8", newline="\n") as file:
+        with whole_file(manifest) as file:
             file.write(_HEADER.format(folder))
             for name, entry in entries.items():
                 file.write(f"# {entry.size} bytes\n{entry.sha256}  {name}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, manifest)
     except OSError as error:
         raise cannot_write(manifest, error) from None
-    finally:
-        with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)
 
 
 def cannot_write(path: Path, error: OSError) -> CheckpointError:

@@ -80,19 +80,13 @@ class HostPart:
         return [jax.device_put(self._whole, device, may_alias=True) for device in self._devices]
 
 
-class PackedPart:
+class PackedPart(HostPart):
     """A part of a quantised weight in host memory, packed for the kernels for processors."""
 
     def __init__(self, leaf: StoredLeaf, key: tuple[slice, ...], shards: int, devices: list[jax.Device], pack: PackBox):
-        self.key = key
-        self.shards = shards
-        self._devices = devices
+        super().__init__(leaf, key, shards, devices)
         self._pack = pack
         self._groups = leaf.scale_groups(key[-2].stop - key[-2].start)
-        self._whole = _aligned_empty(leaf.memory_shape(key), leaf.dtype)
-        self._file_dtype = leaf.file_dtype
-        self.host_bytes = self._whole.nbytes
-        self.staged_item_bytes = leaf.file_dtype.itemsize
 
     def buffer(self, place: Place) -> np.ndarray:
         """New memory."""
@@ -105,10 +99,6 @@ class PackedPart:
             matrix = tuple(axis.start + i for axis, i in zip(lead, index, strict=True))
             self._pack(buffer[index], self._whole[matrix], rows.start, columns.start, *self._groups)
         return []
-
-    def arrays(self) -> list[jax.Array]:
-        """The same memory for each device."""
-        return [jax.device_put(self._whole, device, may_alias=True) for device in self._devices]
 
 
 class DevicePart:

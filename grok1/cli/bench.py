@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from grok1.cli.options import ModelChoice, model_options, output_options
 from grok1.cli.terminal import OutputError, Terminal, pass_terminal
 from grok1.config import PRESETS, ModelConfig, default_dtype, preset
 from grok1.json_text import json_line
+from grok1.whole_file import whole_file
 
 if TYPE_CHECKING:
     from grok1.bench import Limits, Measurement
@@ -146,13 +146,18 @@ def command(
     terminal.clear()
     if as_json:
         for one in measured:
-            terminal.write(json_line(_fields(model, name, load_seconds, choice, peak, limits, one)))
+            terminal.write(json_line(_fields(model, name, load_seconds, peak, limits, one)))
     else:
         terminal.write(_table(model, name, load_seconds, peak, limits, measured))
     if plot is not None:
         from grok1.cli.roofline import draw_roofline
 
-        _write_whole(plot, draw_roofline(name, limits, measured, plot.suffix.lower()[1:]))
+        picture = draw_roofline(name, limits, measured, plot.suffix.lower()[1:])
+        try:
+            with whole_file(plot, "wb") as file:
+                file.write(picture)
+        except OSError as error:
+            raise _unwritable(plot, error) from error
 
 
 def _given(name: str) -> bool:
@@ -179,15 +184,14 @@ def _measurable(
     devices = start_jax(terminal, choice.threads)
     from grok1.bench import check_measurable, longest_prompt
     from grok1.plan.verdict import require_room
-    from grok1.sharding import check_mesh_shape, default_mesh_shape
+    from grok1.sharding import make_mesh
 
-    mesh = choice.mesh or default_mesh_shape(config, len(devices))
-    check_mesh_shape(config, mesh, len(devices))
-    room = require_room(config, mesh, devices, choice.dtype or default_dtype(devices[0].platform))
+    data, shards = make_mesh(config, choice.mesh, devices).devices.shape
+    room = require_room(config, (data, shards), devices, choice.dtype or default_dtype(devices[0].platform))
     lengths = prompt or (min(_PROMPT, longest_prompt(config, decode)),)
     for tokens in lengths:
         for sequences in batch:
-            check_measurable(config, mesh[0], room, tokens, sequences, decode)
+            check_measurable(config, data, room, tokens, sequences, decode)
     return lengths
 
 
@@ -210,7 +214,6 @@ def _fields(
     model: Model,
     name: str,
     load_seconds: float,
-    choice: ModelChoice,
     peak: int | None,
     limits: Limits,
     measured: Measurement,
@@ -232,7 +235,7 @@ def _fields(
         "mesh": list(model.mesh_shape),
         "dtype": model.engine.dtype.name,
         "kernels": model.kernels,
-        "threads": choice.threads or thread_count(),
+        "threads": thread_count(),
         "prompt_tokens": measured.prompt_tokens,
         "batch": measured.batch,
         "decode_steps": measured.decode_steps,
@@ -307,7 +310,7 @@ def _tell_devices(terminal: Terminal, choice: ModelChoice, as_json: bool) -> Non
     terminal.clear()
     platform = devices[0].platform
     used = kernels_in_use(platform, choice.kernels)  # type: ignore[arg-type]
-    threads = choice.threads or thread_count()
+    threads = thread_count()
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
     machine = memory.total_bytes()
     if as_json:
@@ -339,25 +342,3 @@ def _require_place(path: Path) -> None:
 
 def _unwritable(path: Path, error: OSError) -> OutputError:
     return OutputError(f"{path} cannot be written ({error.strerror}): name another file with --plot")
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as scratch:
-            try:
-                scratch.write(content)
-                scratch.flush()
-                os.chmod(scratch.name, 0o666 & ~_umask())
-                os.replace(scratch.name, path)
-            except BaseException:
-                os.unlink(scratch.name)
-                raise
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

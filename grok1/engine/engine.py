@@ -160,8 +160,7 @@ class Engine:
         Args:
             config: the model.
             params: its parameters on the mesh, as `load_parameters` gives them; if weights are packed, the kernels for
-                processors run. To lower programs without running them, as
-                `abstract_parameters` gives them.
+                processors run. To lower programs without running them, as `abstract_parameters` gives them.
             mesh: a (data, model) mesh.
             dtype: dtype of activations and of the cache.
             progress: is called with what a long step does: "compiling" and a program's name before it is compiled,
@@ -175,8 +174,8 @@ class Engine:
         self._platform = mesh.devices.flat[0].platform
         self.params = params
         self._param_specs = jax.tree.map(lambda array: array.sharding.spec, params)
-        packed = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, PackedWeight))
-        native = any(isinstance(leaf, PackedWeight) for leaf in packed)
+        leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, PackedWeight))
+        native = any(isinstance(leaf, PackedWeight) for leaf in leaves)
         self._shard = ModelShard(config, mesh.shape[MODEL_AXIS], MODEL_AXIS, jnp.dtype(dtype), native)
         self._network = network(self._shard)
         self._programs: dict[tuple[object, ...], Any] = {}

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from grok1.errors import JobError
+from grok1.whole_file import whole_file
 
 _VERSION = 1
 _SYNC_SECONDS = 0.5
@@ -281,15 +282,11 @@ class Journal:
             raise ValueError(f"{self._count} of {rows} rows are done")
         self._stop_syncing()
         self._check_failure()
-        scratch = self.output.with_name(f".{self.output.name}.{os.getpid()}.tmp")
         try:
             self._sync()
-            with scratch.open("w", encoding="utf-8", newline="\n") as file:
+            with whole_file(self.output) as file:
                 file.writelines(self.lines())
                 file.write(tail)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(scratch, self.output)
             _sync_folder(self.output.parent)
             self.path.unlink(missing_ok=True)
         except OSError as error:
@@ -297,9 +294,6 @@ class Journal:
                 f"cannot write {self.output} ({error.strerror}): make room; all {rows} rows are kept in {self.path}, "
                 "and the same command writes them"
             ) from None
-        finally:
-            with contextlib.suppress(OSError):
-                scratch.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Lets go of the journal, which stays where it is with all its rows; one that was never begun goes."""

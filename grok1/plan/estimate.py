@@ -133,7 +133,7 @@ class Estimate:
 
     def decode_seconds(self, batch: int, context: int) -> float | None:
         """The least time of a step that gives each of `batch` sequences a token; None if it is not known."""
-        operations = -(-batch // self.mesh[0]) * self._operations(1, context)
+        operations = -(-batch // self.mesh[0]) * self.operations(1, context)
         return self._seconds(self.decode_read_bytes(batch, context), operations)
 
     def decode_tokens_per_second(self, batch: int, context: int) -> float | None:
@@ -151,7 +151,7 @@ class Estimate:
         for start in range(0, tokens, chunk):
             count = min(chunk, tokens - start)
             read = self.decode_read_bytes(count * self.mesh[0], 0) + (start + count) * self._cache_position_bytes
-            seconds = self._seconds(read, self._operations(count, start + count / 2))
+            seconds = self._seconds(read, self.operations(count, start + count / 2))
             if seconds is None:
                 return None
             total += seconds
@@ -162,8 +162,13 @@ class Estimate:
         seconds = self.prefill_seconds(tokens)
         return None if seconds is None else tokens / seconds
 
-    def _operations(self, tokens: int, context: float) -> float:
-        """Multiplications and additions of one device for tokens of one sequence."""
+    def operations(self, tokens: int, context: float) -> float:
+        """Multiplications and additions of one device for tokens of one sequence.
+
+        Args:
+            tokens: how many.
+            context: positions that each sees, on average.
+        """
         config = self.config
         attention = 4 * config.num_layers * config.q_size * context
         return tokens * (2 * config.num_active_parameters + attention) / self.mesh[1]
