@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grok1.quantize import PackedWeight
+from grok1.quantize import PANEL_COLUMNS, PackedWeight, packed_shape
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
 """Where the build puts what it compiles from `native/`."""
@@ -49,6 +49,13 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
+def _required_library() -> ctypes.CDLL:
+    library = _library()
+    if library is None:
+        raise RuntimeError("the kernels were not built")
+    return library
+
+
 @functools.cache
 def kernel_names() -> tuple[str, ...]:
     """The kernels that this processor can run, fastest first; none if none were built."""
@@ -65,8 +72,7 @@ def kernel_name() -> str | None:
 
 
 def _kernel(target: str, result: jax.ShapeDtypeStruct) -> Callable[..., jax.Array]:
-    if _library() is None:
-        raise RuntimeError("the kernels were not built")
+    _required_library()
     return jax.ffi.ffi_call(target, result)
 
 
@@ -79,9 +85,7 @@ def set_threads(count: int) -> None:
 
 def read(memory: np.ndarray) -> int:
     """Reads an array of 256 bytes or a multiple with all threads, as fast as memory allows."""
-    library = _library()
-    if library is None:
-        raise RuntimeError("the kernels were not built")
+    library = _required_library()
     if not memory.flags.c_contiguous or memory.nbytes % 256:
         raise ValueError(f"an array of {memory.nbytes:,} bytes is to be read, expected contiguous ones in 256s")
     return int(library.Grok1Read(memory.ctypes.data, memory.nbytes))
@@ -100,13 +104,12 @@ def pack_box(
         groups: scale groups of the matrix.
         group_rows: rows of each.
     """
-    library = _library()
-    if library is None:
-        raise RuntimeError("the kernels were not built")
+    library = _required_library()
     rows, columns = box.shape
-    inside = 0 <= first_row <= groups * group_rows - rows and 0 <= first_column <= packed.shape[0] * 16 - columns
-    quads = groups * -(-group_rows // 4)
-    if not inside or packed.shape[1:] != (quads, 64) or not packed.flags.c_contiguous or box.strides[1] != 1:
+    most_columns = packed.shape[0] * PANEL_COLUMNS
+    inside = 0 <= first_row <= groups * group_rows - rows and 0 <= first_column <= most_columns - columns
+    whole = packed.shape == packed_shape((groups * group_rows, most_columns), groups) and packed.flags.c_contiguous
+    if not inside or not whole or box.strides[1] != 1:
         raise ValueError(f"a box of {box.shape} at {first_row}, {first_column} does not go into panels {packed.shape}")
     library.Grok1Pack(
         box.ctypes.data, box.strides[0], first_row, rows, first_column, columns, packed.ctypes.data, groups, group_rows

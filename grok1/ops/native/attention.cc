@@ -21,9 +21,8 @@ ffi::Error Attention(ffi::Buffer<ffi::F32> query, ffi::AnyBuffer keys, ffi::AnyB
                      ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> slots,
                      float multiplier, float cap, std::string_view kernel_name,
                      ffi::Result<ffi::Buffer<ffi::F32>> y) {
-  const Kernels* kernels = AllKernels()[0];
-  for (const Kernels* const* each = AllKernels(); *each; ++each)
-    if (kernel_name == (*each)->name) kernels = *each;
+  const Kernels* kernels = FindKernels(kernel_name);
+  if (kernels == nullptr) return ffi::Error::InvalidArgument("this processor has no such kernels");
   const auto q = query.dimensions(), c = keys.dimensions(), v = values.dimensions();
   if (q.size() != 4 || c.size() != 5 || !std::equal(c.begin(), c.end(), v.begin(), v.end()) ||
       keys.element_type() != values.element_type() || q[3] != c[4] || c[2] < 1 || q[2] % c[2])

@@ -32,4 +32,10 @@ const Kernels* const* AllKernels() {
   return choice.list;
 }
 
+const Kernels* FindKernels(std::string_view name) {
+  for (const Kernels* const* kernels = AllKernels(); *kernels; ++kernels)
+    if (name.empty() || name == (*kernels)->name) return *kernels;
+  return nullptr;
+}
+
 }  // namespace grok1

@@ -2,7 +2,8 @@
 // processor, in a namespace of their own, after `prepare.h`.
 //
 // `V` is what the processor has: `Vector` of `kColumns` sums of 32 bits, `Load` of a quad's part for as many columns,
-// `Prefetch`, `Broadcast` of a quad of activations, `Dot`, `Add`, `Store`, and `kAccumulators`, how many sums it can hold in registers.
+// `Prefetch`, `Broadcast` of a quad of activations, `Dot`, `Add`, `Store`, and `kAccumulators`, how many sums it can hold
+// in registers.
 
 template <class V, int kRows, int kVectors>
 inline void SumBlock(const int8_t* rows, int64_t plane, const uint8_t* const* panels, int64_t quads, int32_t* sums) {

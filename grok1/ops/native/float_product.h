@@ -43,7 +43,8 @@ inline void FloatPanel(const Rows& rows, int64_t first_row, const Matrix& matrix
   const int64_t row_floats = FloatRowBytes(matrix) / static_cast<int64_t>(sizeof(float)), quads = matrix.quads();
   const float* x = reinterpret_cast<const float*>(rows.data) + first_row * row_floats;
   const uint8_t* weights = matrix.panel(panel);
-  for (int64_t group = 0; group < matrix.groups; ++group)
+  for (int64_t group = 0; group < matrix.groups; ++group) {
+    const ColumnScales scales(matrix, panel, group);
     for (int half = 0; half < 2; ++half) {
       Floats total[kRows][kHalfVectors] = {};
       const uint8_t* from = weights + group * quads * kQuadBytes + half * (kQuadBytes / 2);
@@ -62,17 +63,13 @@ inline void FloatPanel(const Rows& rows, int64_t first_row, const Matrix& matrix
         for (int v = 0; v < kHalfVectors; ++v) StoreFloats(sums + v * kWidth, total[r][v]);
         float* y = out + (first_row + r) * stride + half * (kPanelColumns / 2);
         for (int64_t n = 0; n < kPanelColumns / 2; ++n) {
-          const int64_t column = panel * kPanelColumns + half * (kPanelColumns / 2) + n;
-          uint32_t bits = 0;
-          if (column < matrix.columns) bits = matrix.scales[group * matrix.columns + column] << 16;
-          float scale;
-          __builtin_memcpy(&scale, &bits, sizeof scale);
           const float* s = sums + n * kQuadRows;
-          const float value = ((s[0] + s[1]) + (s[2] + s[3])) * scale;
+          const float value = ((s[0] + s[1]) + (s[2] + s[3])) * scales.of[half * (kPanelColumns / 2) + n];
           y[n] = group == 0 ? value : y[n] + value;
         }
       }
     }
+  }
 }
 
 void MultiplyFloats(const Rows& rows, const Matrix& matrix, int64_t first_panel, int64_t panels, float* out,

@@ -1,5 +1,5 @@
 // What kernels do with floats: GELU, and attention over a cache. Included by each set of kernels, in a namespace of its
-// own and with `kWidth`, the floats of a vector, so that the compiler makes it for that processor.
+// own after `scales.h` and with `kWidth`, the floats of a vector, so that the compiler makes it for that processor.
 
 typedef float Floats __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
@@ -52,17 +52,15 @@ void GeluProducts(float* gate, const float* value, int64_t count) {
   }
 }
 
-constexpr int64_t kPositions = 64;  // of the cache that attention takes at a time
-
-// Logits of one query and `kPositions` keys that lie transposed, [size, kPositions].
+// Logits of one query and `kBlockPositions` keys that lie transposed, [size, kBlockPositions].
 template <int kQueries>
 inline void TransposedLogits(const float* const* queries, const float* keys, int64_t size, float* const* logits) {
-  constexpr int kVectors = kPositions / kWidth, kAtOnce = kVectors < 4 ? kVectors : 4;
+  constexpr int kVectors = kBlockPositions / kWidth, kAtOnce = kVectors < 4 ? kVectors : 4;
   for (int part = 0; part < kVectors; part += kAtOnce) {
     Floats total[kQueries][kAtOnce] = {};
     for (int64_t d = 0; d < size; ++d)
       for (int v = 0; v < kAtOnce; ++v) {
-        const Floats k = LoadFloats(keys + d * kPositions + (part + v) * kWidth);
+        const Floats k = LoadFloats(keys + d * kBlockPositions + (part + v) * kWidth);
         for (int i = 0; i < kQueries; ++i) total[i][v] += queries[i][d] * k;
       }
     for (int i = 0; i < kQueries; ++i)
@@ -130,51 +128,48 @@ inline void AddValues(const float* const* weights, const float* values, int64_t 
 inline const float* AsFloats(const void* cache, bool bfloat16, int64_t start, int64_t count, float* scratch) {
   if (!bfloat16) return static_cast<const float*>(cache) + start;
   const uint16_t* from = static_cast<const uint16_t*>(cache) + start;
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t wide = static_cast<uint32_t>(from[i]) << 16;
-    __builtin_memcpy(scratch + i, &wide, sizeof wide);
-  }
+  for (int64_t i = 0; i < count; ++i) scratch[i] = FromBfloat16(from[i]);
   return scratch;
 }
 
 void Attend(const AttentionTask& task, float* scratch) {
   const int64_t size = task.size;
-  float* logits = scratch;                                        // [queries, kPositions]
-  float* transposed = logits + task.queries * kPositions;         // [size, kPositions]
-  float* converted = transposed + size * kPositions;              // [kPositions, size]
+  float* logits = scratch;                                        // [queries, kBlockPositions]
+  float* transposed = logits + task.queries * kBlockPositions;         // [size, kBlockPositions]
+  float* converted = transposed + size * kBlockPositions;              // [kBlockPositions, size]
   int64_t most = 0;
   for (int64_t i = 0; i < task.queries; ++i) most = task.counts[i] > most ? task.counts[i] : most;
   const bool many = task.queries >= 8;
-  for (int64_t start = 0; start < most; start += kPositions) {
-    const int64_t positions = most - start < kPositions ? most - start : kPositions;
+  for (int64_t start = 0; start < most; start += kBlockPositions) {
+    const int64_t positions = most - start < kBlockPositions ? most - start : kBlockPositions;
     const float* keys = AsFloats(task.keys, task.bfloat16, start * size, positions * size, converted);
     if (many) {
       for (int64_t s = 0; s < positions; ++s)
-        for (int64_t d = 0; d < size; ++d) transposed[d * kPositions + s] = keys[s * size + d];
-      for (int64_t s = positions; s < kPositions; ++s)
-        for (int64_t d = 0; d < size; ++d) transposed[d * kPositions + s] = 0;
+        for (int64_t d = 0; d < size; ++d) transposed[d * kBlockPositions + s] = keys[s * size + d];
+      for (int64_t s = positions; s < kBlockPositions; ++s)
+        for (int64_t d = 0; d < size; ++d) transposed[d * kBlockPositions + s] = 0;
     }
     constexpr int kQueries = 4;
     for (int64_t i = 0; many && i < task.queries; i += kQueries) {
       const float* queries[kQueries];
       float* rows[kQueries];
-      float unused[kPositions];
+      float unused[kBlockPositions];
       for (int j = 0; j < kQueries; ++j) {
         const bool there = i + j < task.queries;
         queries[j] = task.query + (there ? i + j : i) * size;
-        rows[j] = there ? logits + (i + j) * kPositions : unused;
+        rows[j] = there ? logits + (i + j) * kBlockPositions : unused;
       }
       TransposedLogits<kQueries>(queries, transposed, size, rows);
     }
     for (int64_t i = 0; !many && i < task.queries; ++i)
-      for (int64_t s = 0; s < kPositions; ++s)
-        logits[i * kPositions + s] = s < positions ? Dot(task.query + i * size, keys + s * size, size) : 0;
+      for (int64_t s = 0; s < kBlockPositions; ++s)
+        logits[i * kBlockPositions + s] = s < positions ? Dot(task.query + i * size, keys + s * size, size) : 0;
 
     const Floats slope = Spread(task.multiplier / task.cap), cap = Spread(task.cap);
     for (int64_t i = 0; i < task.queries; ++i) {
-      float* row = logits + i * kPositions;
+      float* row = logits + i * kBlockPositions;
       Floats mass = {};
-      for (int64_t s = 0; s < kPositions; s += kWidth) {
+      for (int64_t s = 0; s < kBlockPositions; s += kWidth) {
         // cap * tanh(z) - cap = -2 cap / (exp(2 z) + 1)
         const Floats z = LoadFloats(row + s) * slope;
         float weights[kWidth];
@@ -193,13 +188,13 @@ void Attend(const AttentionTask& task, float* scratch) {
       const float* weights[kQueries];
       float* out[kQueries];
       for (int j = 0; j < kQueries; ++j) {
-        weights[j] = logits + (i + j) * kPositions;
+        weights[j] = logits + (i + j) * kBlockPositions;
         out[j] = task.out + (i + j) * size;
       }
       AddValues<kQueries>(weights, values, positions, size, out);
     }
     for (; i < task.queries; ++i) {
-      const float* weights[1] = {logits + i * kPositions};
+      const float* weights[1] = {logits + i * kBlockPositions};
       float* out[1] = {task.out + i * size};
       AddValues<1>(weights, values, positions, size, out);
     }

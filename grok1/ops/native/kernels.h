@@ -3,8 +3,12 @@
 #pragma once
 
 #include <cstdint>
+#include <string_view>
 
 namespace grok1 {
+
+// Each set of kernels is compiled for a processor of its own: no function of theirs may be taken from another's.
+#define GROK1_INLINE inline __attribute__((always_inline))
 
 constexpr int64_t kPanelColumns = 16;
 constexpr int64_t kQuadRows = 4;
@@ -12,8 +16,8 @@ constexpr int64_t kQuadBytes = kPanelColumns * kQuadRows;
 constexpr int64_t kMostGroupRows = 32768;  // of a packed matrix, so that 32 bits hold every sum of products
 
 // An int8 matrix [groups * group_rows, columns], packed: 16 columns are a panel, 4 rows of a panel are a quad, and a
-// quad's 4 values of a column stand side by side, each plus 128. A group of rows begins with a new quad; places without
-// a row or a column hold 128.
+// quad's 4 values of a column stand side by side, each plus 128. A group of rows begins with a new quad; what
+// stands where there is no row or column means nothing.
 struct Matrix {
   const uint8_t* panels;   // [num_panels, groups, quads, 16, 4]
   const uint16_t* scales;  // bfloat16 [groups, columns]
@@ -21,11 +25,11 @@ struct Matrix {
   int64_t groups;
   int64_t group_rows;
 
-  int64_t quads() const { return (group_rows + kQuadRows - 1) / kQuadRows; }
-  int64_t inner() const { return groups * group_rows; }
-  int64_t num_panels() const { return (columns + kPanelColumns - 1) / kPanelColumns; }
-  int64_t panel_bytes() const { return groups * quads() * kQuadBytes; }
-  const uint8_t* panel(int64_t index) const { return panels + index * panel_bytes(); }
+  GROK1_INLINE int64_t quads() const { return (group_rows + kQuadRows - 1) / kQuadRows; }
+  GROK1_INLINE int64_t inner() const { return groups * group_rows; }
+  GROK1_INLINE int64_t num_panels() const { return (columns + kPanelColumns - 1) / kPanelColumns; }
+  GROK1_INLINE int64_t panel_bytes() const { return groups * quads() * kQuadBytes; }
+  GROK1_INLINE const uint8_t* panel(int64_t index) const { return panels + index * panel_bytes(); }
 };
 
 // Rows of activations that are multiplied with one matrix, in the form that the kernels asked for.
@@ -35,6 +39,8 @@ struct Rows {
   const float* step;    // [count]
   const double* bias;   // [count, groups]
 };
+
+constexpr int64_t kBlockPositions = 64;  // of a cache that attention takes at a time
 
 // Queries that look at the same keys and values: for l = cap * tanh(q . k * multiplier / cap), the sums of
 // exp(l - cap) * values and of exp(l - cap). No maximum is needed, as l cannot pass the cap.
@@ -51,7 +57,7 @@ struct AttentionTask {
   float* out;   // [queries, size]
   float* mass;  // [queries]
 
-  int64_t scratch_floats() const { return 64 * (queries + 2 * size); }
+  GROK1_INLINE int64_t scratch_floats() const { return kBlockPositions * (queries + 2 * size); }
 };
 
 struct Kernels {
@@ -83,6 +89,9 @@ struct Kernels {
 
 // The kernels for this processor, fastest first; the last runs on every processor.
 const Kernels* const* AllKernels();  // ends with nullptr
+
+// The kernels of that name, or the fastest if it is empty; nullptr if this processor cannot run such kernels.
+const Kernels* FindKernels(std::string_view name);
 
 #ifdef __x86_64__
 extern const Kernels kAmxKernels, kAvx512Kernels, kAvxVnniKernels, kAvx2Kernels;

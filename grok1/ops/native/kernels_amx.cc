@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kWidth = 16;
 
+#include "scales.h"
 #include "prepare.h"
 #include "floats.h"
 
@@ -57,90 +58,76 @@ void Configure(int64_t first_rows, int64_t second_rows) {
   _tile_loadconfig(&shapes);
 }
 
-// What lies behind the last whole tile of a group's quads, filled up with zeros.
-struct Tail {
-  alignas(64) uint8_t panels[4][kTileRows * kTileBytes];
-};
-
 // Asks for the weights of the turn after the next.
 inline void Prefetch(const uint8_t* from) {
   for (int64_t i = 0; i < kTileRows; ++i)
     _mm_prefetch(from + 2 * kTileRows * kTileBytes + i * kTileBytes, _MM_HINT_T0);
 }
 
-// Planes of up to 16 rows times four panels.
-void OneTile(const uint8_t* x, int64_t plane, const uint8_t* const* panels, int64_t tiles, const Tail* tail,
-             int32_t* sums) {
+void ZeroSums() {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
+}
+
+// One tile of planes times a tile of each of four panels.
+GROK1_INLINE void AddOne(const uint8_t* x, int64_t plane, const uint8_t* const* panels, int64_t at) {
+  _tile_loadd(4, x, plane);
+  _tile_loadd(6, panels[0] + at, kTileBytes);
+  _tile_dpbsud(0, 4, 6);
+  _tile_loadd(7, panels[1] + at, kTileBytes);
+  _tile_dpbsud(1, 4, 7);
+  _tile_loadd(6, panels[2] + at, kTileBytes);
+  _tile_dpbsud(2, 4, 6);
+  _tile_loadd(7, panels[3] + at, kTileBytes);
+  _tile_dpbsud(3, 4, 7);
+}
+
+// Two tiles of planes times a tile of each of two panels.
+GROK1_INLINE void AddTwo(const uint8_t* x, int64_t plane, const uint8_t* const* panels, int64_t at) {
+  _tile_loadd(4, x, plane);
+  _tile_loadd(6, panels[0] + at, kTileBytes);
+  _tile_loadd(7, panels[1] + at, kTileBytes);
+  _tile_dpbsud(0, 4, 6);
+  _tile_dpbsud(1, 4, 7);
+  _tile_loadd(5, x + kTileRows * plane, plane);
+  _tile_dpbsud(2, 5, 6);
+  _tile_dpbsud(3, 5, 7);
+}
+
+constexpr int64_t kSumStride = kSumColumns * sizeof(int32_t);
+
+// Planes of up to 16 rows times four panels, `tiles` of each and what is left of them.
+void OneTile(const uint8_t* x, int64_t plane, const uint8_t* const* panels, int64_t tiles, const uint8_t* const* tails,
+             int32_t* sums) {
+  ZeroSums();
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t at = t * kTileRows * kTileBytes;
     for (int i = 0; i < 4; ++i) Prefetch(panels[i] + at);
-    _tile_loadd(4, x + t * kTileBytes, plane);
-    _tile_loadd(6, panels[0] + at, kTileBytes);
-    _tile_dpbsud(0, 4, 6);
-    _tile_loadd(7, panels[1] + at, kTileBytes);
-    _tile_dpbsud(1, 4, 7);
-    _tile_loadd(6, panels[2] + at, kTileBytes);
-    _tile_dpbsud(2, 4, 6);
-    _tile_loadd(7, panels[3] + at, kTileBytes);
-    _tile_dpbsud(3, 4, 7);
+    AddOne(x + t * kTileBytes, plane, panels, at);
   }
-  if (tail) {
-    _tile_loadd(4, x + tiles * kTileBytes, plane);
-    _tile_loadd(6, tail->panels[0], kTileBytes);
-    _tile_dpbsud(0, 4, 6);
-    _tile_loadd(7, tail->panels[1], kTileBytes);
-    _tile_dpbsud(1, 4, 7);
-    _tile_loadd(6, tail->panels[2], kTileBytes);
-    _tile_dpbsud(2, 4, 6);
-    _tile_loadd(7, tail->panels[3], kTileBytes);
-    _tile_dpbsud(3, 4, 7);
-  }
-  constexpr int64_t kStride = kSumColumns * sizeof(int32_t);
-  _tile_stored(0, sums, kStride);
-  _tile_stored(1, sums + kPanelColumns, kStride);
-  _tile_stored(2, sums + 2 * kPanelColumns, kStride);
-  _tile_stored(3, sums + 3 * kPanelColumns, kStride);
+  if (tails) AddOne(x + tiles * kTileBytes, plane, tails, 0);
+  _tile_stored(0, sums, kSumStride);
+  _tile_stored(1, sums + kPanelColumns, kSumStride);
+  _tile_stored(2, sums + 2 * kPanelColumns, kSumStride);
+  _tile_stored(3, sums + 3 * kPanelColumns, kSumStride);
 }
 
 // Planes of up to 32 rows times two panels.
-void TwoTiles(const uint8_t* x, int64_t plane, const uint8_t* const* panels, int64_t tiles, const Tail* tail,
-              int tail_panel, int32_t* sums) {
-  const uint8_t* second = x + kTileRows * plane;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+void TwoTiles(const uint8_t* x, int64_t plane, const uint8_t* const* panels, int64_t tiles, const uint8_t* const* tails,
+              int32_t* sums) {
+  ZeroSums();
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t at = t * kTileRows * kTileBytes;
     for (int i = 0; i < 2; ++i) Prefetch(panels[i] + at);
-    _tile_loadd(4, x + t * kTileBytes, plane);
-    _tile_loadd(6, panels[0] + at, kTileBytes);
-    _tile_loadd(7, panels[1] + at, kTileBytes);
-    _tile_dpbsud(0, 4, 6);
-    _tile_dpbsud(1, 4, 7);
-    _tile_loadd(5, second + t * kTileBytes, plane);
-    _tile_dpbsud(2, 5, 6);
-    _tile_dpbsud(3, 5, 7);
+    AddTwo(x + t * kTileBytes, plane, panels, at);
   }
-  if (tail) {
-    _tile_loadd(4, x + tiles * kTileBytes, plane);
-    _tile_loadd(6, tail->panels[tail_panel], kTileBytes);
-    _tile_loadd(7, tail->panels[tail_panel + 1], kTileBytes);
-    _tile_dpbsud(0, 4, 6);
-    _tile_dpbsud(1, 4, 7);
-    _tile_loadd(5, second + tiles * kTileBytes, plane);
-    _tile_dpbsud(2, 5, 6);
-    _tile_dpbsud(3, 5, 7);
-  }
-  constexpr int64_t kStride = kSumColumns * sizeof(int32_t);
-  _tile_stored(0, sums, kStride);
-  _tile_stored(1, sums + kPanelColumns, kStride);
-  _tile_stored(2, sums + kTileRows * kSumColumns, kStride);
-  _tile_stored(3, sums + kTileRows * kSumColumns + kPanelColumns, kStride);
+  if (tails) AddTwo(x + tiles * kTileBytes, plane, tails, 0);
+  _tile_stored(0, sums, kSumStride);
+  _tile_stored(1, sums + kPanelColumns, kSumStride);
+  _tile_stored(2, sums + kTileRows * kSumColumns, kSumStride);
+  _tile_stored(3, sums + kTileRows * kSumColumns + kPanelColumns, kSumStride);
 }
 
 void MultiplyTiles(const Rows& rows, const Matrix& matrix, int64_t first_panel, int64_t panels, float* out,
@@ -150,8 +137,9 @@ void MultiplyTiles(const Rows& rows, const Matrix& matrix, int64_t first_panel, 
     return;
   }
   alignas(64) int32_t sums[kMostRows * kPlanes * kSumColumns];
-  Tail tail;
-  __builtin_memset(&tail, 0, sizeof tail);
+  // What lies behind the last whole tile of a group's quads, filled up with zeros.
+  alignas(64) uint8_t tails[4][kTileRows * kTileBytes] = {};
+  const uint8_t* const tail_starts[4] = {tails[0], tails[1], tails[2], tails[3]};
   const int64_t plane = PlaneBytes(matrix), quads = matrix.quads();
   const int64_t tiles = quads / kTileQuads, tail_bytes = quads % kTileQuads * kQuadBytes;
   int64_t configured[2] = {0, 0};
@@ -171,9 +159,9 @@ void MultiplyTiles(const Rows& rows, const Matrix& matrix, int64_t first_panel, 
           const int64_t panel = p + i < panels ? p + i : panels - 1;
           starts[i] = matrix.panel(first_panel + panel) + group * quads * kQuadBytes;
           if (tail_bytes)
-            __builtin_memcpy(tail.panels[i], starts[i] + tiles * kTileRows * kTileBytes, tail_bytes);
+            __builtin_memcpy(tails[i], starts[i] + tiles * kTileRows * kTileBytes, tail_bytes);
         }
-        const Tail* rest = tail_bytes ? &tail : nullptr;
+        const uint8_t* const* rest = tail_bytes ? tail_starts : nullptr;
         const int64_t planes = count * kPlanes;
         int64_t row = 0;
         for (; row + kTileRows < planes; row += 2 * kTileRows) {
@@ -181,7 +169,7 @@ void MultiplyTiles(const Rows& rows, const Matrix& matrix, int64_t first_panel, 
           configure(kTileRows, second < kTileRows ? second : kTileRows);
           for (int half = 0; half < 4; half += 2)
             if (p + half < panels)
-              TwoTiles(x + row * plane, plane, starts + half, tiles, rest, half,
+              TwoTiles(x + row * plane, plane, starts + half, tiles, rest ? rest + half : nullptr,
                        sums + row * kSumColumns + half * kPanelColumns);
         }
         if (row < planes) {
@@ -205,8 +193,9 @@ void MultiplyTiles(const Rows& rows, const Matrix& matrix, int64_t first_panel, 
 
 }  // namespace
 
-const Kernels kAmxKernels = {"amx-int8",    Available,    PlanesRowBytes, PreparePlanes<true>,
-                             MultiplyTiles, GeluProducts, Attend,
-    MultiplyTransposed};
+const Kernels kAmxKernels = {
+    "amx-int8", Available, PlanesRowBytes, PreparePlanes<true>, MultiplyTiles, GeluProducts, Attend,
+    MultiplyTransposed
+};
 
 }  // namespace grok1

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kWidth = 4;
 
+#include "scales.h"
 #include "prepare.h"
 #include "dot_product.h"
 #include "floats.h"
@@ -46,8 +47,9 @@ bool Available() {
 
 }  // namespace
 
-const Kernels kDotProductKernels = {"arm-dotprod",           Available,    PlanesRowBytes, PreparePlanes<false>,
-                                    MultiplyRows<DotProduct>, GeluProducts, Attend,
-    MultiplyTransposed};
+const Kernels kDotProductKernels = {
+    "arm-dotprod", Available, PlanesRowBytes, PreparePlanes<false>, MultiplyRows<DotProduct>, GeluProducts, Attend,
+    MultiplyTransposed
+};
 
 }  // namespace grok1

@@ -7,6 +7,7 @@ namespace {
 
 constexpr int kWidth = 8;
 
+#include "scales.h"
 #include "floats.h"
 #include "float_product.h"
 
@@ -14,7 +15,8 @@ bool Available() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2", Available, FloatRowBytes, PrepareFloats, MultiplyFloats, GeluProducts, Attend,
-    MultiplyTransposed};
+const Kernels kAvx2Kernels = {
+    "avx2", Available, FloatRowBytes, PrepareFloats, MultiplyFloats, GeluProducts, Attend, MultiplyTransposed
+};
 
 }  // namespace grok1

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kWidth = 16;
 
+#include "scales.h"
 #include "prepare.h"
 #include "dot_product.h"
 #include "floats.h"
@@ -36,8 +37,9 @@ bool Available() {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512-vnni",      Available,    PlanesRowBytes, PreparePlanes<true>,
-                                MultiplyRows<Avx512>, GeluProducts, Attend,
-    MultiplyTransposed};
+const Kernels kAvx512Kernels = {
+    "avx512-vnni", Available, PlanesRowBytes, PreparePlanes<true>, MultiplyRows<Avx512>, GeluProducts, Attend,
+    MultiplyTransposed
+};
 
 }  // namespace grok1

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kWidth = 8;
 
+#include "scales.h"
 #include "prepare.h"
 #include "dot_product.h"
 #include "floats.h"
@@ -38,8 +39,9 @@ bool Available() {
 
 }  // namespace
 
-const Kernels kAvxVnniKernels = {"avx-vnni",           Available,    PlanesRowBytes, PreparePlanes<true>,
-                                 MultiplyRows<AvxVnni>, GeluProducts, Attend,
-    MultiplyTransposed};
+const Kernels kAvxVnniKernels = {
+    "avx-vnni", Available, PlanesRowBytes, PreparePlanes<true>, MultiplyRows<AvxVnni>, GeluProducts, Attend,
+    MultiplyTransposed
+};
 
 }  // namespace grok1

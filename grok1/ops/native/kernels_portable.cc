@@ -7,6 +7,7 @@ namespace {
 
 constexpr int kWidth = 4;
 
+#include "scales.h"
 #include "floats.h"
 #include "float_product.h"
 
@@ -14,8 +15,8 @@ bool Available() { return true; }
 
 }  // namespace
 
-const Kernels kPortableKernels = {"portable", Available, FloatRowBytes, PrepareFloats, MultiplyFloats, GeluProducts,
-                                  Attend,
-    MultiplyTransposed};
+const Kernels kPortableKernels = {
+    "portable", Available, FloatRowBytes, PrepareFloats, MultiplyFloats, GeluProducts, Attend, MultiplyTransposed
+};
 
 }  // namespace grok1

@@ -1,4 +1,5 @@
-// Activations in three signed bytes each. Included by kernels that multiply integers, in a namespace of their own.
+// Activations in three signed bytes each. Included by kernels that multiply integers, in a namespace of their own,
+// after `scales.h`.
 //
 // A row is rounded to 24 bits, as many as a float has, so that a product is three integer dot products. Integer sums are
 // exact: all of these kernels give the same bits.
@@ -10,13 +11,6 @@ constexpr float kLargest = 8355700.0f;  // that three balanced bytes hold, with 
 inline int64_t PlaneBytes(const Matrix& shape) { return shape.groups * shape.quads() * kQuadRows + kPlanePadding; }
 
 inline int64_t PlanesRowBytes(const Matrix& shape) { return kPlanes * PlaneBytes(shape); }
-
-inline float FromBfloat16(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  __builtin_memcpy(&value, &wide, sizeof value);
-  return value;
-}
 
 // Writes the planes of a row, upper bytes first, and for each group 128 times the sum of its integers: what the kernels'
 // sums have too much, as a packed matrix has 128 added to its values.
@@ -58,17 +52,6 @@ void PreparePlanes(const float* x, const Matrix& shape, uint8_t* data, float* st
     bias[group] = kBiased ? 128.0 * static_cast<double>(sum) : 0.0;
   }
 }
-
-// The scales of a panel's columns for one group of rows.
-struct ColumnScales {
-  float of[kPanelColumns] = {};
-
-  ColumnScales(const Matrix& matrix, int64_t panel, int64_t group) {
-    const int64_t column = panel * kPanelColumns, left = matrix.columns - column;
-    for (int64_t n = 0; n < kPanelColumns && n < left; ++n)
-      of[n] = FromBfloat16(matrix.scales[group * matrix.columns + column + n]);
-  }
-};
 
 // Adds one group's products to a row's: the sums of the three planes of 16 columns, made whole and scaled.
 inline void AddGroup(const int32_t* high, const int32_t* middle, const int32_t* low, double bias, double step,

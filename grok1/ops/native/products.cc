@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <string_view>
 #include <vector>
@@ -70,12 +69,6 @@ struct Share {
   std::vector<int64_t> rows;  // of the result
 };
 
-const Kernels* Find(std::string_view name) {
-  for (const Kernels* const* kernels = AllKernels(); *kernels; ++kernels)
-    if (name.empty() || name == (*kernels)->name) return *kernels;
-  return nullptr;
-}
-
 float* Scratch(int64_t floats) {
   static thread_local std::vector<float> scratch;
   if (static_cast<int64_t>(scratch.size()) < floats) scratch.resize(floats);
@@ -84,10 +77,10 @@ float* Scratch(int64_t floats) {
 
 // Row r of the result is row r / repeat of `x` times the matrix that `index[r]` names in `stack`; where there is a second
 // stack, gelu of that times the row's product with the second stack's matrix.
-ffi::Error Multiply(const ffi::Buffer<ffi::F32>& x, const Stack& stack,
-                    const Stack* values, const ffi::Buffer<ffi::S32>& index, std::string_view kernel_name,
+ffi::Error Multiply(const ffi::Buffer<ffi::F32>& x, const Stack& stack, const Stack* values,
+                    const ffi::Buffer<ffi::S32>& index, std::string_view kernel_name,
                     ffi::Result<ffi::Buffer<ffi::F32>>& y) {
-  const Kernels* kernels = Find(kernel_name);
+  const Kernels* kernels = FindKernels(kernel_name);
   if (kernels == nullptr) return ffi::Error::InvalidArgument("this processor has no such kernels");
   const Matrix& shape = stack.shape;
   const auto dimensions = x.dimensions();
@@ -170,16 +163,15 @@ ffi::Error Multiply(const ffi::Buffer<ffi::F32>& x, const Stack& stack,
   return ffi::Error::Success();
 }
 
-ffi::Error MultiplyPacked(ffi::Buffer<ffi::F32> x, Panels panels, Scales scales,
-                          ffi::Buffer<ffi::S32> index, int64_t group_rows, std::string_view kernels,
-                          ffi::Result<ffi::Buffer<ffi::F32>> y) {
+ffi::Error MultiplyPacked(ffi::Buffer<ffi::F32> x, Panels panels, Scales scales, ffi::Buffer<ffi::S32> index,
+                          int64_t group_rows, std::string_view kernels, ffi::Result<ffi::Buffer<ffi::F32>> y) {
   const auto stack = Stack::Of(panels, scales, group_rows);
   if (stack.has_error()) return stack.error();
   return Multiply(x, *stack, nullptr, index, kernels, y);
 }
 
-ffi::Error MultiplyGated(ffi::Buffer<ffi::F32> x, Panels panels, Scales scales,
-                         Panels value_panels, Scales value_scales, ffi::Buffer<ffi::S32> index, int64_t group_rows,
+ffi::Error MultiplyGated(ffi::Buffer<ffi::F32> x, Panels panels, Scales scales, Panels value_panels,
+                         Scales value_scales, ffi::Buffer<ffi::S32> index, int64_t group_rows,
                          std::string_view kernels, ffi::Result<ffi::Buffer<ffi::F32>> y) {
   const auto stack = Stack::Of(panels, scales, group_rows), values = Stack::Of(value_panels, value_scales, group_rows);
   if (stack.has_error()) return stack.error();
@@ -190,7 +182,7 @@ ffi::Error MultiplyGated(ffi::Buffer<ffi::F32> x, Panels panels, Scales scales,
 // Rows of `x` times the rows of a table: [rows, size] and [entries, size] to [rows, entries].
 ffi::Error MultiplyTransposed(ffi::Buffer<ffi::F32> x, ffi::AnyBuffer table, std::string_view kernel_name,
                               ffi::Result<ffi::Buffer<ffi::F32>> y) {
-  const Kernels* kernels = Find(kernel_name);
+  const Kernels* kernels = FindKernels(kernel_name);
   if (kernels == nullptr) return ffi::Error::InvalidArgument("this processor has no such kernels");
   const auto inputs = x.dimensions(), stored = table.dimensions();
   const bool bfloat16 = table.element_type() == ffi::BF16;
