@@ -107,8 +107,8 @@ def _models(folder: Path, python: Path) -> tuple[Path, Path]:
 
 def _buffers(python: Path, model: Path, threads: int, tokens: int) -> list[str]:
     """Nothing, or what llama.cpp must leave out because it crashes with it on this processor."""
-    command = _strings([python, TOOLS / "first_token.py", model, threads, tokens])
-    if subprocess.run(command, capture_output=True, env=_variables(), check=False).returncode == 0:
+    first = [python, TOOLS / "first_token.py", model, threads, tokens]
+    if _run(first, check=False, capture_output=True).returncode == 0:
         return []
     _say("llama.cpp crashes on this processor with its own layouts of weights (AMX): it runs without them")
     return ["--plain-buffers"]
@@ -158,16 +158,12 @@ def _print(figures: dict[str, dict[str, list[float]]]) -> None:
         )
 
 
-def _strings(command: list[Any]) -> list[str]:
-    return [str(part) for part in command]
-
-
 def _variables() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 
 
-def _run(command: list[Any], call: Callable[..., Any] = subprocess.run, **how: Any) -> Any:
-    return call(_strings(command), env=_variables(), check=True, **how)
+def _run(command: list[Any], *, check: bool = True, **how: Any) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([str(part) for part in command], env=_variables(), check=check, **how)
 
 
 def _json(command: list[Any]) -> dict[str, Any]:

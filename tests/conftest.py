@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import reference
+from built import require_kernels
 
 from grok1.checkpoint.load import load_parameters
 from grok1.checkpoint.reader import Checkpoint
@@ -75,6 +76,14 @@ def make_checkpoint(tmp_path_factory):
         return folder
 
     return make_checkpoint
+
+
+@pytest.fixture(scope="session", params=["xla", "native"])
+def kernels(request):
+    """Both that a model on processors can run on."""
+    if request.param == "native":
+        require_kernels()
+    return request.param
 
 
 @pytest.fixture(scope="session")

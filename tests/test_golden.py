@@ -12,7 +12,6 @@ from grok1.engine.engine import PromptPart
 from grok1.engine.request import SamplingOptions
 from grok1.errors import MeshError
 from grok1.model import Model
-from grok1.ops import cpu
 from grok1.sharding import make_mesh
 
 FLOAT32_ERROR = 1e-4  # about 2e-6 is usual
@@ -23,13 +22,6 @@ def test_reference_agrees_with_published_float64_logits(golden, golden_sequences
         found, _ = make_reference(golden)(sequence.tokens)
         # They are stored in float32: what differs is the rounding of that.
         np.testing.assert_allclose(found, sequence.float64, rtol=1e-7, atol=1e-12)
-
-
-@pytest.fixture(params=["xla", "native"])
-def kernels(request):
-    if request.param == "native" and not cpu.kernel_names():
-        pytest.skip("no kernels were built: no C++ compiler was there")
-    return request.param
 
 
 def test_logits_are_closer_to_float64_than_the_releases_code(

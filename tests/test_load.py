@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reference
+from built import require_kernels
 
 from grok1.checkpoint import byte_ranges, load
 from grok1.checkpoint.parameters import stored_leaves
@@ -138,8 +139,7 @@ def unpacked_parts(leaf):
 @pytest.mark.parametrize("load_memory", [MIN_LOAD_MEMORY, 1000])
 @pytest.mark.parametrize("shape", MESHES)
 def test_packed_weights_are_the_same_on_each_device(shape, load_memory, checkpoint, stacks, monkeypatch):
-    if not cpu.kernel_names():
-        pytest.skip("no kernels were built: no C++ compiler was there")
+    require_kernels()
     if load_memory < MIN_LOAD_MEMORY:  # pieces of a few values, in any order
         monkeypatch.setattr(load, "MIN_LOAD_MEMORY", 0)
         monkeypatch.setattr(load, "STAGING_BYTES", 64)

@@ -7,6 +7,7 @@ import time
 
 import llama_cpp
 import numpy as np
+from session import open_model
 
 
 def main() -> None:
@@ -22,20 +23,15 @@ def main() -> None:
     )
     options = parser.parse_args()
 
-    llama_cpp.llama_backend_init()
-    silent = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(silent, None)
-    model_options = llama_cpp.llama_model_default_params()
-    model_options.use_extra_bufts = not options.plain_buffers
-    model = llama_cpp.llama_model_load_from_file(options.model.encode(), model_options)
-    context_options = llama_cpp.llama_context_default_params()
-    context_options.n_ctx = options.batch * (options.prompt + options.decode + 8)
-    context_options.n_batch = context_options.n_ubatch = 512
-    context_options.n_seq_max = options.batch
-    context_options.n_threads = context_options.n_threads_batch = options.threads
-    context = llama_cpp.llama_init_from_model(model, context_options)
-    if not context:
-        raise SystemExit(f"llama.cpp cannot run {options.model}")
+    model, context = open_model(
+        options.model,
+        options.threads,
+        options.plain_buffers,
+        n_ctx=options.batch * (options.prompt + options.decode + 8),
+        n_batch=512,
+        n_ubatch=512,
+        n_seq_max=options.batch,
+    )
     vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model)) or 8192
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, vocabulary, (options.batch, options.prompt))

@@ -60,6 +60,8 @@ def grok1(monkeypatch):
     """Runs a command in this process."""
     for name in ("GROK1_CHECKPOINT", "GROK1_TOKENIZER"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NPROC", "1")  # so that what a command sets is taken back
+    monkeypatch.delenv("NPROC")
 
     def run(*arguments, stdin=b""):
         with monkeypatch.context() as patch:

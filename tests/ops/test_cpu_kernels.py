@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from built import require_kernels
 
 from grok1.ops import cpu
 from grok1.quantize import PackedWeight, packed_shape
 
-if not cpu.kernel_names():
-    pytest.skip("no kernels were built: no C++ compiler was there", allow_module_level=True)
+require_kernels()
 
 INTEGER_KERNELS = ("amx-int8", "avx512-vnni", "avx-vnni", "arm-dotprod")
 SHAPES = [  # inner, columns, groups, matrices
