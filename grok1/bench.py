@@ -241,8 +241,8 @@ def measure_limits(model: Model) -> Limits:
     devices = list(model.engine.mesh.devices.flat)
     on_host = _platform(model) == "cpu"
     times = 1 if on_host else len(devices)  # processors' devices share their memory and arithmetic
-    read = _host_read_rate(model.engine.native) if on_host else _device_read_rate(devices[0])
-    if model.engine.native:
+    read = _host_read_rate(model.engine.backend == "cpu") if on_host else _device_read_rate(devices[0])
+    if model.engine.backend == "cpu":
         return Limits(read, _packed_rate(), "8-bit matrix product")
     rate = _matrix_rate(devices[0], model.engine.dtype)
     return Limits(times * read, times * rate, f"{model.engine.dtype.name} matrix product")

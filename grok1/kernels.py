@@ -1,64 +1,93 @@
-"""Which kernels a model runs on: the native ones for processors, or what XLA makes of plain JAX."""
+"""Which kernels a model runs on: those of its platform, or what XLA makes of plain JAX."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 from typing import cast, get_args
 
+import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from grok1.checkpoint.parameters import stored_leaves
 from grok1.config import KernelsName, ModelConfig
 from grok1.errors import KernelsError
-from grok1.ops import cpu
+from grok1.ops import cpu, gpu
+from grok1.ops.backend import Backend
 from grok1.quantize import MOST_GROUP_ROWS
+from grok1.sharding import MODEL_AXIS
 
 ENVIRONMENT_VARIABLE = "GROK1_KERNELS"
 """Names the kernels that "auto" stands for."""
 
 HOW_TO_BUILD = "install a C++ compiler such as g++ and install grok1 again"
 
+_BACKENDS: dict[str, Backend] = {"cpu": "cpu", "gpu": "gpu", "tpu": "tpu"}
 
-def use_native_kernels(config: ModelConfig, mesh: Mesh, kernels: KernelsName = "auto") -> bool:
-    """Whether a model is to run on the kernels for processors, for which its weights are packed.
+
+@dataclasses.dataclass(frozen=True)
+class ChosenKernels:
+    """What computes.
+
+    Attributes:
+        backend: where the operations find it.
+        fallback: why it is XLA where "auto" would have taken the platform's kernels; None if it did, or XLA was asked
+            for.
+    """
+
+    backend: Backend
+    fallback: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What users are told, such as "amx-int8", "triton", "mosaic" or "xla"."""
+        names = {"cpu": cpu.kernel_name() or "xla", "gpu": "triton", "tpu": "mosaic", "xla": "xla"}
+        return names[self.backend]
+
+
+def choose_kernels(config: ModelConfig, mesh: Mesh, kernels: KernelsName = "auto") -> ChosenKernels:
+    """What computes for a model, whose weights are packed if it is the kernels for processors.
 
     Args:
         config: the model.
         mesh: where it is to run.
         kernels: what was asked for; "auto" takes what the environment variable GROK1_KERNELS names, and without one the
-            native ones where they can be had.
+            platform's own where they can be had.
 
     Raises:
-        KernelsError: if the native ones were asked for and cannot be had, or the variable names none.
+        KernelsError: if the platform's own were asked for and cannot be had, or the variable names none.
     """
-    chosen = _chosen(kernels)
-    reason = _why_not_native(mesh.devices.flat[0].platform) or _why_not_packed(config)
-    if chosen == "native" and reason is not None:
-        raise KernelsError(f"the native kernels cannot be used, as {reason}")
-    return reason is None and _prefers_native(chosen)
+    device = mesh.devices.flat[0]
+    return _choose(device, kernels, _why_not_for(config, mesh.shape[MODEL_AXIS], device.platform))
 
 
-def kernels_in_use(platform: str, kernels: KernelsName = "auto") -> str:
-    """The name of the kernels that models run on there, such as "amx-int8", or "xla".
+def kernels_in_use(device: jax.Device, kernels: KernelsName = "auto") -> ChosenKernels:
+    """What computes on a device, for models that fit its kernels.
 
     Args:
-        platform: of the devices.
+        device: one of those that there are.
         kernels: what is asked for.
 
     Raises:
-        KernelsError: if the environment variable names none.
+        KernelsError: as `choose_kernels`.
     """
-    native = _prefers_native(_chosen(kernels)) and _why_not_native(platform) is None
-    return (cpu.kernel_name() if native else None) or "xla"
+    return _choose(device, kernels, None)
 
 
-def _chosen(kernels: KernelsName) -> KernelsName:
-    return _from_environment() if kernels == "auto" else kernels
-
-
-def _prefers_native(chosen: KernelsName) -> bool:
-    """Whether native kernels that can be had are to run; portable ones make less of a processor than XLA does."""
-    return chosen == "native" or (chosen == "auto" and cpu.kernel_name() != "portable")
+def _choose(device: jax.Device, kernels: KernelsName, why_not_model: str | None) -> ChosenKernels:
+    chosen = _from_environment() if kernels == "auto" else kernels
+    if chosen == "xla":
+        return ChosenKernels("xla")
+    reason = _why_not_on(device) or why_not_model
+    if reason is None and chosen == "auto" and device.platform == "cpu" and cpu.kernel_name() == "portable":
+        return ChosenKernels("xla")  # which makes more of a processor than the portable ones do
+    if reason is None:
+        return ChosenKernels(_BACKENDS[device.platform])
+    if chosen == "native":
+        raise KernelsError(f"the native kernels cannot be used, as {reason}: use --kernels auto")
+    return ChosenKernels("xla", reason)
 
 
 def _from_environment() -> KernelsName:
@@ -71,16 +100,27 @@ def _from_environment() -> KernelsName:
     return cast(KernelsName, named)
 
 
-def _why_not_native(platform: str) -> str | None:
-    if platform != "cpu":
-        return f"they are for processors and the devices are of the platform {platform}: use --kernels auto"
-    if not cpu.kernel_names():
-        return f"none were built: {HOW_TO_BUILD}, or use --kernels auto"
-    return None
+def _why_not_on(device: jax.Device) -> str | None:
+    """Why a device's kernels cannot be had."""
+    if device.platform == "cpu":
+        return None if cpu.kernel_names() else f"no kernels for this processor were built ({HOW_TO_BUILD})"
+    if device.platform == "gpu":
+        return gpu.why_not(device)
+    if device.platform == "tpu":
+        return None
+    return f"there are none for devices of the platform {device.platform}"
 
 
-def _why_not_packed(config: ModelConfig) -> str | None:
-    rows = max(leaf.scale_groups(leaf.file_shape[-2])[1] for leaf in stored_leaves(config, packed=True) if leaf.packed)
-    if rows > MOST_GROUP_ROWS:
-        return f"a scale group has {rows:,} rows and they take {MOST_GROUP_ROWS:,} at most: use --kernels auto"
+def _why_not_for(config: ModelConfig, shards: int, platform: str) -> str | None:
+    """Why a model does not fit the kernels of a platform."""
+    leaves = [leaf for leaf in stored_leaves(config, packed=True) if leaf.packed]
+    if platform == "cpu":
+        rows = max(leaf.scale_groups(leaf.file_shape[-2])[1] for leaf in leaves)
+        if rows > MOST_GROUP_ROWS:
+            return f"a scale group has {rows:,} rows and they take {MOST_GROUP_ROWS:,} at most"
+    if platform == "gpu":
+        for leaf in stored_leaves(config):
+            size = math.prod(leaf.local_shape(shards))
+            if leaf.dtype == np.int8 and not gpu.can_address(size):
+                return f"a stack of {size:,} bytes, such as its {leaf.module}, is of a size that they do not address"
     return None

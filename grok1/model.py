@@ -25,7 +25,7 @@ from grok1.engine.occupancy import Occupancy
 from grok1.engine.request import FinishReason, SamplingOptions, TokenLogprobs
 from grok1.engine.score import ScoringRequest, score
 from grok1.errors import RequestError
-from grok1.kernels import use_native_kernels
+from grok1.kernels import ChosenKernels, choose_kernels
 from grok1.ops import cpu
 from grok1.plan.verdict import require_room
 from grok1.prompt import Request as Request
@@ -215,10 +215,10 @@ def load(
         dtype: of activations and the key/value cache; by default bfloat16 on accelerators, float32 on CPUs.
         devices: the devices to use; by default all.
         load_memory: bytes of host memory beyond the weights that loading may take at a time; at least 16 MB.
-        kernels: "native" for the kernels for processors, "xla" for what XLA makes of plain JAX; "auto" takes the first
+        kernels: "native" for the platform's own kernels, "xla" for what XLA makes of plain JAX; "auto" takes the first
             where they can be had.
-        threads: how many the native kernels compute with; by default one for each physical core that the process may
-            use. XLA's own are set when JAX starts: see `grok1.threads`.
+        threads: how many the kernels for processors compute with; by default one for each physical core that the
+            process may use. XLA's own are set when JAX starts: see `grok1.threads`.
         progress: is called while files are checked, weights loaded and programs compiled, also later by the model's
             methods, from whichever thread does the work.
 
@@ -243,9 +243,9 @@ def load(
         place.dtype,
         lambda done, total: report("loading", str(opened.directory), done, total),
         load_memory,
-        cpu.pack_box if place.native else None,
+        cpu.pack_box if place.packs else None,
     )
-    return Model(Engine(config, params, place.mesh, place.dtype, progress=report), text, place.room)
+    return place.model(config, params, report, text)
 
 
 def random_model(
@@ -268,7 +268,7 @@ def random_model(
         dtype: of activations and the key/value cache.
         devices: the devices to use.
         kernels: what computes.
-        threads: of the native kernels.
+        threads: of the kernels for processors.
         progress: is called as by `load`.
 
     Raises:
@@ -279,8 +279,8 @@ def random_model(
     report = _reporter(progress)
     place = _Place.choose(config, mesh, dtype, devices, kernels, threads)
     report("loading", "random weights")
-    params = random_parameters(abstract_parameters(config, place.mesh, place.dtype, place.native), seed)
-    return Model(Engine(config, params, place.mesh, place.dtype, progress=report), None, place.room)
+    params = random_parameters(abstract_parameters(config, place.mesh, place.dtype, place.packs), seed)
+    return place.model(config, params, report, None)
 
 
 def _reporter(progress: ProgressCallback | None) -> Callable[..., None]:
@@ -299,7 +299,7 @@ class _Place:
 
     mesh: Mesh
     dtype: np.dtype
-    native: bool
+    kernels: ChosenKernels
     room: int | None
 
     @classmethod
@@ -315,12 +315,24 @@ class _Place:
         device_mesh = make_mesh(config, mesh, devices)
         kind = np.dtype(dtype or default_dtype(device_mesh.devices.flat[0].platform))
         data, model = device_mesh.devices.shape
-        native = use_native_kernels(config, device_mesh, kernels)
+        chosen = choose_kernels(config, device_mesh, kernels)
         room = require_room(config, (data, model), devices or jax.devices(), kind.name)
         enable_compilation_cache()
-        if native:
+        if chosen.backend == "cpu":
             cpu.set_threads(threads or thread_count())
-        return cls(device_mesh, kind, native, room)
+        return cls(device_mesh, kind, chosen, room)
+
+    @property
+    def packs(self) -> bool:
+        """Whether weights are packed."""
+        return self.kernels.backend == "cpu"
+
+    def model(
+        self, config: ModelConfig, params: Any, report: Callable[..., None], tokenizer: Tokenizer | None
+    ) -> Model:
+        """The model of parameters that are there."""
+        engine = Engine(config, params, self.mesh, self.dtype, report, self.kernels.backend)
+        return Model(engine, tokenizer, self.room, self.kernels.fallback)
 
 
 def _open_tokenizer(checkpoint: Checkpoint, given: str | Path | None) -> Tokenizer | None:
@@ -338,16 +350,24 @@ class Model:
     Options of `complete` and `stream` are those of `SamplingOptions`; `greedy=True` stands for `temperature=0`.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, max_sequences: int | None = None):
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer | None,
+        max_sequences: int | None = None,
+        kernels_fallback: str | None = None,
+    ):
         """Use `load`.
 
         Args:
             engine: the weights on their devices.
             tokenizer: None to work with token ids only.
             max_sequences: how many caches of full context there is memory for, beside the weights; None if not known.
+            kernels_fallback: why XLA computes where there might have been kernels; None if it does not.
         """
         self.engine = engine
         self.max_sequences = max_sequences
+        self.kernels_fallback = kernels_fallback
         self._tokenizer = tokenizer
 
     @property
@@ -372,13 +392,8 @@ class Model:
 
     @property
     def kernels(self) -> str:
-        """What computes: the name of the native kernels, such as "amx-int8", or "xla"."""
-        return (cpu.kernel_name() or "xla") if self.engine.native else "xla"
-
-    @property
-    def lacks_kernels(self) -> bool:
-        """Whether the devices are processors for which native kernels could have been built and were not."""
-        return self.engine.mesh.devices.flat[0].platform == "cpu" and not cpu.kernel_names()
+        """What computes: the name of kernels, such as "amx-int8", "triton" or "mosaic", or "xla"."""
+        return ChosenKernels(self.engine.backend).name
 
     @property
     def peak_device_bytes(self) -> int | None:

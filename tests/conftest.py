@@ -24,7 +24,7 @@ from grok1.checkpoint.reader import Checkpoint
 from grok1.checkpoint.writer import write_checkpoint
 from grok1.config import PRESETS, ModelConfig
 from grok1.engine.engine import Engine
-from grok1.kernels import use_native_kernels
+from grok1.kernels import choose_kernels
 from grok1.model import Model
 from grok1.ops import cpu
 from grok1.sharding import make_mesh
@@ -91,13 +91,14 @@ def make_engine():
     """The engine of a checkpoint folder on a mesh; all tests share it and what it has compiled."""
 
     @functools.cache
-    def make_engine(folder, mesh=(1, 1), dtype="float32", kernels="auto"):
+    def make_engine(folder, mesh=(1, 1), dtype="float32", kernels="auto", backend="xla"):
         checkpoint = Checkpoint.open(folder)
         device_mesh = make_mesh(checkpoint.config, mesh)
         kind = np.dtype(dtype)
-        pack = cpu.pack_box if use_native_kernels(checkpoint.config, device_mesh, kernels) else None
+        packs = backend == "xla" and choose_kernels(checkpoint.config, device_mesh, kernels).backend == "cpu"
+        pack = cpu.pack_box if packs else None
         params = load_parameters(checkpoint, device_mesh, kind, pack=pack)
-        return Engine(checkpoint.config, params, device_mesh, kind)
+        return Engine(checkpoint.config, params, device_mesh, kind, backend=backend)
 
     return make_engine
 

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 import grok1
 from grok1.byte_size import format_bytes
 from grok1.cli.columns import columns
-from grok1.cli.loading import load_model, read_config, start_jax
+from grok1.cli.loading import load_model, read_config, start_jax, tell_fallback
 from grok1.cli.options import ModelChoice, model_options, output_options
 from grok1.cli.terminal import OutputError, Terminal, pass_terminal
 from grok1.config import PRESETS, ModelConfig, default_dtype, preset
@@ -200,7 +200,7 @@ def _model(terminal: Terminal, choice: ModelChoice, preset_name: str | None, con
         return load_model(choice, terminal)[0]
     from grok1.model import random_model
 
-    return random_model(
+    model = random_model(
         config,
         mesh=choice.mesh,
         dtype=choice.dtype,  # type: ignore[arg-type]
@@ -208,6 +208,9 @@ def _model(terminal: Terminal, choice: ModelChoice, preset_name: str | None, con
         threads=choice.threads,
         progress=terminal.progress,
     )
+    terminal.clear()
+    tell_fallback(model, terminal)
+    return model
 
 
 def _fields(
@@ -303,19 +306,20 @@ def _table(
 def _tell_devices(terminal: Terminal, choice: ModelChoice, as_json: bool) -> None:
     devices = start_jax(terminal, choice.threads)
     from grok1 import memory
-    from grok1.kernels import HOW_TO_BUILD, kernels_in_use
+    from grok1.kernels import kernels_in_use
     from grok1.ops import cpu
     from grok1.threads import thread_count
 
     terminal.clear()
     platform = devices[0].platform
-    used = kernels_in_use(platform, choice.kernels)  # type: ignore[arg-type]
+    used = kernels_in_use(devices[0], choice.kernels)  # type: ignore[arg-type]
+    terminal.clear()
     threads = thread_count()
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
     machine = memory.total_bytes()
     if as_json:
         for device, limit in zip(devices, limits, strict=True):
-            fields = {"id": device.id, "platform": device.platform, "kind": device.device_kind, "kernels": used}
+            fields = {"id": device.id, "platform": device.platform, "kind": device.device_kind, "kernels": used.name}
             shared = {"threads": threads, "kernels_built": list(cpu.kernel_names()), "machine_memory_bytes": machine}
             terminal.write(json_line(fields | {"memory_bytes": limit} | shared))
         return
@@ -324,9 +328,8 @@ def _tell_devices(terminal: Terminal, choice: ModelChoice, as_json: bool) -> Non
         size = "the machine's" if platform == "cpu" else "not known" if limit is None else format_bytes(limit)
         rows.append([str(device.id), device.platform, device.device_kind, size])
     terminal.write(columns(rows) + "\n")
-    facts = [["kernels", used]]
+    facts = [["kernels", used.name if used.fallback is None else f"{used.name}: {used.fallback}"]]
     if platform == "cpu":
-        facts[0][1] = used if cpu.kernel_names() else f"{used}: none for this processor were built; {HOW_TO_BUILD}"
         facts += [["that this processor can run", ", ".join(cpu.kernel_names()) or "none"], ["threads", str(threads)]]
     facts.append(["memory of the machine", "not known" if machine is None else format_bytes(machine)])
     terminal.write(columns(facts))

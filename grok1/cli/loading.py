@@ -97,6 +97,12 @@ def start_jax(terminal: Terminal, threads: int | None = None) -> Sequence[jax.De
         ) from error
 
 
+def tell_fallback(model: Model, terminal: Terminal) -> None:
+    """Says in a line if a model runs on XLA's kernels for want of better ones."""
+    if model.kernels_fallback is not None:
+        terminal.note(f"XLA computes, which is slower than the kernels made for it: {model.kernels_fallback}")
+
+
 def load_model(choice: ModelChoice, terminal: Terminal) -> tuple[Model, float]:
     """Loads the chosen model and shows progress.
 
@@ -105,7 +111,6 @@ def load_model(choice: ModelChoice, terminal: Terminal) -> tuple[Model, float]:
     """
     start = time.perf_counter()
     start_jax(terminal, choice.threads)
-    from grok1.kernels import HOW_TO_BUILD
     from grok1.model import load
 
     model = load(
@@ -119,6 +124,5 @@ def load_model(choice: ModelChoice, terminal: Terminal) -> tuple[Model, float]:
         progress=terminal.progress,
     )
     terminal.clear()
-    if model.lacks_kernels:
-        terminal.note(f"no kernels for this processor were built, and it will be several times slower: {HOW_TO_BUILD}")
+    tell_fallback(model, terminal)
     return model, time.perf_counter() - start

@@ -125,8 +125,8 @@ _KERNELS = click.option(
     type=click.Choice(get_args(KernelsName)),
     default="auto",
     show_default=True,
-    help="What computes: native for the kernels for processors, xla for what XLA makes of plain JAX. auto takes what "
-    "$GROK1_KERNELS says, or the native ones where they were built.",
+    help="What computes: native for the kernels made for the platform, xla for what XLA makes of plain JAX. auto takes "
+    "what $GROK1_KERNELS says, or the native ones where they can be had.",
 )
 _THREADS = click.option(
     "--threads",

@@ -24,6 +24,7 @@ from grok1.config import ModelConfig
 from grok1.engine.request import MAX_LOGPROBS, SamplingOptions
 from grok1.engine.sampling import SampledTokens, SamplingState, sample, token_logprobs
 from grok1.network import KVCache, ModelShard, network
+from grok1.ops.backend import Backend
 from grok1.quantize import PackedWeight
 from grok1.sharding import DATA_AXIS, MODEL_AXIS
 
@@ -154,17 +155,19 @@ class Engine:
         mesh: Mesh,
         dtype: np.dtype | type = np.float32,
         progress: Callable[[str, str, int, int], None] | None = None,
+        backend: Backend = "xla",
     ):
         """Args are kept as they are.
 
         Args:
             config: the model.
-            params: its parameters on the mesh, as `load_parameters` gives them; if weights are packed, the kernels for
-                processors run. To lower programs without running them, as `abstract_parameters` gives them.
+            params: its parameters on the mesh, as `load_parameters` gives them. To lower programs without running them,
+                as `abstract_parameters` gives them.
             mesh: a (data, model) mesh.
             dtype: dtype of activations and of the cache.
             progress: is called with what a long step does: "compiling" and a program's name before it is compiled,
                 "running" and that name when it has been, "reading" with the tokens of a prompt done and to do.
+            backend: what computes; packed weights are multiplied by the kernels for processors, whatever it says.
         """
         self.config = config
         self.mesh = mesh
@@ -175,8 +178,9 @@ class Engine:
         self.params = params
         self._param_specs = jax.tree.map(lambda array: array.sharding.spec, params)
         leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, PackedWeight))
-        native = any(isinstance(leaf, PackedWeight) for leaf in leaves)
-        self._shard = ModelShard(config, mesh.shape[MODEL_AXIS], MODEL_AXIS, jnp.dtype(dtype), native)
+        if any(isinstance(leaf, PackedWeight) for leaf in leaves):
+            backend = "cpu"
+        self._shard = ModelShard(config, mesh.shape[MODEL_AXIS], MODEL_AXIS, jnp.dtype(dtype), backend)
         self._network = network(self._shard)
         self._programs: dict[tuple[object, ...], Any] = {}
 
@@ -186,9 +190,9 @@ class Engine:
         return np.dtype(self._shard.dtype)
 
     @property
-    def native(self) -> bool:
-        """Whether the native kernels for processors compute."""
-        return self._shard.native
+    def backend(self) -> Backend:
+        """What computes."""
+        return self._shard.backend
 
     @property
     def data_rows(self) -> int:

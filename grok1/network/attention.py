@@ -9,6 +9,7 @@ from grok1.network.kv_cache import KVCache
 from grok1.network.layers import QuantizedLinear, rotary_embedding
 from grok1.network.shard import ModelShard
 from grok1.ops.attention import cached_attention
+from grok1.ops.quantized_matmul import quantized_matmuls
 
 
 class MultiHeadAttention(hk.Module):
@@ -45,9 +46,10 @@ class MultiHeadAttention(hk.Module):
         def heads(projected: jax.Array) -> jax.Array:
             return projected.reshape(*x.shape[:2], -1, config.key_size)  # [batch, seq, heads, key]
 
-        query = heads(QuantizedLinear(layers, emb, q_size, 1, name="query")(x, layer))
-        key = heads(QuantizedLinear(layers, emb, kv_size, 1, name="key")(x, layer))
-        value = heads(QuantizedLinear(layers, emb, kv_size, 1, name="value")(x, layer))
+        sizes = {"query": q_size, "key": kv_size, "value": kv_size}
+        weights = [QuantizedLinear(layers, emb, size, 1, shard.backend, name=name).w for name, size in sizes.items()]
+        rows = x.reshape(-1, emb)
+        query, key, value = map(heads, quantized_matmuls(rows, weights, (layer,), backend=shard.backend))
         cache = cache.write(layer, rotary_embedding(key, positions), value, positions, slots)
         attended = cached_attention(
             rotary_embedding(query, positions),
@@ -58,8 +60,9 @@ class MultiHeadAttention(hk.Module):
             slots,
             multiplier=config.attn_output_multiplier,
             cap=config.attn_logit_cap,
-            native=shard.native,
+            backend=shard.backend,
         )
         attended = attended.reshape(*x.shape[:2], q_size).astype(shard.dtype)
-        output = QuantizedLinear(layers, q_size, emb, shard.scale_groups, name="linear")(attended, layer)
+        linear = QuantizedLinear(layers, q_size, emb, shard.scale_groups, shard.backend, name="linear")
+        output = linear(attended, layer)
         return shard.sum_over_shards(output), cache

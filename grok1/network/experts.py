@@ -85,5 +85,6 @@ class MixtureOfExperts(hk.Module):
             ExpertLinear(shard, shard.ffn_size, emb, shard.scale_groups, name="linear_1")(),
             layer,
             jnp.where(valid[:, None], experts, config.num_experts),
+            backend=shard.backend,
         )
         return shard.sum_over_shards(jnp.sum(outputs * probabilities[..., None], axis=1))

@@ -95,7 +95,7 @@ class InOutEmbed(hk.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """float32 `[rows, emb]` to float32 `[rows, vocab]`."""
-        logits = output_logits(x.astype(self.shard.dtype), self.embeddings, native=self.shard.native)
+        logits = output_logits(x.astype(self.shard.dtype), self.embeddings, backend=self.shard.backend)
         return self.shard.gather_vocabulary(logits)
 
 

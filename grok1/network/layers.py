@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from grok1.config import ModelConfig
+from grok1.ops.backend import Backend
 from grok1.ops.quantized_matmul import quantized_matmul
 from grok1.quantize import PackedWeight, QuantizedWeight
 
@@ -33,16 +34,21 @@ def quantized_parameter(name: str, shape: tuple[int, ...], groups: int) -> Quant
 class QuantizedLinear(hk.Module):
     """A linear map without bias, with a stack of quantised weights, one a layer."""
 
-    def __init__(self, layers: int, input_size: int, output_size: int, groups: int, name: str):
+    def __init__(self, layers: int, input_size: int, output_size: int, groups: int, backend: Backend, name: str):
         super().__init__(name=name)
         self.shape = (layers, input_size, output_size)
         self.groups = groups
+        self.backend = backend
+
+    @property
+    def w(self) -> QuantizedWeight | PackedWeight:
+        """`[layers, input, output]`."""
+        return quantized_parameter("w", self.shape, self.groups)
 
     def __call__(self, x: jax.Array, layer: jax.Array | int) -> jax.Array:
         """`[..., input]` to float32 `[..., output]`, with the weight of `layer`."""
-        weight = quantized_parameter("w", self.shape, self.groups)
         rows = x.reshape(-1, x.shape[-1])
-        return quantized_matmul(rows, weight, (layer,)).reshape(*x.shape[:-1], self.shape[-1])
+        return quantized_matmul(rows, self.w, (layer,), self.backend).reshape(*x.shape[:-1], self.shape[-1])
 
 
 class RMSNorm(hk.Module):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from grok1.config import SCALE_GROUPS, ModelConfig
+from grok1.ops.backend import Backend
 
 _FLOAT32 = jnp.dtype(jnp.float32)
 
@@ -25,14 +26,14 @@ class ModelShard:
         shards: number of shards, 1 for an unsharded model.
         axis: name of the mesh axis that the shards lie on.
         dtype: dtype of activations between modules and of the cache; norms, router, softmax and sums stay in float32.
-        native: whether the kernels for processors compute what weights do not decide by their own form.
+        backend: what computes the operations.
     """
 
     config: ModelConfig
     shards: int = 1
     axis: str = "model"
     dtype: jnp.dtype = _FLOAT32
-    native: bool = False
+    backend: Backend = "xla"
 
     @property
     def num_q_heads(self) -> int:

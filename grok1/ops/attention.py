@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from grok1.ops import cpu
+from grok1.ops import cpu, gpu
+from grok1.ops.backend import Backend
 
 _BLOCK = 256  # cache positions that one turn of the loop reads
 
@@ -21,7 +22,7 @@ def cached_attention(
     *,
     multiplier: float,
     cap: float,
-    native: bool = False,
+    backend: Backend = "xla",
 ) -> jax.Array:
     """Attention of each query to the cached positions up to its own.
 
@@ -37,13 +38,15 @@ def cached_attention(
         slots: int32 `[batch]`, the sequence of the cache that each row attends to; by default one after the other.
         multiplier: factor on the products of queries and keys.
         cap: bound of the logits.
-        native: whether the kernels for processors compute it.
+        backend: what computes it.
 
     Returns:
         float32 `[batch, seq, heads, key]`; 0 for padding.
     """
-    if native:
+    if backend == "cpu":
         return cpu.attention(query, keys, values, layer, positions, slots, multiplier=multiplier, cap=cap)
+    if backend == "gpu":
+        return gpu.attention(query, keys, values, layer, positions, slots, multiplier=multiplier, cap=cap)
     batch, seq, heads, size = query.shape
     kv_heads, capacity = keys.shape[2], keys.shape[3]
     block = min(_BLOCK, capacity)

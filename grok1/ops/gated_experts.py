@@ -6,14 +6,21 @@ import jax
 import jax.numpy as jnp
 
 from grok1.ops import cpu
-from grok1.ops.grouped_matmul import gather_rows, group_by_expert, grouped_matmul, scatter_rows
+from grok1.ops.backend import Backend
+from grok1.ops.grouped_matmul import gather_rows, group_by_expert, grouped_matmul, grouped_matmuls, scatter_rows
 from grok1.quantize import PackedWeight, QuantizedWeight
 
 Weight = QuantizedWeight | PackedWeight
 
 
 def gated_experts(
-    x: jax.Array, gate: Weight, value: Weight, project: Weight, layer: jax.Array | int, experts: jax.Array
+    x: jax.Array,
+    gate: Weight,
+    value: Weight,
+    project: Weight,
+    layer: jax.Array | int,
+    experts: jax.Array,
+    backend: Backend = "xla",
 ) -> jax.Array:
     """`(gelu(x @ gate) * (x @ value)) @ project` with the matrices of each row's experts (Shazeer, 2020).
 
@@ -26,6 +33,7 @@ def gated_experts(
         project: a stack `[layers, experts, F, N]`. All three are packed, for the kernels for processors, or none is.
         layer: which layer; may be traced.
         experts: int32 `[rows, selected]`; the number of experts sends a row nowhere, which gives 0.
+        backend: what computes it; that of packed weights is always the one for processors.
 
     Returns:
         float32 `[rows, selected, N]`, the outputs of each row's experts.
@@ -39,11 +47,11 @@ def gated_experts(
         return cpu.multiply(hidden, project, place).reshape(rows, selected, -1)
     if isinstance(gate, PackedWeight) or isinstance(value, PackedWeight) or isinstance(project, PackedWeight):
         raise TypeError("some of the experts' weights are packed and some are not")
-    blocks = group_by_expert(chosen, num_experts)
+    blocks = group_by_expert(chosen, num_experts, backend)
     inputs = scatter_rows(jnp.repeat(x, selected, axis=0), blocks)
-    gated = jax.nn.gelu(grouped_matmul(inputs, gate, layer, blocks), approximate=True)
-    hidden = (gated * grouped_matmul(inputs, value, layer, blocks)).astype(x.dtype)
-    return gather_rows(grouped_matmul(hidden, project, layer, blocks), blocks).reshape(rows, selected, -1)
+    gates, values = grouped_matmuls(inputs, [gate, value], layer, blocks, backend)
+    hidden = (jax.nn.gelu(gates, approximate=True) * values).astype(x.dtype)
+    return gather_rows(grouped_matmul(hidden, project, layer, blocks, backend), blocks).reshape(rows, selected, -1)
 
 
 def definition(

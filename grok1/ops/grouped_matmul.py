@@ -7,15 +7,23 @@ dropped and no row is computed for an expert that it was not sent to.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from grok1.ops import blocked
+from grok1.ops import blocked, gpu, tpu
+from grok1.ops.backend import Backend
 from grok1.quantize import QuantizedWeight
 
-_MAX_BLOCK_ROWS = 128
+# Rows of the smallest and of the largest block.
+_BLOCK_ROWS: dict[Backend, tuple[int, int]] = {
+    "xla": (1, 128),
+    "cpu": (1, 128),
+    "gpu": (gpu.LEAST_ROWS, gpu.MOST_ROWS),
+    "tpu": (tpu.LEAST_ROWS, tpu.MOST_ROWS),
+}
 
 
 @jax.tree_util.register_dataclass
@@ -42,17 +50,16 @@ class ExpertBlocks:
         return int(self.expert.shape[0]) * self.block_rows
 
 
-def group_by_expert(expert: jax.Array, num_experts: int) -> ExpertBlocks:
+def group_by_expert(expert: jax.Array, num_experts: int, backend: Backend = "xla") -> ExpertBlocks:
     """Sorts rows into blocks of one expert each, keeping the rows' order inside an expert.
 
     Args:
         expert: int32 `[rows]`, each row's expert; `num_experts` sends a row nowhere.
         num_experts: how many experts there are.
+        backend: what is to multiply them, which decides how large blocks are.
     """
     rows = expert.shape[0]
-    block_rows = 1
-    while block_rows < min(rows / num_experts, _MAX_BLOCK_ROWS):
-        block_rows *= 2
+    block_rows = _block_rows(rows / num_experts, backend)
     # Each expert fills its last block by itself, and no expert without rows has one.
     blocks = min(rows, (rows + min(num_experts, rows) * (block_rows - 1)) // block_rows)
     one_hot = jax.nn.one_hot(expert, num_experts, dtype=jnp.int32)  # [rows, experts]
@@ -71,6 +78,21 @@ def group_by_expert(expert: jax.Array, num_experts: int) -> ExpertBlocks:
     )
 
 
+def one_group(rows: int, backend: Backend) -> ExpertBlocks:
+    """Blocks of rows that all go to one expert, in their order."""
+    block_rows = _block_rows(rows, backend)
+    blocks = -(-rows // block_rows)
+    return ExpertBlocks(jnp.arange(rows, dtype=jnp.int32), jnp.zeros(blocks, jnp.int32), jnp.int32(blocks), block_rows)
+
+
+def _block_rows(rows: float, backend: Backend) -> int:
+    """The power of 2 that holds so many rows of an expert, as far as blocks go."""
+    size, most = _BLOCK_ROWS[backend]
+    while size < min(rows, most):
+        size *= 2
+    return size
+
+
 def scatter_rows(x: jax.Array, blocks: ExpertBlocks) -> jax.Array:
     """Rows `[rows, K]` laid out in blocks, `[slots, K]`; places without a row are 0."""
     return jnp.zeros((blocks.num_slots, x.shape[1]), x.dtype).at[blocks.slot].set(x, mode="drop")
@@ -81,7 +103,9 @@ def gather_rows(y: jax.Array, blocks: ExpertBlocks) -> jax.Array:
     return y.at[blocks.slot].get(mode="fill", fill_value=0)
 
 
-def grouped_matmul(x: jax.Array, weight: QuantizedWeight, layer: jax.Array | int, blocks: ExpertBlocks) -> jax.Array:
+def grouped_matmul(
+    x: jax.Array, weight: QuantizedWeight, layer: jax.Array | int, blocks: ExpertBlocks, backend: Backend = "xla"
+) -> jax.Array:
     """Each block's rows times the matrix of the block's expert.
 
     Args:
@@ -89,10 +113,36 @@ def grouped_matmul(x: jax.Array, weight: QuantizedWeight, layer: jax.Array | int
         weight: a stack `[layers, experts, K, N]`.
         layer: the layer's index in the stack; may be traced.
         blocks: the blocks of `x`.
+        backend: what computes it, for which the blocks were made.
 
     Returns:
-        float32 `[slots, N]`; blocks that hold no row are 0.
+        float32 `[slots, N]`; blocks that hold no row mean nothing.
     """
+    return grouped_matmuls(x, [weight], layer, blocks, backend)[0]
+
+
+def grouped_matmuls(
+    x: jax.Array,
+    weights: Sequence[QuantizedWeight],
+    layer: jax.Array | int,
+    blocks: ExpertBlocks,
+    backend: Backend = "xla",
+) -> list[jax.Array]:
+    """`grouped_matmul` with several stacks, which one kernel reads where a backend has such."""
+    if backend == "gpu":
+        return gpu.multiply(x, weights, layer, blocks.expert, blocks.used)
+    if backend == "tpu":
+        tiled = [tpu.can_multiply(weight) for weight in weights]
+        return [
+            tpu.multiply(x, weight, layer, blocks.expert, blocks.used)
+            if tiles
+            else _grouped_matmul(x, weight, layer, blocks)
+            for weight, tiles in zip(weights, tiled, strict=True)
+        ]
+    return [_grouped_matmul(x, weight, layer, blocks) for weight in weights]
+
+
+def _grouped_matmul(x: jax.Array, weight: QuantizedWeight, layer: jax.Array | int, blocks: ExpertBlocks) -> jax.Array:
     size = blocks.block_rows
 
     def one_block(i: jax.Array, y: jax.Array) -> jax.Array:

@@ -6,23 +6,24 @@ import jax
 import jax.numpy as jnp
 
 from grok1.ops import cpu
+from grok1.ops.backend import Backend
 from grok1.ops.blocked import product_precision
 
 _NATIVE_ROWS = 16  # up to which reading the matrix takes longer than multiplying, where XLA uses one thread
 
 
-def output_logits(x: jax.Array, embeddings: jax.Array, *, native: bool = False) -> jax.Array:
+def output_logits(x: jax.Array, embeddings: jax.Array, *, backend: Backend = "xla") -> jax.Array:
     """`x @ embeddings.T`, accumulated in float32.
 
     Args:
         x: float `[rows, emb]`, in the dtype of the embeddings.
         embeddings: float `[vocab, emb]`.
-        native: whether the kernels for processors compute it, for few rows.
+        backend: what computes it; only that for processors has a kernel, for few rows.
 
     Returns:
         float32 `[rows, vocab]`.
     """
-    if native and x.shape[0] <= _NATIVE_ROWS:
+    if backend == "cpu" and x.shape[0] <= _NATIVE_ROWS:
         return cpu.multiply_transposed(x, embeddings)
     return jnp.einsum(
         "re,ve->rv", x, embeddings, precision=product_precision(x.dtype), preferred_element_type=jnp.float32

@@ -1,16 +1,22 @@
-"""Activations times one quantised matrix out of a stack."""
+"""Activations times one quantised matrix out of a stack, or the matrices of several stacks."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from grok1.ops import blocked, cpu
+from grok1.ops.backend import Backend
+from grok1.ops.grouped_matmul import grouped_matmuls, one_group
 from grok1.quantize import PackedWeight, QuantizedWeight
+
+Weight = QuantizedWeight | PackedWeight
 
 
 def quantized_matmul(
-    x: jax.Array, weight: QuantizedWeight | PackedWeight, index: tuple[jax.Array | int, ...]
+    x: jax.Array, weight: Weight, index: tuple[jax.Array | int, ...], backend: Backend = "xla"
 ) -> jax.Array:
     """`x @ weight[index]`, accumulated in float32.
 
@@ -20,10 +26,38 @@ def quantized_matmul(
         x: float `[M, K]`.
         weight: a stack `[..., K, N]`; a packed one is multiplied by the kernels for processors.
         index: the place of the matrix in the stack, an index for each leading axis; may be traced.
+        backend: what computes it; the kernels of accelerators take a stack with one leading axis.
 
     Returns:
         float32 `[M, N]`.
     """
+    return quantized_matmuls(x, [weight], index, backend)[0]
+
+
+def quantized_matmuls(
+    x: jax.Array, weights: Sequence[Weight], index: tuple[jax.Array | int, ...], backend: Backend = "xla"
+) -> list[jax.Array]:
+    """`x @ weight[index]` for several stacks, which one kernel reads where a backend has such.
+
+    Args:
+        x: float `[M, K]`.
+        weights: stacks `[..., K, N]`, each with its own N.
+        index: as in `quantized_matmul`.
+        backend: the same.
+
+    Returns:
+        float32 `[M, N]` for each stack.
+    """
+    plain = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
+    if backend in ("gpu", "tpu") and len(plain) == len(weights) and len(index) == 1:
+        blocks = one_group(x.shape[0], backend)
+        rows = jnp.pad(x, ((0, blocks.num_slots - x.shape[0]), (0, 0)))
+        stacks = [QuantizedWeight(weight.weight[:, None], weight.scales[:, None]) for weight in plain]
+        return [product[: x.shape[0]] for product in grouped_matmuls(rows, stacks, index[0], blocks, backend)]
+    return [_one(x, weight, index) for weight in weights]
+
+
+def _one(x: jax.Array, weight: Weight, index: tuple[jax.Array | int, ...]) -> jax.Array:
     if isinstance(weight, PackedWeight):
         return cpu.multiply(x, weight, jnp.full(x.shape[:1], cpu.place_in_stack(weight, index)))
     return blocked.multiply(x, weight, index)

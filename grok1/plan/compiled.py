@@ -23,6 +23,7 @@ from grok1.checkpoint.parameters import abstract_parameters
 from grok1.config import ModelConfig
 from grok1.engine.engine import Engine
 from grok1.errors import CompileError, MeshError
+from grok1.ops.backend import Backend
 from grok1.plan.collectives import Collectives, collectives
 from grok1.sharding import make_mesh
 
@@ -37,6 +38,8 @@ TOPOLOGIES = {
 
 For TPU v4, whose chips JAX runs as one device too, the compiler describes two devices a chip: it is left out.
 """
+
+_BACKENDS: dict[str, Backend] = {"tpu": "tpu", "gpu": "gpu"}
 
 # What libtpu asks of the machine otherwise, with complaints where it is no TPU host; and that others may use it too,
 # which it refuses for the sake of the devices that nobody opens here.
@@ -111,7 +114,8 @@ def compile_steps(
         CompileError: if the compiler knows that a step needs more memory than its device has.
         MeshError: if the slots do not divide by the data axis.
     """
-    engine = Engine(config, abstract_parameters(config, mesh, dtype), mesh, dtype)
+    backend = _BACKENDS.get(mesh.devices.flat[0].platform, "xla")
+    engine = Engine(config, abstract_parameters(config, mesh, dtype), mesh, dtype, backend=backend)
     rows = engine.data_rows
     if slots < 1 or slots % rows:
         raise MeshError(f"{slots} sequences do not divide by the mesh's {rows} data rows: use a multiple of {rows}")

@@ -12,11 +12,11 @@ from grok1.ops.attention import cached_attention, definition
 CAP = 30.0
 
 
-@pytest.fixture(params=["xla", *cpu.kernel_names()])
+@pytest.fixture(params=["xla", "gpu", *cpu.kernel_names()])
 def attend(request):
     """Attention by one of the backends."""
-    if request.param == "xla":
-        backend = functools.partial(cached_attention, cap=CAP)
+    if request.param in ("xla", "gpu"):
+        backend = functools.partial(cached_attention, cap=CAP, backend=request.param)
     else:
         backend = functools.partial(cpu.attention, cap=CAP, kernels=request.param)
 

@@ -43,17 +43,17 @@ def exact(x, weights, layer, experts):
     return out
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["xla", "native"])
-@pytest.mark.parametrize(("rows", "inner", "ffn"), [(1, 24, 48), (3, 40, 88), (50, 16, 136)])
+@pytest.mark.parametrize("backend", ["xla", "cpu", "gpu", "tpu"])
+@pytest.mark.parametrize(("rows", "inner", "ffn"), [(1, 24, 48), (3, 40, 88), (50, 16, 136), (40, 128, 1024)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (ml_dtypes.bfloat16, 2e-2)])
-def test_each_row_goes_through_its_experts(rows, inner, ffn, dtype, tolerance, packed):
+def test_each_row_goes_through_its_experts(rows, inner, ffn, dtype, tolerance, backend):
     rng = np.random.default_rng(rows)
     weights = [random_weight(rng, inner, ffn, 1), random_weight(rng, inner, ffn, 1), random_weight(rng, ffn, inner, 8)]
     x = rng.standard_normal((rows, inner)).astype(dtype)
     experts = rng.integers(0, EXPERTS, (rows, 2)).astype(np.int32)
     experts[rng.random(rows) < 0.2] = EXPERTS
-    used = [pack(weight) for weight in weights] if packed else weights
-    found = jax.jit(gated_experts)(x, *used, 1, experts)
+    used = [pack(weight) for weight in weights] if backend == "cpu" else weights
+    found = jax.jit(gated_experts, static_argnums=6)(x, *used, 1, experts, backend)
     expected = exact(x, weights, 1, experts)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, atol=tolerance)

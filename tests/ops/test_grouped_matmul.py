@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from grok1.ops.grouped_matmul import definition, gather_rows, group_by_expert, grouped_matmul, scatter_rows
 from grok1.quantize import QuantizedWeight
 
-group = jax.jit(group_by_expert, static_argnums=1)
+group = jax.jit(group_by_expert, static_argnums=(1, 2))
 
 
 def check_blocks(expert, num_experts):
@@ -63,10 +63,13 @@ def test_many_rows_fill_large_blocks(experts):
         (16, 300, 8, 1, 8),
         (40, 72, 17, 8, 5),
         (150, 24, 6, 8, 2),
+        (70, 256, 128, 2, 3),
+        (9, 4096, 40, 8, 4),
     ],
 )
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_each_row_is_multiplied_by_the_matrix_of_its_expert(rows, inner, columns, groups, num_experts, dtype):
+@pytest.mark.parametrize("backend", ["xla", "gpu", "tpu"])
+def test_each_row_is_multiplied_by_the_matrix_of_its_expert(rows, inner, columns, groups, num_experts, dtype, backend):
     rng = np.random.default_rng(rows)
     weight = rng.integers(-127, 128, (2, num_experts, inner, columns)).astype(np.int8)
     scales = rng.uniform(0.5, 2, (2, num_experts, groups, columns)).astype(ml_dtypes.bfloat16)
@@ -76,8 +79,8 @@ def test_each_row_is_multiplied_by_the_matrix_of_its_expert(rows, inner, columns
 
     @jax.jit
     def product(x, weight, layer, expert):
-        blocks = group_by_expert(expert, num_experts)
-        return gather_rows(grouped_matmul(scatter_rows(x, blocks), weight, layer, blocks), blocks)
+        blocks = group_by_expert(expert, num_experts, backend)
+        return gather_rows(grouped_matmul(scatter_rows(x, blocks), weight, layer, blocks, backend), blocks)
 
     for case in range(3):
         expert = rng.integers(0, num_experts + (case > 0), rows)

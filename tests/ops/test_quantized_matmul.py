@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import reference
 
-from grok1.ops.quantized_matmul import definition, quantized_matmul
+from grok1.ops import tpu
+from grok1.ops.quantized_matmul import definition, quantized_matmul, quantized_matmuls
 from grok1.quantize import QuantizedWeight
 
-jitted = jax.jit(quantized_matmul)
+jitted = jax.jit(quantized_matmul, static_argnames="backend")
 
 
 def random_case(rows, inner, columns, groups, lead, dtype=np.float32, seed=0):
@@ -37,10 +38,11 @@ def random_case(rows, inner, columns, groups, lead, dtype=np.float32, seed=0):
     ],
 )
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_product_with_a_matrix_of_a_stack(rows, inner, columns, groups, dtype):
+@pytest.mark.parametrize("backend", ["xla", "gpu"])
+def test_product_with_a_matrix_of_a_stack(rows, inner, columns, groups, dtype, backend):
     x, weight, scales = random_case(rows, inner, columns, groups, (3,), dtype)
     quantized = QuantizedWeight(jnp.asarray(weight), jnp.asarray(scales))
-    found = jitted(jnp.asarray(x), quantized, (1,))
+    found = jitted(jnp.asarray(x), quantized, (1,), backend=backend)
     assert found.dtype == jnp.float32
     matrix = reference.dequantised(weight[1], scales[1])
     exact = x.astype(np.float64) @ matrix
@@ -48,6 +50,38 @@ def test_product_with_a_matrix_of_a_stack(rows, inner, columns, groups, dtype):
     bound = 1e-5 * (np.abs(x.astype(np.float64)) @ np.abs(matrix))
     assert np.all(np.abs(found - exact) <= bound)
     assert np.all(np.abs(definition(jnp.asarray(x), quantized, (1,)) - exact) <= bound)
+
+
+@pytest.mark.parametrize(("inner", "groups"), [(128, 1), (1024, 8), (384, 1)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 128), (17, 384), (300, 256)])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_product_in_tiles_of_a_tpu(rows, inner, columns, groups, dtype):
+    x, weight, scales = random_case(rows, inner, columns, groups, (3,), dtype)
+    quantized = QuantizedWeight(jnp.asarray(weight), jnp.asarray(scales))
+    assert tpu.can_multiply(quantized)
+    found = jitted(jnp.asarray(x), quantized, (1,), backend="tpu")
+    matrix = reference.dequantised(weight[1], scales[1])
+    bound = 1e-5 * (np.abs(x.astype(np.float64)) @ np.abs(matrix))
+    assert np.all(np.abs(found - x.astype(np.float64) @ matrix) <= bound)
+
+
+def test_matrices_that_are_no_whole_tiles_of_a_tpu():
+    x, weight, scales = random_case(3, 120, 130, 8, (2,))
+    quantized = QuantizedWeight(jnp.asarray(weight), jnp.asarray(scales))
+    assert not tpu.can_multiply(quantized)
+    found = jitted(x, quantized, (1,), backend="tpu")
+    np.testing.assert_allclose(found, definition(x, quantized, (1,)), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["xla", "gpu", "tpu"])
+def test_several_stacks_at_once(backend):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((5, 256)).astype(np.float32)
+    stacks = [random_case(5, 256, columns, 1, (2,), seed=columns)[1:] for columns in (384, 128, 130)]
+    quantized = [QuantizedWeight(jnp.asarray(weight), jnp.asarray(scales)) for weight, scales in stacks]
+    found = jax.jit(quantized_matmuls, static_argnums=3)(x, quantized, (1,), backend)
+    for product, (weight, scales) in zip(found, stacks, strict=True):
+        np.testing.assert_allclose(product, x @ reference.dequantised(weight[1], scales[1]), rtol=1e-4, atol=1e-2)
 
 
 def test_index_may_be_traced_and_of_several_axes():
