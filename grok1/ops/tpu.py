@@ -6,6 +6,7 @@ On a processor they are interpreted, which is for tests.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ MOST_ROWS = 256
 """Rows of a block, which stay in the vector memory while its columns are computed."""
 
 _LANES = 128
+_SCALE_ROWS = 16  # of bfloat16 in a tile of memory
 _TILE_BYTES = 1 << 21  # of a matrix that are read at a time, so that reading hides the start of a step
 _MOST_INNER = 2048
 _MOST_COLUMNS = 2048
@@ -93,8 +95,15 @@ def multiply(
         return layer[0], expert[block], part, strip
 
     def of_scales(block: Any, strip: Any, part: Any, layer: Any, expert: Any, used: Any) -> tuple:
-        block, strip, _ = place(block, strip, part, used)
-        return layer[0], expert[block], 0, strip
+        block, strip, part = place(block, strip, part, used)
+        return scale_row(layer[0], expert[block], part) // scale_rows, strip
+
+    # One row of scales belongs to a tile; as a matrix, the stack of them needs no other layout than it has.
+    scales = weight.scales.reshape(-1, weight.shape[-1])
+    scale_rows = min(_SCALE_ROWS, scales.shape[0])
+    scale_row = functools.partial(
+        _scale_row, experts=weight.shape[-3], groups=weight.groups, parts_of_group=parts // weight.groups
+    )
 
     # An idle block writes into its own place, and a block's result stays at hand until its last part is added.
     grid = pltpu.PrefetchScalarGridSpec(
@@ -103,11 +112,11 @@ def multiply(
         in_specs=[
             pl.BlockSpec((rows, inner), of_x),
             pl.BlockSpec((None, None, inner, columns), of_weight),
-            pl.BlockSpec((None, None, weight.groups, columns), of_scales),
+            pl.BlockSpec((scale_rows, columns), of_scales),
         ],
         out_specs=pl.BlockSpec((rows, columns), lambda block, strip, part, *_: (block, strip)),
     )
-    kernel = functools.partial(_multiply_kernel, parts_of_group=parts // weight.groups)
+    kernel = functools.partial(_multiply_kernel, scale_row=scale_row)
     options = {
         "out_shape": jax.ShapeDtypeStruct((x.shape[0], weight.shape[-1]), jnp.float32),
         "grid_spec": grid,
@@ -126,22 +135,28 @@ def multiply(
         numbers[1].reshape(1),
         x,
         weight.weight,
-        weight.scales,
+        scales,
     )
     return lax.platform_dependent(*arguments, cpu=interpreted, default=compiled)
 
 
+def _scale_row(layer: Any, expert: Any, part: Any, *, experts: int, groups: int, parts_of_group: int) -> Any:
+    """Where a part's scales are in the stack of all."""
+    return (layer * experts + expert) * groups + part // parts_of_group
+
+
 def _multiply_kernel(
-    layer: Any, expert: Any, used: Any, x: Any, weight: Any, scales: Any, out: Any, *, parts_of_group: int
+    layer: Any, expert: Any, used: Any, x: Any, weight: Any, scales: Any, out: Any, *, scale_row: Callable[..., Any]
 ) -> None:
     """A part of a matrix's rows and a strip of its columns, added to what the parts before gave."""
-    part = pl.program_id(2)
+    block, part = pl.program_id(0), pl.program_id(2)
 
-    @pl.when(pl.program_id(0) < used[0])
+    @pl.when(block < used[0])
     def _() -> None:
         precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
         product = jnp.dot(x[...], weight[...].astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
         every = scales[...].astype(jnp.float32)
-        of_group = lax.broadcasted_iota(jnp.int32, every.shape, 0) == part // parts_of_group
+        row = scale_row(layer[0], expert[block], part) % every.shape[0]
+        of_group = lax.broadcasted_iota(jnp.int32, every.shape, 0) == row
         scaled = product * jnp.sum(jnp.where(of_group, every, 0.0), axis=0, keepdims=True)
         out[...] = jnp.where(part == 0, scaled, out[...] + scaled)
