@@ -78,13 +78,14 @@ class MixtureOfExperts(hk.Module):
         """
         shard, config = self.shard, self.shard.config
         emb = config.emb_size
-        outputs = gated_experts(
+        mixed = gated_experts(
             x,
             ExpertLinear(shard, emb, shard.ffn_size, 1, name="linear")(),
             ExpertLinear(shard, emb, shard.ffn_size, 1, name="linear_v")(),
             ExpertLinear(shard, shard.ffn_size, emb, shard.scale_groups, name="linear_1")(),
             layer,
             jnp.where(valid[:, None], experts, config.num_experts),
+            probabilities,
             backend=shard.backend,
         )
-        return shard.sum_over_shards(jnp.sum(outputs * probabilities[..., None], axis=1))
+        return shard.sum_over_shards(mixed)

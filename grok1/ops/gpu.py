@@ -139,7 +139,7 @@ def _trial() -> jax.Array:
     ramp = jnp.arange(size * size, dtype=jnp.int32).reshape(size, size)
     weight = QuantizedWeight((ramp % 251 - 125).astype(jnp.int8)[None, None], jnp.ones((1, 1, 1, size), jnp.bfloat16))
     x = (ramp[:LEAST_ROWS] % 17 - 8).astype(jnp.bfloat16)
-    product = multiply(x, [weight], 0, jnp.zeros(1, jnp.int32), 1)[0]
+    product = multiply(x[None], [weight], 0, jnp.zeros(1, jnp.int32), jnp.ones(1, bool))[0][0]
     plain = jnp.dot(x.astype(jnp.float32), weight.weight[0, 0].astype(jnp.float32), precision="highest")
     cache = jnp.sin(ramp.astype(jnp.float32)).astype(jnp.bfloat16)[None, None, None]
     query = jnp.ones((1, 1, 1, size), jnp.float32)
@@ -158,41 +158,41 @@ def multiply(
     weights: Sequence[QuantizedWeight],
     layer: jax.Array | int,
     expert: jax.Array,
-    used: jax.Array | int,
+    active: jax.Array,
 ) -> list[jax.Array]:
     """Blocks of rows times the matrices of their experts, for several stacks at once.
 
     int8 weights go from memory to the matrix units without a copy between; sums are float32.
 
     Args:
-        x: float `[slots, K]`, blocks one after the other.
+        x: float `[blocks, rows, K]`, or `[1, rows, K]` for rows that are those of every block; `MOST_ROWS` at most.
         weights: stacks `[layers, experts, K, N]`, each with its own N.
         layer: which layer; may be traced.
-        expert: int32 `[blocks]`, the expert of each block; their number divides the slots into blocks of a power of 2
-            of rows, `LEAST_ROWS` or more.
-        used: how many blocks hold rows; nothing is computed for the others, whose results mean nothing.
+        expert: int32 `[blocks]`, the expert of each block.
+        active: bool `[blocks]`; nothing is read or computed for the other blocks, whose results mean nothing.
 
     Returns:
-        float32 `[slots, N]` for each stack.
+        float32 `[blocks, rows, N]` for each stack.
     """
-    blocks = expert.shape[0]
-    tiles = _tiles(x.shape[0] // blocks)
+    blocks, rows = expert.shape[0], x.shape[1]
+    tiles = _tiles(max(LEAST_ROWS, pl.next_power_of_2(rows)))
     groups = weights[0].groups
     if any(weight.groups != groups for weight in weights):
         raise ValueError("stacks with different numbers of scale groups are to be multiplied at once")
     tile_counts = [pl.cdiv(weight.shape[-1], tiles.columns) for weight in weights]
-    parts = _Parts.choose(x.shape[1], groups, blocks * sum(tile_counts))
+    parts = _Parts.choose(x.shape[2], groups, blocks * sum(tile_counts))
     kernel = functools.partial(_multiply_kernel, tiles=tiles, parts=parts, tile_counts=tile_counts)
     partial_sums = _call(
         kernel,
         "grok1_multiply",
         (blocks, sum(tile_counts), parts.count),
-        [jax.ShapeDtypeStruct((parts.count, x.shape[0], weight.shape[-1]), jnp.float32) for weight in weights],
+        [jax.ShapeDtypeStruct((parts.count, blocks, rows, weight.shape[-1]), jnp.float32) for weight in weights],
         tiles.warps,
         tiles.stages,
     )(
-        jnp.stack([jnp.asarray(layer, jnp.int32), jnp.asarray(used, jnp.int32)]),
+        jnp.asarray(layer, jnp.int32).reshape(1),
         expert.astype(jnp.int32),
+        active.astype(jnp.int32),
         x,
         *(array for weight in weights for array in (weight.weight, weight.scales)),
     )
@@ -200,7 +200,7 @@ def multiply(
 
 
 def _multiply_kernel(
-    numbers: Any, expert: Any, x: Any, *arrays: Any, tiles: _Tiles, parts: _Parts, tile_counts: list[int]
+    layer: Any, expert: Any, active: Any, x: Any, *arrays: Any, tiles: _Tiles, parts: _Parts, tile_counts: list[int]
 ) -> None:
     """A block of rows, a tile of columns of one of the stacks, and a part of the matrix's rows."""
     sums = arrays[-len(tile_counts) :]
@@ -209,13 +209,15 @@ def _multiply_kernel(
     for i, count in enumerate(tile_counts):
         weight, scales = arrays[2 * i : 2 * i + 2]
 
-        @pl.when((block < numbers[1]) & (tile >= first_tile) & (tile < first_tile + count))
+        @pl.when((active[block] != 0) & (tile >= first_tile) & (tile < first_tile + count))
         def _(weight: Any = weight, scales: Any = scales, out: Any = sums[i], first_tile: int = first_tile) -> None:
-            place = numbers[0], expert[block]
+            place = layer[0], expert[block]
             product = _tile_product(x, weight, scales, place, block, tile - first_tile, part, tiles, parts)
             columns = pl.ds((tile - first_tile) * tiles.columns, tiles.columns)
-            mask = _mask((tiles.rows, tiles.columns), columns=_within(columns, out.shape[-1]))
-            _store(out.at[part, pl.ds(block * tiles.rows, tiles.rows), columns], product, mask)
+            mask = _mask(
+                (tiles.rows, tiles.columns), _within(0, tiles.rows, out.shape[2]), _within_slice(columns, out.shape[3])
+            )
+            _store(out.at[part, block, pl.ds(0, tiles.rows), columns], product, mask)
 
         first_tile += count
 
@@ -225,8 +227,9 @@ def _tile_product(
 ) -> jax.Array:
     """float32 `[rows, columns]`, the sum over one part."""
     columns = pl.ds(tile * tiles.columns, tiles.columns)
-    inside = _within(columns, weight.shape[-1])
-    rows = pl.ds(block * tiles.rows, tiles.rows)
+    inside = _within_slice(columns, weight.shape[-1])
+    present = _within(0, tiles.rows, x.shape[1])
+    own = jnp.minimum(block, x.shape[0] - 1)  # the rows of all blocks may be the same
     ragged = parts.group_rows % (parts.cuts * tiles.inner) != 0
 
     def of_group(group: Any) -> jax.Array:
@@ -237,10 +240,10 @@ def _tile_product(
         def add(i: Any, total: jax.Array) -> jax.Array:
             inner = pl.ds(start + i * tiles.inner, tiles.inner)
             known = start + i * tiles.inner + jnp.arange(tiles.inner) < end if ragged else None
-            inputs = _load(x.at[rows, inner], _mask((tiles.rows, tiles.inner), columns=known))
+            inputs = _load(x.at[own, pl.ds(0, tiles.rows), inner], _mask((tiles.rows, tiles.inner), present, known))
             values = _load(
                 weight.at[(*place, inner, columns)],
-                _mask((tiles.inner, tiles.columns), rows=known, columns=inside),
+                _mask((tiles.inner, tiles.columns), known, inside),
                 eviction_policy="evict_first",
             )
             return total + _dot(inputs, values.astype(inputs.dtype))
@@ -276,26 +279,23 @@ def attention(
     kv_heads, capacity = keys.shape[2], keys.shape[3]
     count = heads // kv_heads * seq
     rows = min(_QUERY_ROWS, max(LEAST_ROWS, pl.next_power_of_2(count)))
-    padded = pl.cdiv(count, rows) * rows
-    width = max(LEAST_ROWS, pl.next_power_of_2(size))
     grouped = query.reshape(batch, seq, kv_heads, heads // kv_heads, size).transpose(0, 2, 3, 1, 4)
     grouped = grouped.reshape(batch, kv_heads, count, size).astype(keys.dtype)
-    grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, padded - count), (0, width - size)))
-    of_rows = jnp.pad(jnp.tile(positions, (1, heads // kv_heads)), ((0, 0), (0, padded - count)), constant_values=-1)
-    programs = batch * kv_heads * (padded // rows)
+    of_rows = positions if seq == 1 else jnp.tile(positions, (1, heads // kv_heads))
+    programs = batch * kv_heads * pl.cdiv(count, rows)
     splits = 1
     while splits < _MOST_SPLITS and 2 * splits * _LEAST_SPLIT <= capacity and programs * splits < _ENOUGH_PROGRAMS:
         splits *= 2
     kernel = functools.partial(
-        _attention_kernel, rows=rows, size=size, splits=splits, multiplier=multiplier, cap=cap, kv_heads=kv_heads
+        _attention_kernel, rows=rows, splits=splits, multiplier=multiplier, cap=cap, kv_heads=kv_heads
     )
     weighted, mass = _call(
         kernel,
         "grok1_attention",
-        (padded // rows, batch * kv_heads, splits),
+        (pl.cdiv(count, rows), batch * kv_heads, splits),
         [
-            jax.ShapeDtypeStruct((splits, batch, kv_heads, padded, width), jnp.float32),
-            jax.ShapeDtypeStruct((splits, batch, kv_heads, padded), jnp.float32),
+            jax.ShapeDtypeStruct((splits, batch, kv_heads, count, size), jnp.float32),
+            jax.ShapeDtypeStruct((splits, batch, kv_heads, count), jnp.float32),
         ],
         4,
         2,
@@ -308,7 +308,7 @@ def attention(
         values,
     )
     weighted, mass = jnp.sum(weighted, axis=0), jnp.sum(mass, axis=0)
-    output = (weighted / jnp.where(mass > 0, mass, 1.0)[..., None])[:, :, :count, :size]  # padding sees nothing
+    output = weighted / jnp.where(mass > 0, mass, 1.0)[..., None]  # padding sees nothing
     output = output.reshape(batch, kv_heads, heads // kv_heads, seq, size)
     return output.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, size)
 
@@ -324,19 +324,24 @@ def _attention_kernel(
     mass: Any,
     *,
     rows: int,
-    size: int,
     splits: int,
     multiplier: float,
     cap: float,
     kv_heads: int,
 ) -> None:
     """Some query rows of one key/value head, and every `splits`th block of the positions that they see."""
-    width, capacity = query.shape[-1], keys.shape[3]
+    count, size, capacity = query.shape[2], query.shape[3], keys.shape[3]
+    width = max(LEAST_ROWS, pl.next_power_of_2(size))
     batch, head, split = pl.program_id(1) // kv_heads, pl.program_id(1) % kv_heads, pl.program_id(2)
     of_program = pl.ds(pl.program_id(0) * rows, rows)
-    own = _load(positions.at[batch, of_program])
-    inputs = _load(query.at[batch, head, of_program, pl.ds(0, width)])
-    inside = jnp.arange(width) < size if width != size else None
+    present, inside = _within_slice(of_program, count), _within(0, width, size)
+    if positions.shape[1] == 1:
+        own = jnp.full((rows,), positions[batch, 0])
+    else:
+        own = _load(positions.at[batch, of_program], present)
+    if present is not None:
+        own = jnp.where(present, own, -1)
+    inputs = _load(query.at[batch, head, of_program, pl.ds(0, width)], _mask((rows, width), present, inside))
     blocks = (jnp.max(own) + _DECODE_BLOCK) // _DECODE_BLOCK  # up to the furthest row's own position
     place = layer[0], slots[batch], head
 
@@ -345,7 +350,7 @@ def _attention_kernel(
         at = start + jnp.arange(_DECODE_BLOCK)
         known = at < capacity if capacity % _DECODE_BLOCK else None
         block = (*place, pl.ds(start, _DECODE_BLOCK), pl.ds(0, width))
-        mask = _mask((_DECODE_BLOCK, width), rows=known, columns=inside)
+        mask = _mask((_DECODE_BLOCK, width), known, inside)
         logits = _dot(inputs, _load(keys.at[block], mask).T) * (multiplier / cap)
         visible = at[None, :] <= own[:, None]
         if known is not None:
@@ -357,8 +362,9 @@ def _attention_kernel(
 
     zeros = jnp.zeros((rows, width), jnp.float32), jnp.zeros((rows,), jnp.float32)
     total, all_mass = lax.fori_loop(0, (blocks - split + splits - 1) // splits, add, zeros)
-    _store(weighted.at[split, batch, head, of_program, pl.ds(0, width)], total)
-    _store(mass.at[split, batch, head, of_program], all_mass)
+    out = weighted.at[split, batch, head, of_program, pl.ds(0, width)]
+    _store(out, total, _mask((rows, width), present, inside))
+    _store(mass.at[split, batch, head, of_program], all_mass, present)
 
 
 def _call(
@@ -383,9 +389,13 @@ def _call(
     return call
 
 
-def _within(columns: Any, count: int) -> jax.Array | None:
-    """Which of a tile's columns there are; None if all are."""
-    return None if count % columns.size == 0 else columns.start + jnp.arange(columns.size) < count
+def _within(start: Any, size: int, count: int) -> jax.Array | None:
+    """Which of the `size` places from `start` on there are, of `count`; None if all are."""
+    return None if count % size == 0 else start + jnp.arange(size) < count
+
+
+def _within_slice(places: Any, count: int) -> jax.Array | None:
+    return _within(places.start, places.size, count)
 
 
 def _mask(shape: tuple[int, int], rows: jax.Array | None = None, columns: jax.Array | None = None) -> jax.Array | None:

@@ -17,6 +17,9 @@ from grok1.ops import blocked, gpu, tpu
 from grok1.ops.backend import Backend
 from grok1.quantize import QuantizedWeight
 
+MOST_ROWS: dict[Backend, int] = {"gpu": gpu.MOST_ROWS, "tpu": tpu.MOST_ROWS}
+"""Rows of a block of `block_products`."""
+
 # Rows of the smallest and of the largest block.
 _BLOCK_ROWS: dict[Backend, tuple[int, int]] = {
     "xla": (1, 128),
@@ -69,20 +72,13 @@ def group_by_expert(expert: jax.Array, num_experts: int, backend: Backend = "xla
     first_slot = (last_block - blocks_of) * block_rows
     slot = jnp.sum(one_hot * (first_slot + rank), axis=1)
     slot = jnp.where(expert < num_experts, slot, blocks * block_rows)
-    block_expert = jnp.searchsorted(last_block, jnp.arange(blocks), side="right")
+    block_expert = jnp.sum(last_block[None, :] <= jnp.arange(blocks)[:, None], axis=1)
     return ExpertBlocks(
         slot=slot.astype(jnp.int32),
         expert=jnp.minimum(block_expert, num_experts - 1).astype(jnp.int32),
         used=last_block[-1].astype(jnp.int32),
         block_rows=block_rows,
     )
-
-
-def one_group(rows: int, backend: Backend) -> ExpertBlocks:
-    """Blocks of rows that all go to one expert, in their order."""
-    block_rows = _block_rows(rows, backend)
-    blocks = -(-rows // block_rows)
-    return ExpertBlocks(jnp.arange(rows, dtype=jnp.int32), jnp.zeros(blocks, jnp.int32), jnp.int32(blocks), block_rows)
 
 
 def _block_rows(rows: float, backend: Backend) -> int:
@@ -129,17 +125,53 @@ def grouped_matmuls(
     backend: Backend = "xla",
 ) -> list[jax.Array]:
     """`grouped_matmul` with several stacks, which one kernel reads where a backend has such."""
-    if backend == "gpu":
-        return gpu.multiply(x, weights, layer, blocks.expert, blocks.used)
-    if backend == "tpu":
-        tiled = [tpu.can_multiply(weight) for weight in weights]
-        return [
-            tpu.multiply(x, weight, layer, blocks.expert, blocks.used)
-            if tiles
-            else _grouped_matmul(x, weight, layer, blocks)
-            for weight, tiles in zip(weights, tiled, strict=True)
-        ]
+    if backend in ("gpu", "tpu"):
+        active = jnp.arange(blocks.expert.shape[0]) < blocks.used
+        in_blocks = x.reshape(-1, blocks.block_rows, x.shape[1])
+        products = block_products(in_blocks, weights, layer, blocks.expert, active, backend)
+        return [product.reshape(blocks.num_slots, -1) for product in products]
     return [_grouped_matmul(x, weight, layer, blocks) for weight in weights]
+
+
+def block_products(
+    x: jax.Array,
+    weights: Sequence[QuantizedWeight],
+    layer: jax.Array | int,
+    expert: jax.Array,
+    active: jax.Array,
+    backend: Backend,
+) -> list[jax.Array]:
+    """Blocks of rows times the matrices of their experts, by the kernels of an accelerator.
+
+    Args:
+        x: float `[blocks, rows, K]`, or `[1, rows, K]` for rows that are those of every block.
+        weights: stacks `[layers, experts, K, N]`, each with its own N.
+        layer: which layer; may be traced.
+        expert: int32 `[blocks]`, the expert of each block.
+        active: bool `[blocks]`; the results of other blocks mean nothing.
+        backend: "gpu" or "tpu"; for matrices that are no whole tiles of a TPU, XLA multiplies.
+
+    Returns:
+        float32 `[blocks, rows, N]` for each stack.
+    """
+    if backend == "gpu":
+        return gpu.multiply(x, weights, layer, expert, active)
+    tiled = [tpu.can_multiply(weight) for weight in weights]
+    return [
+        tpu.multiply(x, weight, layer, expert, active) if tiles else _block_products(x, weight, layer, expert, active)
+        for weight, tiles in zip(weights, tiled, strict=True)
+    ]
+
+
+def _block_products(
+    x: jax.Array, weight: QuantizedWeight, layer: jax.Array | int, expert: jax.Array, active: jax.Array
+) -> jax.Array:
+    def one_block(i: jax.Array, y: jax.Array) -> jax.Array:
+        rows = x[0] if x.shape[0] == 1 else x[i]
+        return lax.cond(active[i], lambda: y.at[i].set(blocked.multiply(rows, weight, (layer, expert[i]))), lambda: y)
+
+    blocks = expert.shape[0]
+    return lax.fori_loop(0, blocks, one_block, jnp.zeros((blocks, x.shape[1], weight.shape[-1]), jnp.float32))
 
 
 def _grouped_matmul(x: jax.Array, weight: QuantizedWeight, layer: jax.Array | int, blocks: ExpertBlocks) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from grok1.ops import blocked, cpu
 from grok1.ops.backend import Backend
-from grok1.ops.grouped_matmul import grouped_matmuls, one_group
+from grok1.ops.grouped_matmul import MOST_ROWS, block_products
 from grok1.quantize import PackedWeight, QuantizedWeight
 
 Weight = QuantizedWeight | PackedWeight
@@ -50,10 +50,13 @@ def quantized_matmuls(
     """
     plain = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
     if backend in ("gpu", "tpu") and len(plain) == len(weights) and len(index) == 1:
-        blocks = one_group(x.shape[0], backend)
-        rows = jnp.pad(x, ((0, blocks.num_slots - x.shape[0]), (0, 0)))
+        blocks = -(-x.shape[0] // MOST_ROWS[backend])
+        size = x.shape[0] if blocks == 1 else MOST_ROWS[backend]
+        rows = jnp.pad(x, ((0, blocks * size - x.shape[0]), (0, 0))).reshape(blocks, size, -1)
         stacks = [QuantizedWeight(weight.weight[:, None], weight.scales[:, None]) for weight in plain]
-        return [product[: x.shape[0]] for product in grouped_matmuls(rows, stacks, index[0], blocks, backend)]
+        expert, active = jnp.zeros(blocks, jnp.int32), jnp.ones(blocks, bool)
+        products = block_products(rows, stacks, index[0], expert, active, backend)
+        return [product.reshape(blocks * size, -1)[: x.shape[0]] for product in products]
     return [_one(x, weight, index) for weight in weights]
 
 

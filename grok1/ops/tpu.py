@@ -51,22 +51,21 @@ def _largest_divisor(size: int, most: int) -> int:
 
 
 def multiply(
-    x: jax.Array, weight: QuantizedWeight, layer: jax.Array | int, expert: jax.Array, used: jax.Array | int
+    x: jax.Array, weight: QuantizedWeight, layer: jax.Array | int, expert: jax.Array, active: jax.Array
 ) -> jax.Array:
     """Blocks of rows times the matrices of their experts.
 
     Tiles of int8 are on their way from memory while the one before them is multiplied; sums are float32.
 
     Args:
-        x: float `[slots, K]`, blocks one after the other.
+        x: float `[blocks, rows, K]`, or `[1, rows, K]` for rows that are those of every block; `MOST_ROWS` at most.
         weight: a stack `[layers, experts, K, N]` for which `can_multiply` holds.
         layer: which layer; may be traced.
-        expert: int32 `[blocks]`, the expert of each block; their number divides the slots into blocks of a multiple of
-            `LEAST_ROWS` rows.
-        used: how many blocks hold rows; nothing is read or computed for the others, whose results mean nothing.
+        expert: int32 `[blocks]`, the expert of each block.
+        active: bool `[blocks]`; nothing is read or computed for the other blocks, whose results mean nothing.
 
     Returns:
-        float32 `[slots, N]`.
+        float32 `[blocks, rows, N]`.
     """
     from jax.experimental.pallas import tpu as pltpu
 
@@ -74,29 +73,25 @@ def multiply(
     if tile is None:
         raise ValueError(f"matrices of {weight.shape} with {weight.groups} scale groups do not divide into tiles")
     inner, columns = tile
-    blocks, rows = expert.shape[0], x.shape[0] // expert.shape[0]
+    blocks, rows, shared = expert.shape[0], x.shape[1], x.shape[0] == 1
     parts, strips = weight.shape[-2] // inner, weight.shape[-1] // columns
 
-    def place(block: Any, strip: Any, part: Any, used: Any) -> tuple[Any, Any, Any]:
-        """What to have at hand at a step: where nothing is computed, what the last one had, so that nothing is read."""
-        idle = block >= used[0]
-        return (
-            jnp.where(idle, jnp.maximum(used[0] - 1, 0), block),
-            jnp.where(idle, strips - 1, strip),
-            jnp.where(idle, parts - 1, part),
-        )
+    # An idle block has at hand what the last active one had at its end, so that nothing is read for it.
+    order = jnp.arange(blocks)
+    held = jnp.max(jnp.where(active[None, :] & (order[None, :] <= order[:, None]), order[None, :], 0), axis=1)
 
-    def of_x(block: Any, strip: Any, part: Any, layer: Any, expert: Any, used: Any) -> tuple:
-        block, _, part = place(block, strip, part, used)
-        return block, part
+    def of_x(block: Any, strip: Any, part: Any, layer: Any, expert: Any, held: Any, active: Any) -> tuple:
+        part = jnp.where(active[block] != 0, part, parts - 1)
+        return 0 if shared else held[block], 0, part
 
-    def of_weight(block: Any, strip: Any, part: Any, layer: Any, expert: Any, used: Any) -> tuple:
-        block, strip, part = place(block, strip, part, used)
-        return layer[0], expert[block], part, strip
+    def of_weight(block: Any, strip: Any, part: Any, layer: Any, expert: Any, held: Any, active: Any) -> tuple:
+        idle = active[block] == 0
+        last = jnp.where(idle, parts - 1, part), jnp.where(idle, strips - 1, strip)
+        return layer[0], expert[held[block]], *last
 
-    def of_scales(block: Any, strip: Any, part: Any, layer: Any, expert: Any, used: Any) -> tuple:
-        block, strip, part = place(block, strip, part, used)
-        return scale_row(layer[0], expert[block], part) // scale_rows, strip
+    def of_scales(block: Any, strip: Any, part: Any, layer: Any, expert: Any, held: Any, active: Any) -> tuple:
+        *_, part, strip = of_weight(block, strip, part, layer, expert, held, active)
+        return scale_row(layer[0], expert[held[block]], part) // scale_rows, strip
 
     # One row of scales belongs to a tile; as a matrix, the stack of them needs no other layout than it has.
     scales = weight.scales.reshape(-1, weight.shape[-1])
@@ -105,20 +100,20 @@ def multiply(
         _scale_row, experts=weight.shape[-3], groups=weight.groups, parts_of_group=parts // weight.groups
     )
 
-    # An idle block writes into its own place, and a block's result stays at hand until its last part is added.
+    # A block's result stays at hand until its last part is added; an idle one writes into its own place.
     grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=3,
+        num_scalar_prefetch=4,
         grid=(blocks, strips, parts),
         in_specs=[
-            pl.BlockSpec((rows, inner), of_x),
+            pl.BlockSpec((None, rows, inner), of_x),
             pl.BlockSpec((None, None, inner, columns), of_weight),
             pl.BlockSpec((scale_rows, columns), of_scales),
         ],
-        out_specs=pl.BlockSpec((rows, columns), lambda block, strip, part, *_: (block, strip)),
+        out_specs=pl.BlockSpec((None, rows, columns), lambda block, strip, part, *_: (block, 0, strip)),
     )
     kernel = functools.partial(_multiply_kernel, scale_row=scale_row)
     options = {
-        "out_shape": jax.ShapeDtypeStruct((x.shape[0], weight.shape[-1]), jnp.float32),
+        "out_shape": jax.ShapeDtypeStruct((blocks, rows, weight.shape[-1]), jnp.float32),
         "grid_spec": grid,
         "name": "grok1_multiply",
     }
@@ -128,16 +123,8 @@ def multiply(
         **options,  # type: ignore[arg-type]
     )
     interpreted = pl.pallas_call(kernel, interpret=True, **options)  # type: ignore[arg-type]
-    numbers = [jnp.asarray(number, jnp.int32) for number in (layer, used)]
-    arguments = (
-        numbers[0].reshape(1),
-        expert.astype(jnp.int32),
-        numbers[1].reshape(1),
-        x,
-        weight.weight,
-        scales,
-    )
-    return lax.platform_dependent(*arguments, cpu=interpreted, default=compiled)
+    numbers = [array.astype(jnp.int32) for array in (jnp.asarray(layer).reshape(1), expert, held, active)]
+    return lax.platform_dependent(*numbers, x, weight.weight, scales, cpu=interpreted, default=compiled)
 
 
 def _scale_row(layer: Any, expert: Any, part: Any, *, experts: int, groups: int, parts_of_group: int) -> Any:
@@ -146,12 +133,21 @@ def _scale_row(layer: Any, expert: Any, part: Any, *, experts: int, groups: int,
 
 
 def _multiply_kernel(
-    layer: Any, expert: Any, used: Any, x: Any, weight: Any, scales: Any, out: Any, *, scale_row: Callable[..., Any]
+    layer: Any,
+    expert: Any,
+    held: Any,
+    active: Any,
+    x: Any,
+    weight: Any,
+    scales: Any,
+    out: Any,
+    *,
+    scale_row: Callable[..., Any],
 ) -> None:
     """A part of a matrix's rows and a strip of its columns, added to what the parts before gave."""
     block, part = pl.program_id(0), pl.program_id(2)
 
-    @pl.when(block < used[0])
+    @pl.when(active[block] != 0)
     def _() -> None:
         precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
         product = jnp.dot(x[...], weight[...].astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)

@@ -28,23 +28,26 @@ def pack(weight):
     return PackedWeight(jnp.asarray(panels), weight.scales, group_rows)
 
 
-def exact(x, weights, layer, experts):
+def exact(x, weights, layer, experts, factors):
     """In float64, expert by expert; rows that go nowhere give 0."""
     gate, value, project = (
         reference.dequantised(np.asarray(w.weight[layer]), np.asarray(w.scales[layer])) for w in weights
     )
-    out = np.zeros((*experts.shape, project.shape[-1]))
+    out = np.zeros((len(x), project.shape[-1]))
     for row, place in np.ndindex(experts.shape):
         expert = experts[row, place]
         if expert < EXPERTS:
             u = x[row].astype(np.float64) @ gate[expert]
             gelu = 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3)))
-            out[row, place] = (gelu * (x[row].astype(np.float64) @ value[expert])) @ project[expert]
+            output = (gelu * (x[row].astype(np.float64) @ value[expert])) @ project[expert]
+            out[row] += factors[row, place] * output
     return out
 
 
 @pytest.mark.parametrize("backend", ["xla", "cpu", "gpu", "tpu"])
-@pytest.mark.parametrize(("rows", "inner", "ffn"), [(1, 24, 48), (3, 40, 88), (50, 16, 136), (40, 128, 1024)])
+@pytest.mark.parametrize(
+    ("rows", "inner", "ffn"), [(1, 24, 48), (3, 40, 88), (16, 128, 1024), (50, 16, 136), (40, 128, 1024)]
+)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (ml_dtypes.bfloat16, 2e-2)])
 def test_each_row_goes_through_its_experts(rows, inner, ffn, dtype, tolerance, backend):
     rng = np.random.default_rng(rows)
@@ -53,16 +56,17 @@ def test_each_row_goes_through_its_experts(rows, inner, ffn, dtype, tolerance, b
     experts = rng.integers(0, EXPERTS, (rows, 2)).astype(np.int32)
     experts[rng.random(rows) < 0.2] = EXPERTS
     used = [pack(weight) for weight in weights] if backend == "cpu" else weights
-    found = jax.jit(gated_experts, static_argnums=6)(x, *used, 1, experts, backend)
-    expected = exact(x, weights, 1, experts)
+    factors = rng.uniform(0.1, 1, experts.shape).astype(np.float32)
+    found = jax.jit(gated_experts, static_argnums=7)(x, *used, 1, experts, factors, backend)
+    expected = exact(x, weights, 1, experts, factors)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, atol=tolerance)
-    np.testing.assert_allclose(definition(x, *used, 1, jnp.asarray(experts)), expected, atol=1e-5)
-    assert not np.asarray(found)[experts == EXPERTS].any()
+    np.testing.assert_allclose(definition(x, *used, 1, jnp.asarray(experts), factors), expected, atol=1e-5)
+    assert not np.asarray(found)[np.all(experts == EXPERTS, axis=1)].any()
 
 
 def test_packed_and_other_weights_do_not_mix():
     rng = np.random.default_rng(0)
     gate, value, project = random_weight(rng, 8, 16, 1), random_weight(rng, 8, 16, 1), random_weight(rng, 16, 8, 8)
     with pytest.raises(TypeError, match="some are not"):
-        gated_experts(jnp.zeros((1, 8)), pack(gate), value, project, 0, jnp.zeros((1, 2), int))
+        gated_experts(jnp.zeros((1, 8)), pack(gate), value, project, 0, jnp.zeros((1, 2), int), jnp.ones((1, 2)))
