@@ -18,9 +18,10 @@ SCALE_GROUPS = 8
 """Row groups in the scales of a matrix whose input dimension the release split over its 8 devices."""
 
 DTypeName = Literal["float32", "bfloat16"]
+"""Dtypes of activations and of the key/value cache."""
 
 KernelsName = Literal["auto", "native", "xla"]
-"""Dtypes of activations and of the key/value cache."""
+"""What users may ask to compute: the platform's own kernels or XLA's."""
 
 _MAX_SIZE = 2**31 - 1  # every index into an axis is an int32 on the device
 _MAX_LAYERS = 4096
@@ -193,6 +194,7 @@ def _check_positive_number(name: str, value: object) -> None:
 
 PRESETS: dict[str, ModelConfig] = {
     "grok-1": ModelConfig(),
+    "grok-1-slice": ModelConfig(num_layers=8),
     "tiny": ModelConfig(
         vocab_size=1024,
         emb_size=128,
@@ -215,7 +217,7 @@ PRESETS: dict[str, ModelConfig] = {
         sequence_len=1024,
     ),
 }
-"""The configs that `grok1 init --preset` knows: the release, a model of 20 million weights, one of 3.3 billion."""
+"""The configs that `--preset` knows: the release, a few of its layers, models of 20 million and 3.3 billion weights."""
 
 
 def default_dtype(platform: str) -> DTypeName:
@@ -223,13 +225,18 @@ def default_dtype(platform: str) -> DTypeName:
     return "float32" if platform == "cpu" else "bfloat16"
 
 
-def preset(name: str) -> ModelConfig:
+def preset(name: str, layers: int | None = None) -> ModelConfig:
     """The preset of that name.
 
+    Args:
+        name: a name of `PRESETS`.
+        layers: how many there are to be; by default as many as it has.
+
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is none, or there cannot be so many layers.
     """
     try:
-        return PRESETS[name]
+        config = PRESETS[name]
     except KeyError:
         raise ConfigError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}") from None
+    return config if layers is None else dataclasses.replace(config, num_layers=layers)

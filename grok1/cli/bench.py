@@ -15,7 +15,7 @@ import grok1
 from grok1.byte_size import format_bytes
 from grok1.cli.columns import columns
 from grok1.cli.loading import load_model, read_config, start_jax, tell_fallback
-from grok1.cli.options import ModelChoice, model_options, output_options
+from grok1.cli.options import LAYERS, ModelChoice, model_options, output_options
 from grok1.cli.terminal import OutputError, Terminal, pass_terminal
 from grok1.config import PRESETS, ModelConfig, default_dtype, preset
 from grok1.json_text import json_line
@@ -30,7 +30,7 @@ _PROMPT = 512  # tokens, unless the user says otherwise
 # Options that say what to measure, and how.
 _OF_MEASURING = (
     *("checkpoint", "tokenizer", "mesh", "dtype", "load_memory"),
-    *("preset_name", "prompt", "batch", "decode", "plot"),
+    *("preset_name", "layers", "prompt", "batch", "decode", "plot"),
 )
 
 
@@ -64,6 +64,7 @@ def _plot_file(ctx: click.Context, param: click.Parameter, value: Path | None) -
     type=click.Choice(list(PRESETS)),
     help="Measure this model with random weights, made in memory, instead of a checkpoint.",
 )
+@LAYERS
 @click.option(
     "--prompt",
     type=_Numbers(),
@@ -89,6 +90,7 @@ def _plot_file(ctx: click.Context, param: click.Parameter, value: Path | None) -
 def command(
     terminal: Terminal,
     preset_name: str | None,
+    layers: int | None,
     prompt: tuple[int, ...] | None,
     batch: tuple[int, ...],
     decode: int,
@@ -108,12 +110,15 @@ def command(
     \b
     grok1 bench --preset tiny --prompt 64
     grok1 bench --preset bench-3b --prompt 64,512 --batch 1,8 --plot roofline.svg
+    grok1 bench --preset grok-1-slice --layers 16 --batch 1,8,32
     grok1 bench -c checkpoints --threads 8 --json
     """
     if preset_name is not None and _given("checkpoint"):
         raise click.UsageError("--checkpoint and --preset are both given: give one of them.")
     if preset_name is not None:
         _refuse("tokenizer", "load_memory", because="--preset reads no files")
+    elif not only_devices:
+        _refuse("layers", because="a checkpoint has its own layers")
     if only_devices:
         _refuse(*_OF_MEASURING, because="--devices measures nothing")
     if plot is not None:
@@ -126,11 +131,13 @@ def command(
             _tell_devices(terminal, choice, as_json)
             return
         start = time.perf_counter()
-        config = read_config(choice) if preset_name is None else preset(preset_name)
+        config = read_config(choice) if preset_name is None else preset(preset_name, layers)
         prompt = _measurable(terminal, choice, config, prompt, batch, decode)
         model = _model(terminal, choice, preset_name, config)
         load_seconds = time.perf_counter() - start
         name = preset_name or str(choice.checkpoint)
+        if layers is not None:
+            name += f", {layers} layers"
 
         from grok1 import memory
         from grok1.bench import measure, measure_limits

@@ -9,13 +9,11 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from grok1.cli.options import output_options
+from grok1.cli.options import LAYERS, output_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.config import PRESETS, ModelConfig
+from grok1.config import preset as preset_config
 from grok1.json_text import json_line
-
-_RELEASE = "grok-1"
-"""The one preset whose tokenizer exists already, with the release's code."""
 
 
 @click.command("init", short_help="Write a checkpoint of random weights.")
@@ -25,8 +23,9 @@ _RELEASE = "grok-1"
     required=True,
     type=click.Choice(list(PRESETS)),
     help="Which model: tiny has 20 million weights and runs anywhere, bench-3b has 3.3 billion, grok-1 is as large "
-    "as the release (318 GB).",
+    "as the release (318 GB), grok-1-slice has 8 of its 64 layers.",
 )
+@LAYERS
 @click.option(
     "--seed",
     type=click.IntRange(min=0),
@@ -40,7 +39,7 @@ _RELEASE = "grok-1"
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Write this SentencePiece model beside the weights, and make the vocabulary as large as its own.  "
-    "[default: a small tokenizer is trained; none for grok-1]",
+    "[default: a small tokenizer is trained; none for grok-1 and grok-1-slice]",
 )
 @click.option(
     "--hollow",
@@ -56,6 +55,7 @@ def command(
     terminal: Terminal,
     directory: Path,
     preset: str,
+    layers: int | None,
     seed: int,
     tokenizer: Path | None,
     hollow: bool,
@@ -85,8 +85,7 @@ def command(
     from grok1.checkpoint.writer import write_checkpoint
 
     doing = "writing hollow files" if hollow else "writing weights"
-    config = PRESETS[preset]
-    config, tokenizer_model = _tokenizer(terminal, config, preset, tokenizer)
+    config, tokenizer_model = _tokenizer(terminal, preset_config(preset, layers), tokenizer)
     write_checkpoint(
         directory,
         config,
@@ -128,16 +127,14 @@ def command(
     terminal.note(f'Try: grok1 run -c {shlex.quote(str(directory))} "The answer is"')
 
 
-def _tokenizer(
-    terminal: Terminal, config: ModelConfig, preset: str, file: Path | None
-) -> tuple[ModelConfig, bytes | None]:
+def _tokenizer(terminal: Terminal, config: ModelConfig, file: Path | None) -> tuple[ModelConfig, bytes | None]:
     """The config with the vocabulary of the tokenizer to write, and that tokenizer."""
     if file is not None:
         from grok1.tokenizer import Tokenizer
 
         size = Tokenizer.read(file).vocab_size
         return dataclasses.replace(config, vocab_size=size), file.read_bytes()
-    if preset == _RELEASE:
+    if config.vocab_size == PRESETS["grok-1"].vocab_size:  # whose tokenizer exists already, with the release's code
         return config, None
     from grok1.small_tokenizer import train_small_tokenizer
 

@@ -100,6 +100,14 @@ TOKENIZER = click.option(
     metavar="FILE",
     help="The SentencePiece model of the checkpoint.  [default: tokenizer.model in or beside the checkpoint]",
 )
+LAYERS = click.option(
+    "--layers",
+    type=click.IntRange(1, 4096),
+    metavar="N",
+    help="Give the preset this many layers instead of its own.",
+)
+"""How many layers a preset is to have."""
+
 MESH = click.option(
     "--mesh",
     type=_MeshType(),

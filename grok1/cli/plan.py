@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from grok1.byte_size import format_bytes
 from grok1.cli.columns import columns
 from grok1.cli.loading import prepare_jax, start_jax
-from grok1.cli.options import MESH, ByteSize, output_options
+from grok1.cli.options import LAYERS, MESH, ByteSize, output_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.config import PRESETS, ModelConfig, preset
 from grok1.json_text import json_line
@@ -65,6 +65,7 @@ _PROMPT = 2048  # tokens of the prompt whose speed is told
     show_default=True,
     help="Plan for this model.",
 )
+@LAYERS
 @click.option(
     "-c",
     "--checkpoint",
@@ -76,9 +77,9 @@ _PROMPT = 2048  # tokens of the prompt whose speed is told
     "--compile",
     "compiles",
     is_flag=True,
-    help="Also compile the model's decode and prefill steps, for virtual devices of the processor or, for tpu-v5e, "
-    "tpu-v5p and tpu-v6e, for the true slice if the tpu extra is installed, and tell the compiler's own figures of "
-    "memory. It takes seconds and no weights.",
+    help="Also compile the model's decode and prefill steps, for virtual devices of the processor or, where the "
+    "tpu or cuda extra is installed, for the true slice of tpu-v5e, tpu-v5p or tpu-v6e or the true a100, h100, h800 or "
+    "h200, none of which need be there; tell the compiler's own figures of memory. It takes seconds and no weights.",
 )
 @output_options
 @pass_terminal
@@ -91,6 +92,7 @@ def command(
     mesh: tuple[int, int] | None,
     dtype: str | None,
     preset_name: str,
+    layers: int | None,
     checkpoint: Path | None,
     compiles: bool,
     as_json: bool,
@@ -111,8 +113,10 @@ def command(
     named = click.get_current_context().get_parameter_source("preset_name") is not ParameterSource.DEFAULT
     if checkpoint is not None and named:
         raise click.UsageError("--checkpoint and --preset are both given: give one of them.")
+    if checkpoint is not None and layers is not None:
+        raise click.UsageError("--checkpoint and --layers are both given: a checkpoint has its own layers.")
     prepare_jax(terminal)
-    config = _config(preset_name, checkpoint)
+    config = _config(preset_name, layers, checkpoint)
     name = str(checkpoint) if checkpoint else preset_name
     devices = _devices(terminal, device, count, memory, bandwidth)
 
@@ -143,11 +147,11 @@ def command(
     terminal.write(f"{verdict(estimate)}\n")
 
 
-def _config(preset_name: str, checkpoint: Path | None) -> ModelConfig:
+def _config(preset_name: str, layers: int | None, checkpoint: Path | None) -> ModelConfig:
     from grok1.checkpoint.reader import find_checkpoint, stated_or_release
 
     if checkpoint is None:
-        return preset(preset_name)
+        return preset(preset_name, layers)
     return stated_or_release(find_checkpoint(checkpoint))[0]
 
 
@@ -191,12 +195,22 @@ def _compile(terminal: Terminal, estimate: Estimate) -> list[CompiledStep]:
     """Compiles the steps of a plan for a batch of one sequence on each data row."""
     import numpy as np
 
-    from grok1.plan.compiled import TOPOLOGIES, compile_steps, topology_mesh, virtual_cpu_mesh
+    from grok1.plan.compiled import (
+        GPUS,
+        TOPOLOGIES,
+        compile_steps,
+        gpu_compiler_is_installed,
+        gpu_mesh,
+        topology_mesh,
+        virtual_cpu_mesh,
+    )
 
     kind = estimate.devices.kind.name.removeprefix("tpu-")
     with terminal.interruptible():
         if kind in TOPOLOGIES:
             mesh = topology_mesh(kind, estimate.config, estimate.mesh)
+        elif kind in GPUS and gpu_compiler_is_installed():
+            mesh = gpu_mesh(kind, estimate.config, estimate.mesh)
         else:
             mesh = virtual_cpu_mesh(estimate.config, estimate.mesh)
         steps = list(
@@ -222,6 +236,7 @@ def _compiled_table(estimate: Estimate, steps: list[CompiledStep]) -> str:
 
     rows: list[tuple[str, Callable[[CompiledStep], str]]] = [
         ("compiled, each device", lambda step: f"{step.name}, {step.sequences} x {step.tokens}"),
+        ("for", lambda step: step.device),
         ("weights and cache, estimated", lambda step: format_bytes(expected)),
         ("arguments of the step", lambda step: f"{format_bytes(step.argument_bytes)} ({difference(step)})"),
         ("temporaries", lambda step: format_bytes(step.temporary_bytes)),

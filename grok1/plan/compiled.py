@@ -1,7 +1,7 @@
 """The compiler's own account of a decode and a prefill step, without a checkpoint and without the devices.
 
-The programs are the engine's, lowered for abstract arrays: on virtual devices of the processor, or for a slice of TPUs
-that is described to the TPU compiler.
+The programs are the engine's, lowered for abstract arrays: on virtual devices of the processor, or for GPUs or a slice
+of TPUs that are described to their compiler.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from grok1.engine.engine import Engine
 from grok1.errors import CompileError, MeshError
 from grok1.ops.backend import Backend
 from grok1.plan.collectives import Collectives, collectives
+from grok1.plan.devices import DEVICE_KINDS
 from grok1.sharding import make_mesh
 
 _SQUARE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -38,6 +39,43 @@ TOPOLOGIES = {
 
 For TPU v4, whose chips JAX runs as one device too, the compiler describes two devices a chip: it is left out.
 """
+
+
+@dataclasses.dataclass(frozen=True)
+class _GPU:
+    """What XLA wants to know of an NVIDIA GPU to compile for it, as the CUDA programming guide and its maker tell.
+
+    Attributes:
+        name: JAX's name of such a device, in full.
+        capability: compute capability, major version.
+        multiprocessors: how many there are.
+        lanes: of float32 in each.
+        shared_memory: bytes in each.
+        cache: bytes of the second-level cache.
+        clock: GHz.
+    """
+
+    name: str
+    capability: int
+    multiprocessors: int
+    lanes: int
+    shared_memory: int
+    cache: int
+    clock: float
+
+
+_H100 = _GPU("NVIDIA H100 80GB HBM3", 9, 132, 128, 228 << 10, 50 << 20, 1.98)
+_GPUS = {
+    "a100-40gb": _GPU("NVIDIA A100-SXM4-40GB", 8, 108, 64, 164 << 10, 40 << 20, 1.41),
+    "a100-80gb": _GPU("NVIDIA A100-SXM4-80GB", 8, 108, 64, 164 << 10, 40 << 20, 1.41),
+    "h100-80gb": _H100,
+    "h800-80gb": _H100,  # but for links and float64 the same, and Pallas knows its name
+    "h200": dataclasses.replace(_H100, name="NVIDIA H200"),
+}
+GPUS = tuple(_GPUS)
+"""The kinds of GPU that can be described to the compiler."""
+
+_GPUS_OF_HOST = 8
 
 _BACKENDS: dict[str, Backend] = {"tpu": "tpu", "gpu": "gpu"}
 
@@ -61,6 +99,8 @@ class CompiledStep:
 
     Attributes:
         name: "decode" or "prefill".
+        device: JAX's name of the kind of device that it is compiled for.
+        kernels: which of the operations' backends it takes.
         sequences: how many the step works for, over all data rows.
         tokens: of each sequence that the step reads.
         weight_bytes: of the parameters, scales counted.
@@ -77,6 +117,8 @@ class CompiledStep:
     """
 
     name: str
+    device: str
+    kernels: Backend
     sequences: int
     tokens: int
     weight_bytes: int
@@ -132,6 +174,8 @@ def compile_steps(
         seconds = time.perf_counter() - start
         yield CompiledStep(
             name=name,
+            device=mesh.devices.flat[0].device_kind,
+            kernels=engine.backend,
             sequences=sequences,
             tokens=tokens,
             weight_bytes=device_bytes(engine.params),
@@ -228,6 +272,78 @@ def topology_mesh(kind: str, config: ModelConfig, shape: tuple[int, int]) -> Mes
             "or install another version of it"
         ) from None
     return make_mesh(config, shape, slice_.devices)
+
+
+def gpu_compiler_is_installed() -> bool:
+    """Whether programs can be compiled for NVIDIA GPUs."""
+    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") is not None for version in (12, 13))
+
+
+def gpu_mesh(kind: str, config: ModelConfig, shape: tuple[int, int]) -> Mesh:
+    """A mesh of described NVIDIA GPUs, eight to a host.
+
+    Args:
+        kind: one of `GPUS`, which is one of `DEVICE_KINDS`, too.
+        config: the model.
+        shape: sizes of the data and the model axis.
+
+    Raises:
+        CompileError: if the compiler for GPUs is not installed or refuses them.
+        MeshError: if they are more than a host has and no whole hosts, or the model does not divide.
+    """
+    count = shape[0] * shape[1]
+    if count > _GPUS_OF_HOST and count % _GPUS_OF_HOST:
+        raise MeshError(
+            f"{count} GPUs are no whole hosts of {_GPUS_OF_HOST}: use --count with a multiple of {_GPUS_OF_HOST}"
+        )
+    if not gpu_compiler_is_installed():
+        raise CompileError("the compiler for GPUs is not installed: pip install '.[cuda]'")
+    jax.config.update("jax_platforms", "cpu")
+    hosts = max(1, count // _GPUS_OF_HOST)
+    try:
+        described = topologies.get_topology_desc(
+            kind, "cuda", target_config=_target_config(kind), topology=f"1x{hosts}x{count // hosts}"
+        )
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(". ")
+        raise CompileError(
+            f"the compiler for GPUs refuses {count} x {kind} ({reason}): install another version of JAX with its "
+            "plugin for CUDA"
+        ) from None
+    return make_mesh(config, shape, described.devices)
+
+
+def _target_config(kind: str) -> str:
+    """XLA's description of a GPU, `GpuTargetConfigProto` as text."""
+    gpu, figures = _GPUS[kind], DEVICE_KINDS[kind]
+    assert figures.memory_bytes is not None
+    assert figures.bandwidth is not None
+    return f"""
+        gpu_device_info {{
+          threads_per_block_limit: 1024
+          threads_per_warp: 32
+          shared_memory_per_block: 49152
+          shared_memory_per_block_optin: {gpu.shared_memory - 1024}
+          shared_memory_per_core: {gpu.shared_memory}
+          threads_per_core_limit: 2048
+          registers_per_core_limit: 65536
+          registers_per_block_limit: 65536
+          block_dim_limit_x: 2147483647
+          block_dim_limit_y: 65535
+          block_dim_limit_z: 65535
+          core_count: {gpu.multiprocessors}
+          fpus_per_core: {gpu.lanes}
+          clock_rate_ghz: {gpu.clock}
+          l2_cache_size: {gpu.cache}
+          memory_bandwidth: {round(figures.bandwidth)}
+          device_memory_size: {figures.memory_bytes}
+          cuda_compute_capability {{ major: {gpu.capability} }}
+        }}
+        platform_name: "CUDA"
+        device_description_str: "{gpu.name}"
+        runtime_version {{ major: 12 minor: 8 }}
+        dnn_version_info {{ major: 9 minor: 8 }}
+    """
 
 
 def topology_name(kind: str, count: int) -> str:

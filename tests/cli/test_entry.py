@@ -187,7 +187,7 @@ def test_init_follows_a_given_tokenizer(grok1, tmp_path, checkpoint):
 
 def test_init_of_the_release_has_no_tokenizer_of_ours(grok1):
     config = init.PRESETS["grok-1"]
-    assert init._tokenizer(None, config, "grok-1", None) == (config, None)
+    assert init._tokenizer(None, config, None) == (config, None)
 
 
 def test_init_refuses_unknown_presets_and_bad_tokenizers(grok1, tmp_path):
