@@ -1,13 +1,13 @@
 """Meshes of any (data, model) shape, and how a model is divided over one.
 
-Sequences are split over the `data` axis and weights over the `model` axis: query heads, expert width and vocabulary
-evenly; key/value heads and scale groups evenly while there are enough of them, and beyond that each shard holds a
-copy of the one that it needs.
+Sequences are split over the `data` axis and weights over the `model` axis: expert width and vocabulary evenly; heads
+and scale groups evenly while there are enough of them, and beyond that neighbouring shards hold the same ones.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -27,7 +27,8 @@ class AxisSplit:
 
     Attributes:
         axis: which axis, counted from the end (-1 is the last).
-        units: how many parts can be told apart; with more shards than units, neighbouring shards hold the same part.
+        units: what cannot be divided further; there are as many parts as the largest common divisor of units and
+            shards, and with more shards than parts neighbouring shards hold the same one.
     """
 
     axis: int
@@ -71,15 +72,13 @@ def shard_range(length: int, units: int, shards: int, shard: int) -> slice:
     Args:
         length: length of the whole axis, a multiple of `units`.
         units: as in `AxisSplit`.
-        shards: number of model shards; it divides `units`, or `units` divides it.
+        shards: number of model shards.
         shard: which of them.
     """
-    unit = length // units
-    if shards <= units:
-        size = units // shards * unit
-        return slice(shard * size, (shard + 1) * size)
-    first = shard * units // shards * unit
-    return slice(first, first + unit)
+    parts = math.gcd(units, shards)
+    size = length // parts
+    first = shard * parts // shards * size
+    return slice(first, first + size)
 
 
 def partition_spec(split: AxisSplit | None, ndim: int) -> PartitionSpec:
@@ -92,8 +91,10 @@ def partition_spec(split: AxisSplit | None, ndim: int) -> PartitionSpec:
 
 def indivisible(config: ModelConfig, shards: int) -> str | None:
     """Why a model cannot be divided into that many model shards; None if it can."""
+    heads = math.gcd(config.num_q_heads, shards)  # parts of the query heads
+    if heads != shards and heads % SCALE_GROUPS:
+        return f"its {config.num_q_heads} query heads do not divide by {shards}"
     for name, size in (
-        ("query heads", config.num_q_heads),
         ("units of expert width", config.ffn_size),
         ("vocabulary pieces", config.vocab_size),
     ):

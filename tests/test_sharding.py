@@ -11,8 +11,8 @@ from grok1.sharding import default_mesh_shape, make_mesh, possible_model_shards,
 RELEASE = ModelConfig()
 
 
-def test_the_release_divides_into_1_2_4_8_and_16_shards():
-    assert possible_model_shards(RELEASE, 16) == [1, 2, 4, 8, 16]
+def test_the_release_divides_into_powers_of_two():
+    assert possible_model_shards(RELEASE, 64) == [1, 2, 4, 8, 16, 32, 64]
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,8 @@ def test_a_mesh_takes_the_first_devices_in_order():
         ((1, 3), "divide by 3"),
         ((1, 5), "divide by 5"),
         ((2, 6), "divide by 6"),
-        ((1, 32), "divide by 32"),
+        ((1, 32), "needs 32 devices, but 16"),
+        ((1, 12), "divide by 12"),
         ((3, 8), "needs 24 devices, but 16"),
         ((17, 1), "needs 17 devices, but 16"),
         ((0, 8), "empty axis"),
@@ -51,7 +52,7 @@ def test_a_mesh_that_cannot_be_is_refused_with_one_that_works(shape, reason):
 @pytest.mark.parametrize(
     ("changes", "shards", "reason"),
     [
-        ({"num_q_heads": 8, "num_kv_heads": 8}, 16, "8 query heads"),
+        ({"num_q_heads": 12, "num_kv_heads": 4}, 8, "12 query heads"),
         ({"emb_size": 6145}, 16, "expert width"),
         ({"vocab_size": 131074}, 4, "vocabulary"),
         ({"num_q_heads": 48, "num_kv_heads": 3}, 2, "key/value heads"),
@@ -74,6 +75,12 @@ def assert_names_a_mesh_that_works(error, config):
 def test_one_device_is_named_rightly():
     with pytest.raises(MeshError, match="1 device is here"):
         make_mesh(PRESETS["tiny"], (1, 2), jax.devices()[:1])
+
+
+def test_more_shards_than_divide_the_heads_hold_the_same_ones():
+    parts = [shard_range(6144, 48, 64, shard) for shard in range(64)]
+    assert [part.start for part in parts] == [384 * (shard // 4) for shard in range(64)]
+    assert {part.stop - part.start for part in parts} == {384}
 
 
 @pytest.mark.parametrize(("units", "length"), [(8, 24), (16, 16), (1, 5), (48, 48), (8, 8)])

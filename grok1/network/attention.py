@@ -62,7 +62,7 @@ class MultiHeadAttention(hk.Module):
             cap=config.attn_logit_cap,
             backend=shard.backend,
         )
-        attended = attended.reshape(*x.shape[:2], q_size).astype(shard.dtype)
+        attended = (attended / shard.attention_copies).reshape(*x.shape[:2], q_size).astype(shard.dtype)
         linear = QuantizedLinear(layers, q_size, emb, shard.scale_groups, shard.backend, name="linear")
         output = linear(attended, layer)
         return shard.sum_over_shards(output), cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,8 @@ _FLOAT32 = jnp.dtype(jnp.float32)
 class ModelShard:
     """What the modules of the network need to know about being one of several shards.
 
-    Query heads, expert width and vocabulary are split over the shards. Key/value heads and scale groups are split as
-    far as there are enough of them; beyond that each shard holds the one that it needs.
+    Expert width and vocabulary are split over the shards. Heads and scale groups are split as far as there are enough
+    of them; beyond that neighbouring shards hold the same ones, and attend to the same with them.
 
     Attributes:
         config: the whole model's config.
@@ -38,7 +39,12 @@ class ModelShard:
     @property
     def num_q_heads(self) -> int:
         """Query heads of a shard."""
-        return self.config.num_q_heads // self.shards
+        return self.config.num_q_heads // math.gcd(self.config.num_q_heads, self.shards)
+
+    @property
+    def attention_copies(self) -> int:
+        """How many shards hold the same query heads."""
+        return self.shards // math.gcd(self.config.num_q_heads, self.shards)
 
     @property
     def num_kv_heads(self) -> int:

@@ -53,6 +53,19 @@ CONFIGS = {
         sequence_len=64,
         attn_output_multiplier=0.5,
     ),
+    # In 16 shards two hold the same query head and four the same key/value head.
+    "few-heads": ModelConfig(
+        vocab_size=96,
+        emb_size=48,
+        key_size=4,
+        num_q_heads=8,
+        num_kv_heads=4,
+        num_layers=3,
+        widening_factor=4.5,
+        num_experts=8,
+        sequence_len=64,
+        attn_output_multiplier=0.5,
+    ),
     # The least of everything: one key/value head, one expert, one layer.
     "least": ModelConfig(
         vocab_size=40,
@@ -74,6 +87,7 @@ CASES = [
     ("own-heads", (1, 8)),
     ("six-to-one", (1, 1)),
     ("six-to-one", (1, 4)),
+    ("few-heads", (1, 16)),
     ("least", (1, 1)),
     ("least", (1, 8)),
     ("wide", (1, 1)),

@@ -37,8 +37,13 @@ def told(mesh, usable, kind=GPU, dtype="bfloat16", count=None):
         (
             told((1, 16), 15 * GB),
             "does not fit: the model needs 20.5 GB on each device (19.9 GB of weights, and one sequence), but 15.0 GB "
-            "can be had on each device; use devices with more memory, as the model divides over at most 16 and needs "
-            "20.5 GB on each",
+            "can be had on each device; it fits with 32 such devices and --mesh 1,32",
+        ),
+        (
+            told((1, 16), 2 * GB),
+            "does not fit: the model needs 20.5 GB on each device (19.9 GB of weights, and one sequence), but 2.00 GB "
+            "can be had on each device; use devices with more memory, as the model divides over at most 256 and needs "
+            "2.28 GB on each",
         ),
         (
             told((1, 1), 64 * GB, CPU, "float32"),
