@@ -161,7 +161,7 @@ def measure(model: Model, prompt_tokens: int, batch: int, decode_steps: int) -> 
     start = time.perf_counter()
     _decode(engine, state, active, decode_steps)
     step = (time.perf_counter() - start) / decode_steps
-    estimate = _estimate(model)
+    estimate = estimate_of(model)
     of_all_shards = batch * model.mesh_shape[1]
     context = prompt_tokens + _WARM_STEPS + decode_steps // 2
     return Measurement(
@@ -217,7 +217,8 @@ def _arrival(sampled: SampledTokens) -> float:
     return time.perf_counter()
 
 
-def _estimate(model: Model) -> Estimate:
+def estimate_of(model: Model) -> Estimate:
+    """The estimate of what a model reads and computes, on the devices that it is on."""
     devices = present_devices(list(model.engine.mesh.devices.flat))
     return Estimate(model.config, devices, model.mesh_shape, model.engine.dtype.name)
 
@@ -244,7 +245,7 @@ def measure_limits(model: Model) -> Limits:
     read = _host_read_rate(model.engine.backend == "cpu") if on_host else _device_read_rate(devices[0])
     if model.engine.backend == "cpu":
         return Limits(read, _packed_rate(), "8-bit matrix product")
-    rate = _matrix_rate(devices[0], model.engine.dtype)
+    rate = matrix_rate(devices[0], model.engine.dtype)
     return Limits(times * read, times * rate, f"{model.engine.dtype.name} matrix product")
 
 
@@ -286,11 +287,22 @@ def _host_read_rate(native: bool) -> float:
 
 
 def _device_read_rate(device: jax.Device) -> float:
-    free = present_devices([device]).usable_bytes
-    size = _READ_BYTES if free is None else min(_READ_BYTES, free // 4)
-    memory = jax.device_put(jnp.ones(max(1 << 20, size) // 4, jnp.int32), device)
+    memory = _on_device(device)
     largest = jax.jit(jnp.max)
     return _best_rate(lambda: largest(memory).block_until_ready(), memory.nbytes)
+
+
+def device_copy_rate(device: jax.Device) -> float:
+    """Bytes a second that a device reads and writes while it copies in its memory."""
+    memory = _on_device(device)
+    copy = jax.jit(jnp.copy)
+    return _best_rate(lambda: copy(memory).block_until_ready(), 2.0 * memory.nbytes)
+
+
+def _on_device(device: jax.Device) -> jax.Array:
+    free = present_devices([device]).usable_bytes
+    size = _READ_BYTES if free is None else min(_READ_BYTES, free // 4)
+    return jax.device_put(jnp.ones(max(1 << 20, size) // 4, jnp.int32), device)
 
 
 def _packed_rate() -> float:
@@ -303,8 +315,9 @@ def _packed_rate() -> float:
     return _best_rate(lambda: product(x, weight, index).block_until_ready(), 2.0 * rows * size**2)
 
 
-def _matrix_rate(device: jax.Device, dtype: np.dtype) -> float:
+def matrix_rate(device: jax.Device, dtype: np.dtype) -> float:
+    """Operations a second of a product of two large random matrices; a multiplication and an addition are two."""
     size = _MATRIX_SIZE if device.platform == "cpu" else 4 * _MATRIX_SIZE
-    matrix = jax.device_put(jnp.ones((size, size), dtype), device)
+    matrix = jax.device_put(jax.random.normal(jax.random.key(0), (size, size), dtype), device)
     product = jax.jit(jnp.dot)
     return _best_rate(lambda: product(matrix, matrix).block_until_ready(), 2.0 * size**3)

@@ -29,10 +29,19 @@ from grok1.quantize import PackedWeight
 from grok1.sharding import DATA_AXIS, MODEL_AXIS
 
 MAX_CHUNK = 512
-"""The most tokens that a step reads on a data row."""
+"""The most tokens that a step reads on a data row of processors."""
+
+MAX_CHUNK_ACCELERATOR = 2048
+"""The same of accelerators, which 512 tokens, 128 for an expert, give less to compute than weights to read."""
 
 LANE_TOKENS = 16
 """Tokens in each lane of a step that reads several parts of prompts, and the shortest step that reads one."""
+
+
+def most_tokens(platform: str, capacity: int) -> int:
+    """The most tokens that a step reads on a data row, for a context of `capacity`."""
+    return min(MAX_CHUNK if platform == "cpu" else MAX_CHUNK_ACCELERATOR, capacity)
+
 
 _COPY_BLOCK = 256  # positions
 
@@ -306,14 +315,14 @@ class Engine:
         not. Accelerators read their weights for any step, and get 256 tokens for the price of a few.
         """
         lanes = 2 if self._platform == "cpu" else 256 // LANE_TOKENS
-        while lanes * LANE_TOKENS < min(tokens, MAX_CHUNK):
+        while lanes * LANE_TOKENS < min(tokens, MAX_CHUNK):  # more in one step would wait long for their first token
             lanes *= 2
         return lanes
 
     @property
     def max_chunk(self) -> int:
         """The most tokens that one step reads."""
-        return min(MAX_CHUNK, self.capacity)
+        return most_tokens(self._platform, self.capacity)
 
     def chunk_length(self, count: int) -> int:
         """The compiled length that `count` tokens are padded to."""

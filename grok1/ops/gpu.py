@@ -126,7 +126,7 @@ def why_not(device: jax.Device) -> str | None:
         )
     try:
         with jax.default_device(device):
-            error = float(jax.jit(_trial)())
+            error = float(jax.jit(lambda: _trial())())
     except Exception as failure:
         reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0][:200].rstrip(". ")
         return f"{device.device_kind} does not run them ({reason})"

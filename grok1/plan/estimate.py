@@ -15,7 +15,7 @@ import numpy as np
 
 from grok1.checkpoint.parameters import StoredLeaf, stored_leaves
 from grok1.config import ModelConfig
-from grok1.engine.engine import MAX_CHUNK
+from grok1.engine.engine import most_tokens
 from grok1.network import ModelShard
 from grok1.plan.devices import Devices
 from grok1.sharding import possible_model_shards
@@ -66,7 +66,7 @@ class Estimate:
     @property
     def _chunk(self) -> int:
         """The most tokens of a sequence that one step reads."""
-        return min(MAX_CHUNK, self.config.sequence_len)
+        return most_tokens(self.devices.kind.platform, self.config.sequence_len)
 
     @property
     def workspace_bytes(self) -> int:

@@ -1,0 +1,394 @@
+#!/usr/bin/env python3
+"""Checks each operation on an accelerator against float32, and measures what it reaches of the device's limits.
+
+Writes a table in Markdown and all figures in JSON. On one GPU of 80 GB it takes a few minutes. No network and no
+checkpoint are needed: weights are random and made on the device.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import grok1
+from grok1.bench import device_copy_rate, estimate_of, matrix_rate
+from grok1.config import ModelConfig, preset
+from grok1.engine.engine import PromptPart
+from grok1.engine.request import SamplingOptions
+from grok1.kernels import kernels_in_use
+from grok1.model import Model, random_model
+from grok1.ops import attention, gated_experts, quantized_matmul
+from grok1.quantize import QuantizedWeight
+from grok1.whole_file import whole_file
+
+BFLOAT16_ERROR = 0.02  # of the largest value
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the device reaches: bytes a second read and written in copying, bfloat16 operations a second."""
+
+    copy: float
+    matrix: float
+
+
+def seconds(work: Callable[[], jax.Array], runs: int = 20) -> float:
+    """Median seconds of a jitted function, dispatched in fours so that the host does not count."""
+    jax.block_until_ready(work())
+    found = []
+    for _ in range(max(1, runs // 4)):
+        start = time.perf_counter()
+        for _ in range(4):
+            result = work()
+        jax.block_until_ready(result)
+        found.append((time.perf_counter() - start) / 4)
+    return statistics.median(found)
+
+
+class Report:
+    """The figures, and the Markdown that shows them."""
+
+    def __init__(self, facts: dict):
+        self.data = {**facts, "operations": [], "decode": [], "prefill": [], "failures": []}
+
+    def add(self, kind: str, **fields) -> None:
+        """Adds one measurement and prints it."""
+        self.data[kind].append(fields)
+        shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in fields.items())
+        print(f"{kind}: {shown}", file=sys.stderr, flush=True)
+
+    def markdown(self) -> str:
+        """All of it."""
+        facts = {key: value for key, value in self.data.items() if not isinstance(value, list)}
+        text = ["# What the accelerator reaches", "", *_table(["fact", ""], [[k, v] for k, v in facts.items()])]
+        for kind in ("operations", "decode", "prefill"):
+            rows = self.data[kind]
+            if rows:
+                text += [
+                    "",
+                    f"## {kind.capitalize()}",
+                    "",
+                    *_table(list(rows[0]), [list(row.values()) for row in rows]),
+                ]
+        if self.data["failures"]:
+            text += ["", "## Failures", "", *(f"- {failure}" for failure in self.data["failures"])]
+        return "\n".join(text) + "\n"
+
+
+def _table(head: list, rows: list[list]) -> list[str]:
+    def cell(value) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(cell(value) for value in line) + " |" for line in lines]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def random_stack(key: jax.Array, shape: tuple[int, ...], groups: int) -> QuantizedWeight:
+    """A stack of int8 matrices with scales that keep products near 1."""
+    weight = jax.random.randint(key, shape, -127, 128, jnp.int8)
+    scales = jnp.full((*shape[:-2], groups, shape[-1]), 1 / 73 / shape[-2] ** 0.5, jnp.bfloat16)
+    return QuantizedWeight(weight, scales)
+
+
+def check_operations(report: Report, config: ModelConfig, backend: str, rows: list[int], limits: Limits) -> None:
+    """Every operation at the model's widths, one layer, by the kernels and by XLA."""
+    backends = tuple(dict.fromkeys((backend, "xla")))
+    check_products(report, config, backends, rows, limits)
+    check_experts(report, config, backends, rows, limits)
+    check_attention(report, config, backends, limits)
+
+
+def check_products(
+    report: Report, config: ModelConfig, backends: tuple[str, ...], counts: list[int], limits: Limits
+) -> None:
+    """Rows times the matrix that makes queries."""
+    weight = random_stack(jax.random.key(0), (1, config.emb_size, config.q_size), 1)
+    product = jax.jit(quantized_matmul.quantized_matmul, static_argnames="backend")
+    amount = config.emb_size * config.q_size
+    for rows in counts:
+        x = jax.random.normal(jax.random.key(rows), (rows, config.emb_size)).astype(jnp.bfloat16)
+        expected = jax.jit(quantized_matmul.definition)(x, weight, (jnp.int32(0),))
+        for name in backends:
+            work = functools.partial(product, x, weight, (jnp.int32(0),), backend=name)
+            compare(report, "matrix product", rows, name, amount, 2 * rows * amount, limits, expected, work)
+
+
+def check_experts(
+    report: Report, config: ModelConfig, backends: tuple[str, ...], counts: list[int], limits: Limits
+) -> None:
+    """Rows through the experts that they choose evenly."""
+    emb, ffn, experts = config.emb_size, config.ffn_size, config.num_experts
+    shapes = ((emb, ffn, 1), (emb, ffn, 1), (ffn, emb, 8))
+    stacks = [
+        random_stack(key, (1, experts, inner, columns), groups)
+        for key, (inner, columns, groups) in zip(jax.random.split(jax.random.key(1), 3), shapes, strict=True)
+    ]
+    layer = jax.jit(gated_experts.gated_experts, static_argnames="backend")
+    for rows in counts:
+        x = jax.random.normal(jax.random.key(rows), (rows, emb)).astype(jnp.bfloat16)
+        chosen = np.argsort(np.random.default_rng(rows).random((rows, experts)), axis=1)
+        sent = jnp.asarray(chosen[:, : config.num_selected_experts], jnp.int32)
+        factors = jnp.full(sent.shape, 0.5, jnp.float32)
+        expected = jax.jit(by_rows)(x, *stacks, sent, factors)
+        amount = len(np.unique(np.asarray(sent))) * 3 * emb * ffn
+        flops = 2 * sent.size * 3 * emb * ffn
+        for name in backends:
+            work = functools.partial(layer, x, *stacks, jnp.int32(0), sent, factors, backend=name)
+            compare(report, "experts", rows, name, amount, flops, limits, expected, work)
+
+
+def check_attention(report: Report, config: ModelConfig, backends: tuple[str, ...], limits: Limits) -> None:
+    """The last queries of full contexts."""
+    heads, kv_heads, size, capacity = config.num_q_heads, config.num_kv_heads, config.key_size, config.sequence_len
+    options = {"multiplier": config.attn_output_multiplier, "cap": config.attn_logit_cap}
+    attend = jax.jit(attention.cached_attention, static_argnames=("multiplier", "cap", "backend"))
+    exact = jax.jit(attention.definition, static_argnames=("multiplier", "cap"))
+    for batch, seq in ((1, 1), (8, 1), (1, min(512, capacity))):
+        shape = (1, batch, kv_heads, capacity, size)
+        keys, values = (jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(seq)))
+        query = jax.random.normal(jax.random.key(batch), (batch, seq, heads, size), jnp.float32)
+        positions = jnp.broadcast_to(jnp.arange(capacity - seq, capacity, dtype=jnp.int32), (batch, seq))
+        expected = exact(query, keys, values, 0, positions, **options)
+        amount, flops = 2 * keys.nbytes, 4 * batch * seq * heads * size * capacity
+        for name in backends:
+            work = functools.partial(attend, query, keys, values, 0, positions, backend=name, **options)
+            compare(report, f"attention of {seq}", batch, name, amount, flops, limits, expected, work)
+
+
+def by_rows(
+    x: jax.Array,
+    gate: QuantizedWeight,
+    value: QuantizedWeight,
+    project: QuantizedWeight,
+    sent: jax.Array,
+    factors: jax.Array,
+) -> jax.Array:
+    """The experts in float32, matrix after matrix, so that few are dequantised at a time."""
+
+    def matrix(stack: QuantizedWeight, expert: jax.Array) -> jax.Array:
+        return QuantizedWeight(stack.weight[0, expert], stack.scales[0, expert]).dequantize()
+
+    def add(expert: jax.Array, total: jax.Array) -> jax.Array:
+        share = jnp.sum(jnp.where(sent == expert, factors, 0), axis=1)[:, None]
+        inputs = x.astype(jnp.float32)
+        gates = jax.nn.gelu(jnp.dot(inputs, matrix(gate, expert), precision="highest"), approximate=True)
+        hidden = gates * jnp.dot(inputs, matrix(value, expert), precision="highest")
+        return total + share * jnp.dot(hidden, matrix(project, expert), precision="highest")
+
+    return jax.lax.fori_loop(0, gate.shape[1], add, jnp.zeros((x.shape[0], project.shape[-1])))
+
+
+def compare(
+    report: Report,
+    operation: str,
+    rows: int,
+    backend: str,
+    read_bytes: int,
+    flops: int,
+    limits: Limits,
+    expected: jax.Array,
+    work: Callable[[], jax.Array],
+) -> None:
+    """Runs an operation, compares what it gives with what is expected, and measures it."""
+    try:
+        error = float(jnp.max(jnp.abs(work() - expected)) / jnp.max(jnp.abs(expected)))
+        took = seconds(work)
+    except Exception as failure:  # what a compiler or a device may raise is not known
+        reason = (str(failure).splitlines() or [type(failure).__name__])[0][:300]
+        report.data["failures"].append(f"{operation} of {rows} by {backend}: {reason}")
+        return
+    if not error <= BFLOAT16_ERROR:
+        report.data["failures"].append(f"{operation} of {rows} by {backend} is wrong by {error:.3g}")
+    report.add(
+        "operations",
+        operation=operation,
+        rows=rows,
+        kernels=backend,
+        error=error,
+        microseconds=1e6 * took,
+        share_of_copy=read_bytes / took / limits.copy,
+        share_of_matrix_rate=flops / took / limits.matrix,
+    )
+
+
+def decode_seconds(model: Model, batch: int, context: int, steps: int) -> float:
+    """Seconds of a step of decoding, of different tokens at the end of contexts that mean nothing."""
+    engine = model.engine
+    state = engine.new_batch(batch)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, model.config.vocab_size, batch).astype(np.int32)
+    positions = np.full(batch, context - steps - 3, np.int32)
+    placed = [jax.device_put(array, state.tokens.sharding) for array in (tokens, positions)]
+    state = dataclasses.replace(state, tokens=placed[0], positions=placed[1])
+    active = np.ones(batch, bool)
+    for _ in range(2):
+        state, sampled = engine.decode(state, active)
+    jax.block_until_ready(sampled)
+    start = time.perf_counter()
+    before = None
+    for _ in range(steps):
+        state, sampled = engine.decode(state, active)
+        jax.block_until_ready(before)  # as the engine does: one step ahead
+        before = sampled.tokens
+    jax.block_until_ready(before)
+    return (time.perf_counter() - start) / steps
+
+
+def prefill_seconds(model: Model, length: int) -> float:
+    """Seconds of reading one prompt, with its programs compiled."""
+    engine = model.engine
+    tokens = np.random.default_rng(1).integers(0, model.config.vocab_size, length).astype(np.int32)
+    state, found = engine.new_batch(engine.data_rows), []
+    for _ in range(3):
+        start = time.perf_counter()
+        for first in range(0, length, engine.max_chunk):
+            part = tokens[first : first + engine.max_chunk]
+            ending = (SamplingOptions(ignore_eos=True), 0) if first + len(part) == length else None
+            state, sampled, _ = engine.read_prompts(state, [PromptPart(0, part, first, ending)])
+        jax.block_until_ready(sampled)
+        found.append(time.perf_counter() - start)
+    return min(found[1:])
+
+
+def measure_model(
+    report: Report, config: ModelConfig, kernels: str, arguments: argparse.Namespace, limits: Limits
+) -> None:
+    """Decode of a layer, as the difference of two models that differ by their layers, and prefill."""
+    fewer = max(1, config.num_layers // 2)
+    more = config.num_layers if config.num_layers > fewer else fewer + 1
+    steps: dict[int, dict[tuple[int, int], float]] = {}
+    for layers in (fewer, more):
+        model = random_model(dataclasses.replace(config, num_layers=layers), mesh=(1, 1), kernels=kernels)
+        steps[layers] = {}
+        for batch in arguments.batch:
+            for context in arguments.context:
+                if model.max_sequences is None or batch <= model.max_sequences:
+                    steps[layers][batch, context] = decode_seconds(model, batch, context, arguments.steps)
+        if layers == more:
+            for length in arguments.prefill:
+                took = prefill_seconds(model, length)
+                flops = estimate_of(model).operations(length, length / 2)
+                report.add(
+                    "prefill",
+                    kernels=model.kernels,
+                    layers=layers,
+                    tokens=length,
+                    seconds=took,
+                    tokens_per_second=length / took,
+                    share_of_matrix_rate=flops / took / limits.matrix,
+                )
+        bytes_of = estimate_of(model).decode_read_bytes
+        if layers == fewer:
+            read_fewer = {case: bytes_of(*case) for case in steps[layers]}
+            continue
+        for case, took in steps[more].items():
+            if case not in steps[fewer]:
+                continue
+            a_layer = (took - steps[fewer][case]) / (more - fewer)
+            read = (bytes_of(*case) - read_fewer[case]) / (more - fewer)
+            report.add(
+                "decode",
+                kernels=model.kernels,
+                layers=layers,
+                batch=case[0],
+                context=case[1],
+                step_milliseconds=1e3 * took,
+                layer_microseconds=1e6 * a_layer,
+                megabytes_of_a_layer=read / 1e6,
+                share_of_copy=read / a_layer / limits.copy if a_layer > 0 else None,
+            )
+        del model
+
+
+def launch_seconds(config: ModelConfig, kernels: str) -> float:
+    """Seconds of a step of as many layers with next to nothing to read or compute: what starting its kernels costs."""
+    small = dataclasses.replace(
+        config, emb_size=128, key_size=16, num_q_heads=8, num_kv_heads=8, widening_factor=6, vocab_size=1024
+    )
+    model = random_model(small, mesh=(1, 1), kernels=kernels, dtype="bfloat16")
+    return decode_seconds(model, 1, min(128, small.sequence_len), 20)
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers with commas between."""
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> int:
+    """Measures, and writes what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="grok-1-slice", help="whose widths to measure (default: %(default)s)")
+    parser.add_argument("--layers", type=int, help="how many layers; by default as many as fit, 20 at most")
+    parser.add_argument("--rows", type=numbers, default=[1, 2, 8, 16, 32, 128, 1024], metavar="N,...")
+    parser.add_argument("--batch", type=numbers, default=[1, 2, 4, 8, 16, 32], metavar="N,...")
+    parser.add_argument("--context", type=numbers, default=[128, 2048, 8192], metavar="N,...")
+    parser.add_argument("--prefill", type=numbers, default=[512, 2048, 8192], metavar="N,...")
+    parser.add_argument("--steps", type=int, default=20, help="of decoding, each time (default: %(default)s)")
+    parser.add_argument("--kernels", default="native,xla", help="which to measure (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("gpu-check"), help="folder of the tables (default: %(default)s)"
+    )
+    arguments = parser.parse_args()
+    config = preset(arguments.preset, arguments.layers)
+    device = jax.devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if arguments.layers is None and limit is not None:
+        layer = 3 * config.num_experts * config.emb_size * config.ffn_size + 2 * config.emb_size * config.q_size
+        cache = 4 * config.kv_size * config.sequence_len * 8  # of 8 sequences
+        most = int((0.85 * limit - 4 * config.vocab_size * config.emb_size) / (layer + cache))
+        config = dataclasses.replace(config, num_layers=max(2, min(20, most)))
+    too_long = [n for n in (*arguments.context, *arguments.prefill) if n > config.sequence_len]
+    if too_long:
+        parser.error(f"{too_long[0]} tokens do not fit the context of {config.sequence_len}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    chosen = kernels_in_use(device)
+    limits = Limits(device_copy_rate(device), matrix_rate(device, np.dtype(jnp.bfloat16)))
+    report = Report(
+        {
+            "device": device.device_kind,
+            "platform": device.platform,
+            "grok1": grok1.__version__,
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+            "model": f"{arguments.preset}, {config.num_layers} layers",
+            "kernels": chosen.name + (f" ({chosen.fallback})" if chosen.fallback else ""),
+            "copy_gigabytes_per_second": limits.copy / 1e9,
+            "bfloat16_tera_operations_per_second": limits.matrix / 1e12,
+        }
+    )
+    backend = chosen.backend if chosen.backend != "cpu" else "xla"  # kernels for processors take packed weights
+    check_operations(report, config, backend, arguments.rows, limits)
+    for kernels in arguments.kernels.split(","):
+        try:
+            report.data[f"launch_milliseconds_{kernels}"] = 1e3 * launch_seconds(config, kernels)
+            measure_model(report, config, kernels, arguments, limits)
+        except grok1.Grok1Error as error:
+            report.data["failures"].append(f"{kernels}: {error}")
+        write(report, arguments.out)
+    print(report.markdown())
+    return 1 if report.data["failures"] else 0
+
+
+def write(report: Report, folder: Path) -> None:
+    """Writes what there is so far."""
+    for name, text in (
+        ("gpu-check.md", report.markdown()),
+        ("gpu-check.json", json.dumps(report.data, indent=1) + "\n"),
+    ):
+        with whole_file(folder / name, "w") as file:
+            file.write(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

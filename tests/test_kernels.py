@@ -1,0 +1,100 @@
+"""Which kernels are chosen, and why not others."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grok1.config import PRESETS
+from grok1.errors import KernelsError
+from grok1.kernels import choose_kernels, kernels_in_use
+from grok1.ops import cpu, gpu
+
+RELEASE = PRESETS["grok-1"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    platform: str
+    device_kind: str
+    compute_capability: str = ""
+
+
+def mesh(platform, shards=8, capability=""):
+    device = Device(platform, f"some {platform}", capability)
+    return SimpleNamespace(devices=np.full((1, shards), device), shape={"data": 1, "model": shards})
+
+
+@pytest.fixture
+def gpu_runs(monkeypatch):
+    monkeypatch.delenv("GROK1_KERNELS", raising=False)
+    monkeypatch.setattr(gpu, "why_not", lambda device: None)
+
+
+@pytest.mark.usefixtures("gpu_runs")
+@pytest.mark.parametrize(("platform", "backend", "name"), [("gpu", "gpu", "triton"), ("tpu", "tpu", "mosaic")])
+def test_accelerators_have_kernels_of_their_own(platform, backend, name):
+    for kernels in ("auto", "native"):
+        chosen = choose_kernels(RELEASE, mesh(platform), kernels)
+        assert (chosen.backend, chosen.name, chosen.fallback) == (backend, name, None)
+    chosen = choose_kernels(RELEASE, mesh(platform), "xla")
+    assert (chosen.backend, chosen.name, chosen.fallback) == ("xla", "xla", None)
+
+
+@pytest.mark.usefixtures("gpu_runs")
+def test_the_variable_stands_for_auto(monkeypatch):
+    monkeypatch.setenv("GROK1_KERNELS", "xla")
+    assert choose_kernels(RELEASE, mesh("gpu")).backend == "xla"
+    assert choose_kernels(RELEASE, mesh("gpu"), "native").backend == "gpu"
+
+
+def test_an_unsupported_gpu_falls_back_and_says_why(monkeypatch):
+    monkeypatch.delenv("GROK1_KERNELS", raising=False)
+    old = mesh("gpu", capability="7.5")
+    chosen = choose_kernels(RELEASE, old)
+    assert chosen.backend == "xla"
+    assert chosen.fallback == "some gpu has compute capability 7.5 and they need 8.0 for bfloat16"
+    with pytest.raises(KernelsError, match=r"cannot be used, as some gpu has .* 7\.5 .*: use --kernels auto"):
+        choose_kernels(RELEASE, old, "native")
+
+
+@pytest.mark.usefixtures("gpu_runs")
+def test_stacks_that_pallas_counts_wrongly_in_fall_back():
+    # One GPU's experts of 2 layers are 3.2 GB: beyond 31 bits, and not beyond the 32 from which it counts with 64.
+    config = dataclasses.replace(RELEASE, num_layers=2)
+    chosen = choose_kernels(config, mesh("gpu", 1))
+    assert chosen.backend == "xla"
+    assert "a stack of 3,221,225,472 bytes" in chosen.fallback
+    assert choose_kernels(dataclasses.replace(RELEASE, num_layers=3), mesh("gpu", 1)).backend == "gpu"
+
+
+def test_unknown_platforms_have_none(monkeypatch):
+    monkeypatch.delenv("GROK1_KERNELS", raising=False)
+    assert kernels_in_use(mesh("abacus").devices[0, 0]).fallback == "there are none for devices of the platform abacus"
+
+
+def test_a_processor_without_kernels_says_how_to_have_them(monkeypatch):
+    monkeypatch.delenv("GROK1_KERNELS", raising=False)
+    monkeypatch.setattr(cpu, "kernel_names", tuple)
+    chosen = choose_kernels(RELEASE, mesh("cpu"))
+    assert chosen.name == "xla"
+    assert "install a C++ compiler" in chosen.fallback
+
+
+def test_kernels_are_tried_before_they_are_trusted(monkeypatch):
+    device = jax.devices()[0]  # which interprets them
+    assert gpu.why_not.__wrapped__(device) is None
+    right = gpu.multiply
+    monkeypatch.setattr(gpu, "multiply", lambda *arguments: [1.1 * product for product in right(*arguments)])
+    assert gpu.why_not.__wrapped__(device) == "cpu computes them wrongly, by 1.0e-01 of the whole"
+
+    def fail(*arguments):
+        raise RuntimeError("no such instruction.\nand more")
+
+    monkeypatch.setattr(gpu, "multiply", fail)
+    assert gpu.why_not.__wrapped__(device) == "cpu does not run them (no such instruction)"
+    monkeypatch.setattr(gpu, "multiply", lambda *arguments: [jnp.full_like(right(*arguments)[0], jnp.nan)])
+    assert "wrongly" in gpu.why_not.__wrapped__(device)
