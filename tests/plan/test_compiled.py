@@ -1,14 +1,18 @@
 """What the compiler says of steps without weights."""
 
 import os
+import re
 import subprocess
 import sys
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
+from grok1.checkpoint.parameters import abstract_parameters
 from grok1.config import PRESETS, ModelConfig
+from grok1.engine.engine import Engine
 from grok1.errors import CompileError, MeshError
 from grok1.plan.collectives import Collectives
 from grok1.plan.compiled import (
@@ -79,6 +83,23 @@ def test_exchanges_of_a_layer():
         Collectives("all-gather", 0, 0, 1, logits),
         Collectives("all-reduce", 2, 2 * 16 * row, 1, 16 * row),
     )
+
+
+@pytest.mark.parametrize("backend", ["xla", "gpu", "tpu"])
+def test_two_sums_of_a_layer_are_of_bfloat16_activations(backend):
+    # In the program that JAX hands to the compiler: those for processors exchange what is wider.
+    mesh = virtual_cpu_mesh(WIDE, (1, 8))
+    dtype = ml_dtypes.bfloat16
+    engine = Engine(WIDE, abstract_parameters(WIDE, mesh, dtype), mesh, dtype, backend=backend)
+    for program, tokens in ((engine.lower_decode(1), 1), (engine.lower_prefill(1, 16), 16)):
+        text = program.as_text()
+        # One for the embedding of the tokens, and two in the loop over the layers.
+        sums = re.findall(r'"stablehlo\.all_reduce".*?\}\) : \(tensor<([\w.]+)>\)', text, re.DOTALL)
+        assert sums == [*2 * [f"1x{tokens}x{WIDE.emb_size}xbf16"], f"{tokens}x{WIDE.emb_size}xbf16"]
+        assert set(re.findall(r"stablehlo\.(all_\w+|collective_\w+|reduce_scatter)", text)) == {
+            "all_reduce",
+            "all_gather",
+        }
 
 
 def test_a_device_alone_exchanges_nothing(small_config):
