@@ -50,7 +50,8 @@ class MultiHeadAttention(hk.Module):
         weights = [QuantizedLinear(layers, emb, size, 1, shard.backend, name=name).w for name, size in sizes.items()]
         rows = x.reshape(-1, emb)
         query, key, value = map(heads, quantized_matmuls(rows, weights, (layer,), backend=shard.backend))
-        cache = cache.write(layer, rotary_embedding(key, positions), value, positions, slots)
+        keep_layout = shard.backend == "tpu"
+        cache = cache.write(layer, rotary_embedding(key, positions), value, positions, slots, keep_layout)
         attended = cached_attention(
             rotary_embedding(query, positions),
             cache.keys,

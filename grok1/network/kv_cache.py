@@ -6,6 +6,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+
+_ROW_MAJOR = Layout(major_to_minor=(0, 1, 2, 3, 4))
 
 
 @jax.tree_util.register_dataclass
@@ -28,6 +31,7 @@ class KVCache:
         values: jax.Array,
         positions: jax.Array,
         slots: jax.Array | None = None,
+        keep_layout: bool = False,
     ) -> KVCache:
         """The cache with new keys and values of one layer.
 
@@ -37,11 +41,14 @@ class KVCache:
             values: the same.
             positions: int32 `[rows, seq]`; nothing is written for negative ones.
             slots: int32 `[rows]`, the sequence of the cache that each row belongs to; by default one after the other.
+            keep_layout: whether to hold the compiler to the layout that the cache has. That for TPUs would choose
+                another for what is written, and copy the whole cache into it and back.
         """
         rows = (jnp.arange(positions.shape[0]) if slots is None else slots)[:, None]
         places = jnp.where(positions < 0, self.keys.shape[3], positions)  # past the end: dropped
 
         def put(cache: jax.Array, new: jax.Array) -> jax.Array:
-            return cache.at[layer, rows, :, places].set(new.astype(cache.dtype), mode="drop")
+            written = cache.at[layer, rows, :, places].set(new.astype(cache.dtype), mode="drop")
+            return with_layout_constraint(written, _ROW_MAJOR) if keep_layout else written
 
         return KVCache(put(self.keys, keys), put(self.values, values))
