@@ -234,6 +234,9 @@ def _compiled_table(estimate: Estimate, steps: list[CompiledStep]) -> str:
     def difference(step: CompiledStep) -> str:
         return f"{100 * (step.argument_bytes - expected) / expected:+.2f} %"
 
+    def seconds(step: CompiledStep) -> str:
+        return "not told" if step.layer_seconds is None else f"{1e3 * step.layer_seconds:.3g} ms"
+
     rows: list[tuple[str, Callable[[CompiledStep], str]]] = [
         ("compiled, each device", lambda step: f"{step.name}, {step.sequences} x {step.tokens}"),
         ("for", lambda step: step.device),
@@ -243,6 +246,8 @@ def _compiled_table(estimate: Estimate, steps: list[CompiledStep]) -> str:
         ("most at a time", lambda step: format_bytes(step.peak_bytes)),
         ("time to compile", lambda step: f"{step.compile_seconds:.1f} s"),
     ]
+    if any(step.layer_seconds is not None for step in steps):
+        rows.append(("a layer and the rest, by its estimate", seconds))
     return columns([[label, *(tell(step) for step in steps)] for label, tell in rows])
 
 

@@ -112,6 +112,8 @@ class CompiledStep:
         code_bytes: of the program itself; 0 where the compiler does not say.
         peak_bytes: the most that the device holds: arguments, new outputs and temporaries, or the compiler's own
             peak if that is larger.
+        layer_seconds: the compiler's own estimate of the time of one layer and of all that is no layer, together: it
+            counts a loop once; None where it does not say, as for GPUs and processors.
         collectives: the exchanges between devices.
         compile_seconds: time to lower and to compile; short if the compilation cache held the program.
     """
@@ -129,6 +131,7 @@ class CompiledStep:
     temporary_bytes: int
     code_bytes: int
     peak_bytes: int
+    layer_seconds: float | None
     collectives: tuple[Collectives, ...]
     compile_seconds: float
 
@@ -180,6 +183,7 @@ def compile_steps(
             tokens=tokens,
             weight_bytes=device_bytes(engine.params),
             cache_bytes=device_bytes(engine.abstract_cache(sequences)),
+            layer_seconds=_estimated_seconds(program),
             collectives=collectives(program.as_text() or ""),
             compile_seconds=seconds,
             **_memory(program),
@@ -204,6 +208,15 @@ def _compile(name: str, lowered: jax.stages.Lowered, options: dict[str, Any] | N
             f"the {name} step does not fit its device ({reason}): use more model shards, fewer sequences "
             "or a device with more memory"
         ) from None
+
+
+def _estimated_seconds(program: jax.stages.Compiled) -> float | None:
+    try:
+        analysis: Any = program.cost_analysis()
+    except (RuntimeError, NotImplementedError):  # not every compiler has one
+        return None
+    seconds = (analysis or {}).get("optimal_seconds", 0.0)
+    return seconds if seconds > 0 else None
 
 
 def _memory(program: jax.stages.Compiled) -> dict[str, int]:

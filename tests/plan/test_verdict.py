@@ -23,7 +23,7 @@ def told(mesh, usable, kind=GPU, dtype="bfloat16", count=None):
 @pytest.mark.parametrize(
     ("sentence", "expected"),
     [
-        (told((1, 8), 60 * GB), "fits: the weights and 74 sequences of 8192 tokens at a time"),
+        (told((1, 8), 60 * GB), "fits: the weights and 70 sequences of 8192 tokens at a time"),
         (
             told((1, 4), 60 * GB),
             "does not fit: the model needs 80.1 GB on each device (79.2 GB of weights, and one sequence), but 60.0 GB "
