@@ -46,14 +46,11 @@ def test_logits_do_not_depend_on_the_mesh(mesh, kernels, golden, golden_sequence
         assert error < FLOAT32_ERROR
 
 
-@pytest.mark.parametrize(("backend", "mesh"), [("gpu", (1, 2)), ("tpu", (1, 2))], ids=str)
-def test_interpreted_kernels_of_accelerators(backend, mesh, golden, golden_sequences, make_engine, relative_error):
-    model = Model(make_engine(golden, mesh, backend=backend), None)
-    sequence = golden_sequences[2]
+@pytest.mark.parametrize("backend", ["gpu", "tpu"])
+def test_interpreted_kernels_of_accelerators(backend, golden, golden_sequences, make_engine, relative_error):
+    model = Model(make_engine(golden, (1, 2), backend=backend), None)
+    sequence = golden_sequences[0]
     assert relative_error(model.logits(sequence.tokens), sequence.float64) < FLOAT32_ERROR
-    prompt = sequence.tokens.tolist()
-    expected = Model(make_engine(golden, (1, 1)), None).complete(prompt, greedy=True, max_tokens=6, ignore_eos=True)
-    assert model.complete(prompt, greedy=True, max_tokens=6, ignore_eos=True).tokens == expected.tokens
 
 
 def test_load_reads_the_whole_path(golden, golden_sequences, relative_error):

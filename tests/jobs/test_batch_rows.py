@@ -109,10 +109,11 @@ def mixed_rows():
         yield row
 
 
-def test_every_row_equals_the_same_row_alone(job, model):
-    rows = list(mixed_rows())
+@pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.slow)])
+def test_every_row_equals_the_same_row_alone(count, job, model):
+    rows = list(mixed_rows())[:count]
     results = job(rows)
-    assert [result["index"] for result in results] == list(range(300))
+    assert [result["index"] for result in results] == list(range(count))
     lengths = set()
     for row, result in zip(rows, results, strict=True):
         assert result["id"] == row["id"]
@@ -145,8 +146,8 @@ def test_every_row_equals_the_same_row_alone(job, model):
         assert result["prompt_tokens"] == len(alone.prompt_tokens)
         assert result["completion_tokens"] == sum(len(found["token_ids"]) for found in result["completions"])
         lengths.add(len(alone.prompt_tokens))
-    assert min(lengths) == 1
-    assert max(lengths) > 120
+    assert min(lengths) < 5
+    assert max(lengths) > 100
 
 
 def test_results_do_not_depend_on_order(job):

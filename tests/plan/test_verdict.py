@@ -26,24 +26,24 @@ def told(mesh, usable, kind=GPU, dtype="bfloat16", count=None):
         (told((1, 8), 60 * GB), "fits: the weights and 70 sequences of 8192 tokens at a time"),
         (
             told((1, 4), 60 * GB),
-            "does not fit: the model needs 80.1 GB on each device (79.2 GB of weights, and one sequence), but 60.0 GB "
+            "does not fit: the model needs 81.5 GB on each device (79.2 GB of weights, and one sequence), but 60.0 GB "
             "can be had on each device; it fits with 8 such devices and --mesh 1,8",
         ),
         (
             told((4, 2), 60 * GB),
-            "does not fit: the model needs 160 GB on each device (158 GB of weights, and one sequence), but 60.0 GB "
+            "does not fit: the model needs 161 GB on each device (158 GB of weights, and one sequence), but 60.0 GB "
             "can be had on each device; it fits with --mesh 1,8",
         ),
         (
             told((1, 16), 15 * GB),
-            "does not fit: the model needs 20.5 GB on each device (19.9 GB of weights, and one sequence), but 15.0 GB "
+            "does not fit: the model needs 21.7 GB on each device (19.9 GB of weights, and one sequence), but 15.0 GB "
             "can be had on each device; it fits with 32 such devices and --mesh 1,32",
         ),
         (
             told((1, 16), 2 * GB),
-            "does not fit: the model needs 20.5 GB on each device (19.9 GB of weights, and one sequence), but 2.00 GB "
+            "does not fit: the model needs 21.7 GB on each device (19.9 GB of weights, and one sequence), but 2.00 GB "
             "can be had on each device; use devices with more memory, as the model divides over at most 256 and needs "
-            "2.28 GB on each",
+            "3.39 GB on each",
         ),
         (
             told((1, 1), 64 * GB, CPU, "float32"),
@@ -57,7 +57,7 @@ def told(mesh, usable, kind=GPU, dtype="bfloat16", count=None):
         ),
         (
             told((1, 8), None),
-            "not known: it needs 40.3 GB on each device (39.6 GB of weights, and one sequence), and how much there is "
+            "not known: it needs 41.5 GB on each device (39.6 GB of weights, and one sequence), and how much there is "
             "could not be found out",
         ),
     ],
