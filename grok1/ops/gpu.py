@@ -217,7 +217,7 @@ def _multiply_kernel(
             mask = _mask(
                 (tiles.rows, tiles.columns), _within(0, tiles.rows, out.shape[2]), _within_slice(columns, out.shape[3])
             )
-            _store(out.at[part, block, pl.ds(0, tiles.rows), columns], product, mask)
+            _store(out.at[part, block, _first(tiles.rows, block), columns], product, mask)
 
         first_tile += count
 
@@ -229,6 +229,7 @@ def _tile_product(
     columns = pl.ds(tile * tiles.columns, tiles.columns)
     inside = _within_slice(columns, weight.shape[-1])
     present = _within(0, tiles.rows, x.shape[1])
+    first_rows = _first(tiles.rows, block)
     own = jnp.minimum(block, x.shape[0] - 1)  # the rows of all blocks may be the same
     ragged = parts.group_rows % (parts.cuts * tiles.inner) != 0
 
@@ -240,7 +241,7 @@ def _tile_product(
         def add(i: Any, total: jax.Array) -> jax.Array:
             inner = pl.ds(start + i * tiles.inner, tiles.inner)
             known = start + i * tiles.inner + jnp.arange(tiles.inner) < end if ragged else None
-            inputs = _load(x.at[own, pl.ds(0, tiles.rows), inner], _mask((tiles.rows, tiles.inner), present, known))
+            inputs = _load(x.at[own, first_rows, inner], _mask((tiles.rows, tiles.inner), present, known))
             values = _load(
                 weight.at[(*place, inner, columns)],
                 _mask((tiles.inner, tiles.columns), known, inside),
@@ -334,6 +335,7 @@ def _attention_kernel(
     width = max(LEAST_ROWS, pl.next_power_of_2(size))
     batch, head, split = pl.program_id(1) // kv_heads, pl.program_id(1) % kv_heads, pl.program_id(2)
     of_program = pl.ds(pl.program_id(0) * rows, rows)
+    across = _first(width, split)
     present, inside = _within_slice(of_program, count), _within(0, width, size)
     if positions.shape[1] == 1:
         own = jnp.full((rows,), positions[batch, 0])
@@ -341,7 +343,7 @@ def _attention_kernel(
         own = _load(positions.at[batch, of_program], present)
     if present is not None:
         own = jnp.where(present, own, -1)
-    inputs = _load(query.at[batch, head, of_program, pl.ds(0, width)], _mask((rows, width), present, inside))
+    inputs = _load(query.at[batch, head, of_program, across], _mask((rows, width), present, inside))
     blocks = (jnp.max(own) + _DECODE_BLOCK) // _DECODE_BLOCK  # up to the furthest row's own position
     place = layer[0], slots[batch], head
 
@@ -349,7 +351,7 @@ def _attention_kernel(
         start = (split + i * splits) * _DECODE_BLOCK
         at = start + jnp.arange(_DECODE_BLOCK)
         known = at < capacity if capacity % _DECODE_BLOCK else None
-        block = (*place, pl.ds(start, _DECODE_BLOCK), pl.ds(0, width))
+        block = (*place, pl.ds(start, _DECODE_BLOCK), across)
         mask = _mask((_DECODE_BLOCK, width), known, inside)
         logits = _dot(inputs, _load(keys.at[block], mask).T) * (multiplier / cap)
         visible = at[None, :] <= own[:, None]
@@ -362,7 +364,7 @@ def _attention_kernel(
 
     zeros = jnp.zeros((rows, width), jnp.float32), jnp.zeros((rows,), jnp.float32)
     total, all_mass = lax.fori_loop(0, (blocks - split + splits - 1) // splits, add, zeros)
-    out = weighted.at[split, batch, head, of_program, pl.ds(0, width)]
+    out = weighted.at[split, batch, head, of_program, across]
     _store(out, total, _mask((rows, width), present, inside))
     _store(mass.at[split, batch, head, of_program], all_mass, present)
 
@@ -387,6 +389,16 @@ def _call(
         return lax.platform_dependent(*arrays, cpu=interpreted, default=compiled)
 
     return call
+
+
+def _first(size: int, program: Any) -> Any:
+    """The first `size` places of an axis that may have fewer; JAX 0.12 refuses such only where it sees their start.
+
+    Args:
+        size: how many.
+        program: a number that is known when the kernel runs.
+    """
+    return pl.ds(program * 0, size)
 
 
 def _within(start: Any, size: int, count: int) -> jax.Array | None:
