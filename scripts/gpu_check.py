@@ -8,6 +8,7 @@ checkpoint are needed: weights are random and made on the device.
 import argparse
 import dataclasses
 import functools
+import gc
 import json
 import platform
 import statistics
@@ -291,6 +292,8 @@ def measure_model(
         bytes_of = estimate_of(model).decode_read_bytes
         if layers == fewer:
             read_fewer = {case: bytes_of(*case) for case in steps[layers]}
+            del model, bytes_of
+            gc.collect()  # its engine and its programs know each other
             continue
         for case, took in steps[more].items():
             if case not in steps[fewer]:
@@ -308,7 +311,8 @@ def measure_model(
                 megabytes_of_a_layer=read / 1e6,
                 share_of_copy=read / a_layer / limits.copy if a_layer > 0 else None,
             )
-        del model
+        del model, bytes_of
+        gc.collect()
 
 
 def launch_seconds(config: ModelConfig, kernels: str) -> float:

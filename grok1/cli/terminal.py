@@ -177,13 +177,13 @@ class Terminal:
 
             def render(self, task: Any) -> Text:
                 assert describe is not None
-                return Text(describe())
+                return Text(describe(), no_wrap=True, overflow="ellipsis")
 
         name = TextColumn("{task.description}", markup=False)
         columns: list[Any] = [SpinnerColumn(), name, TimeElapsedColumn()]
         if describe is not None:
-            one_line = Column(no_wrap=True, overflow="ellipsis")
-            columns = [SpinnerColumn(), DescriptionColumn(one_line), TimeElapsedColumn()]
+            whole = Column(no_wrap=True)  # the description is what is cut on a narrow terminal
+            columns = [SpinnerColumn(), DescriptionColumn(Column()), TimeElapsedColumn(whole)]
         elif total is not None:
             columns = [
                 name,
