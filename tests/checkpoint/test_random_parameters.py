@@ -13,8 +13,7 @@ from grok1.sharding import make_mesh
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("mesh", [(1, 1), (2, 4), (1, 8)], ids=str)
-@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("mesh", "dtype"), [((1, 1), np.float32), ((2, 4), jnp.bfloat16)], ids=str)
 def test_it_is_shaped_and_placed_as_what_loading_gives(mesh, dtype, packed, small_config, make_checkpoint):
     if packed:
         require_kernels()
