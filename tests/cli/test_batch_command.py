@@ -462,6 +462,7 @@ def test_a_folder_that_is_removed_loses_nothing(batch, start, checkpoint, many, 
     assert output.read_text() == batch(many).out
 
 
+@pytest.mark.slow
 def test_a_large_input_is_not_read_into_memory(start, checkpoint, tmp_path):
     """300,000 rows, 40 MB, of which the last is bad, so that it ends when all have been checked."""
     file = tmp_path / "rows.jsonl"

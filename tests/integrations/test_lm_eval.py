@@ -85,6 +85,7 @@ def test_multiple_choice(evaluate, model, tokenizer):
     assert metrics["acc,none"] == right / len(QUESTIONS)
 
 
+@pytest.mark.slow
 def test_rolling_log_likelihood(evaluate, model, tokenizer):
     metrics, _ = evaluate(
         TEXTS,
@@ -108,6 +109,7 @@ def test_rolling_log_likelihood(evaluate, model, tokenizer):
     assert metrics["word_perplexity,none"] == pytest.approx(math.exp(-total / words), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_generation(evaluate, model):
     first = model.complete("Say it: ", max_tokens=12, greedy=True).text
     stop = first[3:5]
