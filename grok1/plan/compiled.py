@@ -272,19 +272,11 @@ def topology_mesh(kind: str, config: ModelConfig, shape: tuple[int, int]) -> Mes
     name = topology_name(kind, shape[0] * shape[1])
     if importlib.util.find_spec("libtpu") is None:
         raise CompileError("the compiler for TPUs, libtpu, is not installed: pip install '.[tpu]'")
-    jax.config.update("jax_platforms", "cpu")
     for variable, value in _LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     bounds = {"chips_per_host_bounds": [1, 1, 1]} if name == "1x1" else {}
-    try:
-        slice_ = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{name}", **bounds)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(". ")
-        raise CompileError(
-            f"the compiler for TPUs refuses {kind}:{name} ({reason}): end other programs that use libtpu, "
-            "or install another version of it"
-        ) from None
-    return make_mesh(config, shape, slice_.devices)
+    refusal = f"TPUs refuses {kind}:{name}", "end other programs that use libtpu, or install another version of it"
+    return make_mesh(config, shape, _describe("tpu", f"{kind}:{name}", refusal, **bounds))
 
 
 def gpu_compiler_is_installed() -> bool:
@@ -311,19 +303,30 @@ def gpu_mesh(kind: str, config: ModelConfig, shape: tuple[int, int]) -> Mesh:
         )
     if not gpu_compiler_is_installed():
         raise CompileError("the compiler for GPUs is not installed: pip install '.[cuda]'")
-    jax.config.update("jax_platforms", "cpu")
     hosts = max(1, count // _GPUS_OF_HOST)
+    options = {"target_config": _target_config(kind), "topology": f"1x{hosts}x{count // hosts}"}
+    refusal = f"GPUs refuses {count} x {kind}", "install another version of JAX with its plugin for CUDA"
+    return make_mesh(config, shape, _describe("cuda", kind, refusal, **options))
+
+
+def _describe(platform: str, name: str, refusal: tuple[str, str], **options: Any) -> list[jax.Device]:
+    """Devices that are described to the compiler of a platform.
+
+    Args:
+        platform: as JAX calls it.
+        name: of the topology.
+        refusal: what is refused then, after "the compiler for", and what to do about it.
+        options: of the topology.
+
+    Raises:
+        CompileError: if the compiler refuses them.
+    """
+    jax.config.update("jax_platforms", "cpu")
     try:
-        described = topologies.get_topology_desc(
-            kind, "cuda", target_config=_target_config(kind), topology=f"1x{hosts}x{count // hosts}"
-        )
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return topologies.get_topology_desc(name, platform, **options).devices
+    except (RuntimeError, ValueError) as error:  # NotImplementedError is the first
         reason = str(error).splitlines()[0].rstrip(". ")
-        raise CompileError(
-            f"the compiler for GPUs refuses {count} x {kind} ({reason}): install another version of JAX with its "
-            "plugin for CUDA"
-        ) from None
-    return make_mesh(config, shape, described.devices)
+        raise CompileError(f"the compiler for {refusal[0]} ({reason}): {refusal[1]}") from None
 
 
 def _target_config(kind: str) -> str:
