@@ -315,9 +315,9 @@ class _Place:
         device_mesh = make_mesh(config, mesh, devices)
         kind = np.dtype(dtype or default_dtype(device_mesh.devices.flat[0].platform))
         data, model = device_mesh.devices.shape
+        enable_compilation_cache()  # before the kernels of a GPU are tried, which compiles some
         chosen = choose_kernels(config, device_mesh, kernels)
         room = require_room(config, (data, model), devices or jax.devices(), kind.name)
-        enable_compilation_cache()
         if chosen.backend == "cpu":
             cpu.set_threads(threads or thread_count())
         return cls(device_mesh, kind, chosen, room)
