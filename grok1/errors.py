@@ -47,3 +47,7 @@ class RequestError(Grok1Error, ValueError):
 
 class JobError(Grok1Error):
     """A file of rows that cannot be worked on, or results that cannot be kept."""
+
+
+class MultihostError(Grok1Error):
+    """Processes that cannot work together, or of which one is gone."""

@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grok1.config import ModelConfig
 from grok1.engine.request import MAX_LOGPROBS, SamplingOptions
 from grok1.engine.sampling import SampledTokens, SamplingState, sample, token_logprobs
+from grok1.engine.steps import Step, StepSender
 from grok1.network import KVCache, ModelShard, network
 from grok1.ops.backend import Backend
 from grok1.quantize import PackedWeight
@@ -154,6 +155,21 @@ class _Endings:
             whole[row] = one[0]
 
 
+Held = KVCache | BatchState
+"""What a step takes over and gives back."""
+
+# What each kind of step takes from the host, as far as its structure goes.
+_HOST_ARRAYS: dict[object, tuple[Any, ...]] = {
+    "cache": (),
+    "batch": (),
+    "read": (0, 0),
+    "score": (_Lanes(0, 0, 0), 0),
+    "prompts": (_Lanes(0, 0, 0), _Endings(0, SamplingState(0, 0, 0, 0, 0))),  # type: ignore[arg-type]
+    "copy": (0, 0),
+    "decode": (0,),
+}
+
+
 class Engine:
     """A model on a mesh, and its compiled steps."""
 
@@ -165,6 +181,7 @@ class Engine:
         dtype: np.dtype | type = np.float32,
         progress: Callable[[str, str, int, int], None] | None = None,
         backend: Backend = "xla",
+        sender: StepSender | None = None,
     ):
         """Args are kept as they are.
 
@@ -177,6 +194,7 @@ class Engine:
             progress: is called with what a long step does: "compiling" and a program's name before it is compiled,
                 "running" and that name when it has been, "reading" with the tokens of a prompt done and to do.
             backend: what computes; packed weights are multiplied by the kernels for processors, whatever it says.
+            sender: tells other processes that the mesh spans of every step, for them to `repeat`.
         """
         self.config = config
         self.mesh = mesh
@@ -192,6 +210,9 @@ class Engine:
         self._shard = ModelShard(config, mesh.shape[MODEL_AXIS], MODEL_AXIS, jnp.dtype(dtype), backend)
         self._network = network(self._shard)
         self._programs: dict[tuple[object, ...], Any] = {}
+        self._sender = sender
+        self._repeated: dict[int, Held] = {}
+        self._alone = all(device.process_index == jax.process_index() for device in mesh.devices.flat)
 
     @property
     def dtype(self) -> np.dtype:
@@ -212,13 +233,15 @@ class Engine:
 
     def new_cache(self, batch: int) -> KVCache:
         """A cache for `batch` sequences, a multiple of `data_rows`; its content means nothing yet."""
+        return self._run(("cache", batch))[0]
+
+    def _zeros_program(self, batch: int) -> Any:
         abstract = self.abstract_cache(batch)
 
         def zeros() -> KVCache:
             return jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), abstract)
 
-        placed = NamedSharding(self.mesh, _CACHE)
-        return self._run(("cache", batch), "cache", lambda: jax.jit(zeros, out_shardings=placed))
+        return jax.jit(lambda: (zeros(), ()), out_shardings=(NamedSharding(self.mesh, _CACHE), ()))
 
     def abstract_cache(self, batch: int) -> KVCache:
         """What `new_cache` gives, with a `jax.ShapeDtypeStruct` for each array."""
@@ -237,7 +260,7 @@ class Engine:
             start: position of the first token.
 
         Returns:
-            float32 `[batch, n, vocab]`, and the cache.
+            float32 `[batch, n, vocab]`, on a mesh of several processes of this one's data rows alone; and the cache.
         """
         batch, count = tokens.shape
         length = self.chunk_length(count)
@@ -245,23 +268,15 @@ class Engine:
         padded[:, :count] = tokens
         positions = np.full((batch, length), -1, np.int32)
         positions[:, :count] = np.arange(start, start + count)
-        logits, cache = self._run(
-            ("read", batch, length),
-            "reading",
-            lambda: self._over_mesh(
-                self._read_step, (self._param_specs, _CACHE, _BATCH, _BATCH), (_BATCH, _CACHE), donate=(1,)
-            ),
-            self.params,
-            cache,
-            padded,
-            positions,
-        )
-        return logits[:, :count], cache
+        cache, logits = self._run(("read", batch, length), cache, padded, positions)
+        here = logits if self._alone else logits.addressable_data(0)
+        return here[:, :count], cache
 
     def _read_step(
         self, params: hk.Params, cache: KVCache, tokens: jax.Array, positions: jax.Array
-    ) -> tuple[jax.Array, KVCache]:
-        return self._network.apply(params, tokens, positions, cache, True)
+    ) -> tuple[KVCache, jax.Array]:
+        logits, cache = self._network.apply(params, tokens, positions, cache, True)
+        return cache, logits
 
     def score_parts(
         self, cache: KVCache, parts: Sequence[ScoredPart], lanes: int = 1, logprobs: bool = False
@@ -285,20 +300,7 @@ class Engine:
         for part, place in zip(parts, places, strict=True):
             targets[place, : len(part.targets)] = part.targets
         top = max(1, self._top_logprobs(logprobs))
-        cache, scored = self._run(
-            ("score", slots, *targets.shape, top),
-            "scoring",
-            lambda: self._over_mesh(
-                partial(self._score_step, top_logprobs=top),
-                (self._param_specs, _CACHE, _BATCH, _BATCH),
-                (_CACHE, _BATCH),
-                donate=(1,),
-            ),
-            self.params,
-            cache,
-            read,
-            targets,
-        )
+        cache, scored = self._run(("score", slots, *targets.shape, top), cache, read, targets)
         return cache, scored, places
 
     def _score_step(
@@ -336,14 +338,18 @@ class Engine:
         Args:
             slots: a multiple of `data_rows`.
         """
-        batch = NamedSharding(self.mesh, _BATCH)
-        zeros = np.zeros(slots, np.int32)
-        return BatchState(
-            cache=self.new_cache(slots),
-            tokens=jax.device_put(zeros, batch),
-            positions=jax.device_put(zeros, batch),
-            sampling=jax.device_put(SamplingState.empty(slots), batch),
-        )
+        return self._run(("batch", slots))[0]
+
+    def _batch_program(self, slots: int) -> Any:
+        abstract = self.abstract_cache(slots)
+
+        def free() -> BatchState:
+            cache = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), abstract)
+            tokens = jnp.zeros(slots, jnp.int32)
+            sampling = jax.tree.map(jnp.asarray, SamplingState.empty(slots))
+            return BatchState(cache, tokens, tokens, sampling)
+
+        return jax.jit(lambda: (free(), ()), out_shardings=(self._placed(_STATE), ()))
 
     def read_prompts(
         self, state: BatchState, parts: Sequence[PromptPart], lanes: int = 1, logprobs: bool = False
@@ -372,15 +378,7 @@ class Engine:
             if part.ending is not None:
                 endings.put(place, *part.ending)
         wanted = self._top_logprobs(logprobs)
-        state, first = self._run(
-            ("prompts", state.tokens.shape[0], *read.tokens.shape, wanted),
-            "prefill",
-            lambda: self._prompt_program(wanted),
-            self.params,
-            state,
-            read,
-            endings,
-        )
+        state, first = self._run(("prompts", state.tokens.shape[0], *read.tokens.shape, wanted), state, read, endings)
         return state, first, places
 
     def _pack(
@@ -409,12 +407,7 @@ class Engine:
         return min(length, self.max_chunk)
 
     def _prompt_program(self, top_logprobs: int) -> Any:
-        return self._over_mesh(
-            partial(self._prompt_step, top_logprobs=top_logprobs),
-            (self._param_specs, _STATE, _BATCH, _BATCH),
-            (_STATE, _BATCH),
-            donate=(1,),
-        )
+        return self._over_mesh(partial(self._prompt_step, top_logprobs=top_logprobs), _STATE, (_BATCH, _BATCH))
 
     def _prompt_step(
         self, params: hk.Params, state: BatchState, read: _Lanes, endings: _Endings, top_logprobs: int
@@ -450,16 +443,9 @@ class Engine:
             raise ValueError(f"slots {source} and {target} are of different data rows")
         pairs = np.full((self.data_rows, 2), -1, np.int32)
         pairs[source // row_slots] = source % row_slots, target % row_slots
-        return self._run(
-            ("copy", slots),
-            "copying",
-            lambda: self._over_mesh(self._copy_step, (_CACHE, _BATCH, _REPLICATED), _CACHE, donate=(0,)),
-            cache,
-            pairs,
-            np.int32(length),
-        )
+        return self._run(("copy", slots), cache, pairs, np.int32(length))[0]
 
-    def _copy_step(self, cache: KVCache, pair: jax.Array, length: jax.Array) -> KVCache:
+    def _copy_step(self, cache: KVCache, pair: jax.Array, length: jax.Array) -> tuple[KVCache, tuple[()]]:
         source, target = jnp.maximum(pair[0, 0], 0), jnp.maximum(pair[0, 1], 0)
         block = min(_COPY_BLOCK, self.capacity)
 
@@ -474,7 +460,7 @@ class Engine:
             return jax.tree.map(copy, cache)
 
         blocks = jnp.where(pair[0, 0] < 0, 0, -(-length // block))
-        return lax.fori_loop(0, blocks, copy_block, cache)
+        return lax.fori_loop(0, blocks, copy_block, cache), ()
 
     def decode(self, state: BatchState, active: np.ndarray, logprobs: bool = False) -> tuple[BatchState, SampledTokens]:
         """Reads each active sequence's last token and draws its next.
@@ -490,22 +476,10 @@ class Engine:
             the batch and the new tokens, `[slots]`; those of inactive slots mean nothing.
         """
         wanted = self._top_logprobs(logprobs)
-        return self._run(
-            ("decode", len(active), wanted),
-            "decoding",
-            lambda: self._decode_program(wanted),
-            self.params,
-            state,
-            active,
-        )
+        return self._run(("decode", len(active), wanted), state, active)
 
     def _decode_program(self, top_logprobs: int) -> Any:
-        return self._over_mesh(
-            partial(self._decode_step, top_logprobs=top_logprobs),
-            (self._param_specs, _STATE, _BATCH),
-            (_STATE, _BATCH),
-            donate=(1,),
-        )
+        return self._over_mesh(partial(self._decode_step, top_logprobs=top_logprobs), _STATE, (_BATCH,))
 
     def _decode_step(
         self, params: hk.Params, state: BatchState, active: jax.Array, top_logprobs: int
@@ -567,20 +541,117 @@ class Engine:
     def _top_logprobs(self, wanted: bool) -> int:
         return min(MAX_LOGPROBS, self.config.vocab_size) if wanted else 0
 
-    def _over_mesh(self, step: Callable[..., Any], specs: tuple, results: Any, donate: tuple[int, ...]) -> Any:
-        """A jitted program that runs `step` on every device's part of its arguments."""
-        mapped = jax.shard_map(step, mesh=self.mesh, in_specs=specs, out_specs=results, check_vma=False)
-        placed = jax.tree.map(
+    def _over_mesh(
+        self, step: Callable[..., Any], held: Any, host: tuple[Any, ...], *, weights: bool = True, told: bool = True
+    ) -> Any:
+        """A jitted program that runs `step` on every device's part of its arguments.
+
+        Args:
+            step: takes the parameters, what is held and what comes from the host; gives what is held and results.
+            held: the partition of what is held.
+            host: of what comes from the host.
+            weights: whether it takes the parameters.
+            told: whether the results are small, and known to every process of the mesh.
+        """
+        specs = (self._param_specs, held, *host) if weights else (held, *host)
+        results = _BATCH
+        if told and not self._alone:
+            results, alone = _REPLICATED, step
+
+            def step(*arguments: Any) -> Any:
+                kept, rows = alone(*arguments)
+                return kept, jax.tree.map(lambda array: lax.all_gather(array, DATA_AXIS, tiled=True), rows)
+
+        mapped = jax.shard_map(step, mesh=self.mesh, in_specs=specs, out_specs=(held, results), check_vma=False)
+        return jax.jit(mapped, in_shardings=self._placed(specs), donate_argnums=int(weights))
+
+    def _placed(self, specs: Any) -> Any:
+        """Shardings of a tree of partitions."""
+        return jax.tree.map(
             lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
         )
-        return jax.jit(mapped, in_shardings=placed, donate_argnums=donate)
 
-    def _run(self, key: tuple[object, ...], name: str, make: Callable[[], Any], *arguments: Any) -> Any:
-        """Runs the program of that key, which `make` gives the first time."""
+    def _program(self, kind: object, sizes: Sequence[int]) -> tuple[str, Any]:
+        """A jitted program, not compiled yet, and what it is called while it is."""
+        match kind:
+            case "cache":
+                return "cache", self._zeros_program(*sizes)
+            case "batch":
+                return "cache", self._batch_program(*sizes)
+            case "read":
+                return "reading", self._over_mesh(self._read_step, _CACHE, (_BATCH, _BATCH), told=False)
+            case "score":
+                step = partial(self._score_step, top_logprobs=sizes[-1])
+                return "scoring", self._over_mesh(step, _CACHE, (_BATCH, _BATCH))
+            case "prompts":
+                return "prefill", self._prompt_program(sizes[-1])
+            case "copy":
+                return "copying", self._over_mesh(self._copy_step, _CACHE, (_BATCH, _REPLICATED), weights=False)
+            case "decode":
+                return "decoding", self._decode_program(sizes[-1])
+        raise ValueError(f"there are no steps of the kind {kind}")
+
+    # Running
+
+    def _run(self, key: tuple[Any, ...], held: Held | None = None, *host: Any) -> Any:
+        """Runs a step in every process of the mesh.
+
+        Args:
+            key: the kind of step, and the sizes that its program is made for.
+            held: what it takes over; None if it makes it.
+            host: NumPy arrays in the structure that `_HOST_ARRAYS` gives for its kind.
+
+        Returns:
+            what is held now, and the results.
+        """
+        if self._sender is None:
+            return self._dispatch(key, held, *host)
+        handle = self._sender.send(key, None if held is None else _owner(held), jax.tree.leaves(host))
+        given, results = self._dispatch(key, held, *host)
+        self._sender.given(handle, _owner(given))
+        return given, results
+
+    def repeat(self, step: Step) -> None:
+        """Runs a step that another process of the mesh has sent; its results stay on the devices."""
+        for handle in step.freed:
+            self._repeated.pop(handle, None)
+        held = self._repeated.pop(step.handle, None)
+        host = jax.tree.unflatten(jax.tree.structure(_HOST_ARRAYS[step.key[0]]), step.arrays)
+        if step.key[0] == "copy" and isinstance(held, BatchState):
+            cache = self._dispatch(step.key, held.cache, *host)[0]
+            self._repeated[step.handle] = dataclasses.replace(held, cache=cache)
+        else:
+            self._repeated[step.handle] = self._dispatch(step.key, held, *host)[0]
+
+    def _dispatch(self, key: tuple[Any, ...], held: Held | None, *host: Any) -> Any:
+        """Runs the part of a step that is this process's, with its program compiled the first time."""
+        arguments: tuple[Any, ...] = host if held is None else (held, *self._on_mesh(key[0], host))
+        if held is not None and key[0] != "copy":
+            arguments = (self.params, *arguments)
         if key not in self._programs:
+            name, program = self._program(key[0], key[1:])
             self._progress("compiling", name, 0, 0)
             start = time.perf_counter()
-            self._programs[key] = make().lower(*arguments).compile(self.compiler_options)
+            self._programs[key] = program.lower(*arguments).compile(self.compiler_options)
             self.compile_seconds += time.perf_counter() - start
             self._progress("running", name, 0, 0)
         return self._programs[key](*arguments)
+
+    def _on_mesh(self, kind: object, host: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Arrays of the host as a program takes them: on a mesh of several processes each brings its own devices' part.
+
+        All are split over the data rows but the length of a copy.
+        """
+        if self._alone:
+            return host
+
+        def put(array: np.ndarray) -> jax.Array:
+            placed = NamedSharding(self.mesh, _BATCH if array.ndim else _REPLICATED)
+            return jax.make_array_from_callback(array.shape, placed, lambda index: array[index])
+
+        return jax.tree.map(lambda array: put(np.asarray(array)), host)
+
+
+def _owner(held: Held) -> jax.Array:
+    """The array whose life is that of what is held."""
+    return (held if isinstance(held, KVCache) else held.cache).keys

@@ -1,0 +1,1 @@
+"""Several processes as one: started together, checked against each other, and ended together."""
