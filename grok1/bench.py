@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import threading
 import time
@@ -219,8 +220,9 @@ def _arrival(sampled: SampledTokens) -> float:
 
 def estimate_of(model: Model) -> Estimate:
     """The estimate of what a model reads and computes, on the devices that it is on."""
-    devices = present_devices(list(model.engine.mesh.devices.flat))
-    return Estimate(model.config, devices, model.mesh_shape, model.engine.dtype.name)
+    engine = model.engine
+    devices = dataclasses.replace(present_devices(engine.local_devices), count=engine.mesh.size)
+    return Estimate(model.config, devices, model.mesh_shape, engine.dtype.name)
 
 
 def _prefill_bytes(estimate: Estimate, engine: Engine, batch: int, tokens: int) -> int:
@@ -231,10 +233,12 @@ def _prefill_bytes(estimate: Estimate, engine: Engine, batch: int, tokens: int) 
 
 def weight_bytes(model: Model) -> int:
     """The model's weights as they are held, over all devices; what several hold counts for each."""
-    shards = [shard for array in jax.tree.leaves(model.engine.params) for shard in array.addressable_shards]
-    if _platform(model) == "cpu":  # data rows share one memory
-        shards = [shard for shard in shards if shard.replica_id == 0]
-    return sum(shard.data.nbytes for shard in shards)
+    total = 0
+    for array in jax.tree.leaves(model.engine.params):
+        places = array.sharding.devices_indices_map(array.shape)
+        held = set(map(str, places.values())) if _platform(model) == "cpu" else places  # data rows share one memory
+        total += len(held) * math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+    return total
 
 
 def measure_limits(model: Model) -> Limits:

@@ -59,7 +59,8 @@ def choose_kernels(config: ModelConfig, mesh: Mesh, kernels: KernelsName = "auto
     Raises:
         KernelsError: if the platform's own were asked for and cannot be had, or the variable names none.
     """
-    device = mesh.devices.flat[0]
+    local = jax.local_devices(backend=mesh.devices.flat[0].platform)
+    device = next((device for device in mesh.devices.flat if device in local), local[0])
     return _choose(device, kernels, _why_not_for(config, mesh.shape[MODEL_AXIS], device.platform))
 
 

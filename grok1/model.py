@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grok1 import memory
+from grok1.checkpoint.fingerprint import difference, identity
 from grok1.checkpoint.load import load_parameters
 from grok1.checkpoint.parameters import abstract_parameters
 from grok1.checkpoint.random_parameters import random_parameters
@@ -24,13 +26,17 @@ from grok1.engine.generate import GeneratedSequence, GenerationRequest, generate
 from grok1.engine.occupancy import Occupancy
 from grok1.engine.request import FinishReason, SamplingOptions, TokenLogprobs
 from grok1.engine.score import ScoringRequest, score
-from grok1.errors import RequestError
+from grok1.engine.steps import StepSender
+from grok1.errors import CheckpointError, RequestError
 from grok1.kernels import ChosenKernels, choose_kernels
+from grok1.multihost.runtime import Runtime
 from grok1.ops import cpu
-from grok1.plan.verdict import require_room
+from grok1.plan.devices import Devices, present_devices
+from grok1.plan.estimate import Estimate
+from grok1.plan.verdict import room
 from grok1.prompt import Request as Request
 from grok1.prompt import check_token_ids, encode_prompt, encode_scored, required, window_stride, windows
-from grok1.sharding import make_mesh
+from grok1.sharding import counts, default_mesh_shape, hosts_of, make_mesh
 from grok1.stop_text import StopMatcher
 from grok1.threads import thread_count
 from grok1.tokenizer import Tokenizer, find_tokenizer
@@ -46,7 +52,7 @@ class Progress:
     Attributes:
         stage: "checking" files, "loading" weights, "compiling" a program, "running" it for the first time, or "reading"
             a long prompt.
-        detail: what in particular.
+        detail: what in particular; of loading in several processes, which is the slowest, whose bytes these are.
         done: bytes loaded or tokens read; 0 where it is not known.
         total: bytes to load or tokens to read; 0 where it is not known.
     """
@@ -201,6 +207,7 @@ def load(
     kernels: KernelsName = "auto",
     threads: int | None = None,
     progress: ProgressCallback | None = None,
+    runtime: Runtime | None = None,
 ) -> Model:
     """Loads a checkpoint onto the devices there are.
 
@@ -221,9 +228,11 @@ def load(
             process may use. XLA's own are set when JAX starts: see `grok1.threads`.
         progress: is called while files are checked, weights loaded and programs compiled, also later by the model's
             methods, from whichever thread does the work.
+        runtime: the processes that load it together, each the part of its own devices; every one of them calls this
+            with the same mesh, dtype and kernels. See `grok1.multihost` and `grok1.follow`.
 
     Raises:
-        CheckpointError: if there is no checkpoint or it is damaged.
+        CheckpointError: if there is no checkpoint or it is damaged, or that of another process is another.
         ConfigError: if its `config.json` describes no possible model.
         KernelsError: if the native kernels were asked for and cannot be had.
         MeshError: if the model cannot be divided so.
@@ -235,16 +244,29 @@ def load(
     report("checking", str(checkpoint))
     opened = Checkpoint.open(Path(checkpoint))
     config = opened.config
-    text = _open_tokenizer(opened, tokenizer)
-    place = _Place.choose(config, mesh, dtype, devices, kernels, threads)
-    params = load_parameters(
-        opened,
-        place.mesh,
-        place.dtype,
-        lambda done, total: report("loading", str(opened.directory), done, total),
-        load_memory,
-        cpu.pack_box if place.packs else None,
-    )
+    text = _open_tokenizer(opened, tokenizer) if runtime is None or runtime.leads else None
+    if runtime is not None:
+        _require_same_checkpoint(runtime, opened)
+    place = _Place.choose(config, mesh, dtype, devices, kernels, threads, runtime)
+    start = time.perf_counter()
+    params = place.abstract(config)
+    if place.takes_part:
+        params = load_parameters(
+            opened,
+            place.mesh,
+            place.dtype,
+            lambda done, total: _report_loading(runtime, report, opened, done, total),
+            load_memory,
+            cpu.pack_box if place.packs else None,
+        )
+    if runtime is not None:
+        seconds = time.perf_counter() - start
+        loads = runtime.exchange(
+            "loaded",
+            {"host": runtime.hosts[runtime.process_id], "bytes_read": opened.bytes_read, "seconds": seconds},
+            lambda: _report_loading(runtime, report, opened, 1, 1),
+        )
+        return place.model(config, params, report, text, loads)
     return place.model(config, params, report, text)
 
 
@@ -258,6 +280,7 @@ def random_model(
     kernels: KernelsName = "auto",
     threads: int | None = None,
     progress: ProgressCallback | None = None,
+    runtime: Runtime | None = None,
 ) -> Model:
     """A model of random weights made on the devices, without a checkpoint and without a tokenizer.
 
@@ -270,6 +293,7 @@ def random_model(
         kernels: what computes.
         threads: of the kernels for processors.
         progress: is called as by `load`.
+        runtime: as for `load`.
 
     Raises:
         KernelsError: as `load`.
@@ -277,10 +301,45 @@ def random_model(
         TooSmallError: as `load`.
     """
     report = _reporter(progress)
-    place = _Place.choose(config, mesh, dtype, devices, kernels, threads)
+    place = _Place.choose(config, mesh, dtype, devices, kernels, threads, runtime)
     report("loading", "random weights")
-    params = random_parameters(abstract_parameters(config, place.mesh, place.dtype, place.packs), seed)
+    params = place.abstract(config)
+    if place.takes_part:
+        params = random_parameters(params, seed)
     return place.model(config, params, report, None)
+
+
+def _require_same_checkpoint(runtime: Runtime, opened: Checkpoint) -> None:
+    """Makes sure that all processes have the same checkpoint.
+
+    Raises:
+        CheckpointError: if one has another.
+    """
+    known = runtime.exchange("checkpoint", identity(opened))
+    for process, other in enumerate(known):
+        name = difference(known[0], other)
+        if name is not None:
+            raise CheckpointError(
+                f"{runtime.name_of(process)} sees another checkpoint than {runtime.name_of(0)}: {name} differs "
+                f"({_of(other, name)} there, {_of(known[0], name)} here); copy the checkpoint again, or use one folder"
+            )
+
+
+def _of(known: Mapping[str, str], name: str) -> str:
+    told = known.get(name, "none")
+    return told if len(told) <= 60 else f"{told[:57]}..."
+
+
+def _report_loading(
+    runtime: Runtime | None, report: Callable[..., None], opened: Checkpoint, done: int, total: int
+) -> None:
+    """Reports how far this process is, or of several processes the slowest."""
+    if runtime is None:
+        report("loading", "", done, total)
+        return
+    runtime.report_loading(done, total)
+    process, done, total = runtime.slowest()
+    report("loading", f"slowest is {runtime.name_of(process)}", done, total)
 
 
 def _reporter(progress: ProgressCallback | None) -> Callable[..., None]:
@@ -301,6 +360,8 @@ class _Place:
     dtype: np.dtype
     kernels: ChosenKernels
     room: int | None
+    idle: list[jax.Device]
+    runtime: Runtime | None
 
     @classmethod
     def choose(
@@ -311,28 +372,83 @@ class _Place:
         devices: Sequence[jax.Device] | None,
         kernels: KernelsName,
         threads: int | None,
+        runtime: Runtime | None,
     ) -> _Place:
-        device_mesh = make_mesh(config, mesh, devices)
-        kind = np.dtype(dtype or default_dtype(device_mesh.devices.flat[0].platform))
-        data, model = device_mesh.devices.shape
+        everywhere = list(jax.devices() if devices is None else devices)
+        kind = np.dtype(dtype or default_dtype(everywhere[0].platform))
+        present, memories = _present(everywhere, runtime)
+        hosts = hosts_of(everywhere, runtime.host_of) if runtime is not None else None
+        if mesh is None:
+
+            def fits(shards: int) -> bool | None:
+                return Estimate(config, present, (1, shards), kind.name).fits
+
+            mesh = default_mesh_shape(config, len(everywhere), None if hosts is None else counts(hosts), fits)
+        device_mesh = make_mesh(config, mesh, everywhere, hosts)
         enable_compilation_cache()  # before the kernels of a GPU are tried, which compiles some
         chosen = choose_kernels(config, device_mesh, kernels)
-        room = require_room(config, (data, model), devices or jax.devices(), kind.name)
+        if runtime is not None:
+            chosen = _agreed_kernels(runtime, chosen)
+        sequences = room(Estimate(config, present, mesh, kind.name, memories))
         if chosen.backend == "cpu":
             cpu.set_threads(threads or thread_count())
-        return cls(device_mesh, kind, chosen, room)
+        taken = set(device_mesh.devices.flat)
+        idle = [device for device in everywhere if device not in taken]
+        return cls(device_mesh, kind, chosen, sequences, idle, runtime)
 
     @property
     def packs(self) -> bool:
         """Whether weights are packed."""
         return self.kernels.backend == "cpu"
 
+    @property
+    def takes_part(self) -> bool:
+        """Whether the mesh has devices of this process."""
+        return any(device.process_index == jax.process_index() for device in self.mesh.devices.flat)
+
+    def abstract(self, config: ModelConfig) -> Any:
+        """The parameters as `jax.ShapeDtypeStruct`."""
+        return abstract_parameters(config, self.mesh, self.dtype, self.packs)
+
     def model(
-        self, config: ModelConfig, params: Any, report: Callable[..., None], tokenizer: Tokenizer | None
+        self,
+        config: ModelConfig,
+        params: Any,
+        report: Callable[..., None],
+        tokenizer: Tokenizer | None,
+        loads: Sequence[Mapping[str, Any]] = (),
     ) -> Model:
         """The model of parameters that are there."""
-        engine = Engine(config, params, self.mesh, self.dtype, report, self.kernels.backend)
-        return Model(engine, tokenizer, self.room, self.kernels.fallback)
+        sender = StepSender(self.runtime.send) if self.runtime is not None and self.runtime.leads else None
+        engine = Engine(config, params, self.mesh, self.dtype, report, self.kernels.backend, sender)
+        return Model(engine, tokenizer, self.room, self.kernels.fallback, self.idle, loads)
+
+
+def _present(devices: Sequence[jax.Device], runtime: Runtime | None) -> tuple[Devices, tuple[int, ...] | None]:
+    """The devices with the memory that is free on them, the least of any process, and whose have memory of their own.
+
+    Processes on one host share its memory evenly.
+    """
+    here = [device for device in devices if device.process_index == jax.process_index()]
+    present = dataclasses.replace(present_devices(here or jax.local_devices()), count=len(devices))
+    if runtime is None:
+        return present, None
+    free = present.usable_bytes
+    if free is not None and present.kind.shares_memory:
+        free //= runtime.host_of.count(runtime.host_of[runtime.process_id])
+    known = [count for count in runtime.exchange("memory", free) if count is not None]
+    processes = counts([device.process_index for device in devices])
+    return dataclasses.replace(present, usable_bytes=min(known, default=None)), processes
+
+
+def _agreed_kernels(runtime: Runtime, chosen: ChosenKernels) -> ChosenKernels:
+    """What computes in every process: the platform's own kernels if all have them."""
+    everybody = runtime.exchange("kernels", dataclasses.asdict(chosen))
+    lacking = [process for process, other in enumerate(everybody) if other["backend"] == "xla"]
+    if chosen.backend == "xla" or not lacking:
+        return chosen
+    reason = everybody[lacking[0]]["fallback"] or "it has none that are faster"
+    return ChosenKernels("xla", f"{runtime.name_of(lacking[0])} cannot use them, as {reason}")
 
 
 def _open_tokenizer(checkpoint: Checkpoint, given: str | Path | None) -> Tokenizer | None:
@@ -356,6 +472,8 @@ class Model:
         tokenizer: Tokenizer | None,
         max_sequences: int | None = None,
         kernels_fallback: str | None = None,
+        idle: Sequence[jax.Device] = (),
+        loads: Sequence[Mapping[str, Any]] = (),
     ):
         """Use `load`.
 
@@ -364,10 +482,14 @@ class Model:
             tokenizer: None to work with token ids only.
             max_sequences: how many caches of full context there is memory for, beside the weights; None if not known.
             kernels_fallback: why XLA computes where there might have been kernels; None if it does not.
+            idle: devices that are there and not on the mesh.
+            loads: for each of several processes its "host", and the "bytes_read" and "seconds" that its part took.
         """
         self.engine = engine
         self.max_sequences = max_sequences
         self.kernels_fallback = kernels_fallback
+        self.idle = list(idle)
+        self.loads = list(loads)
         self._tokenizer = tokenizer
 
     @property
@@ -397,8 +519,8 @@ class Model:
 
     @property
     def peak_device_bytes(self) -> int | None:
-        """The most memory that one device has held, if the devices say."""
-        return memory.peak_device_bytes(self.engine.mesh.devices.flat)
+        """The most memory that one device of this process has held, if the devices say."""
+        return memory.peak_device_bytes(self.engine.local_devices)
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Next-token logits at every place of a text.

@@ -1,14 +1,18 @@
-"""Meshes of any (data, model) shape, and how a model is divided over one.
+"""Meshes of any (data, model) shape, on one host or several, and how a model is divided over one.
 
 Sequences are split over the `data` axis and weights over the `model` axis: expert width and vocabulary evenly; heads
 and scale groups evenly while there are enough of them, and beyond that neighbouring shards hold the same ones.
+
+Model shards exchange activations twice in every layer, data rows next to nothing. So a row's model shards are on one
+host as long as one has enough devices, and only rows that fit on none are put together from several.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -111,9 +115,59 @@ def possible_model_shards(config: ModelConfig, most: int) -> list[int]:
     return [shards for shards in range(1, most + 1) if indivisible(config, shards) is None]
 
 
-def default_mesh_shape(config: ModelConfig, num_devices: int) -> tuple[int, int]:
-    """All devices on the model axis, as far as the model divides: (1, model shards)."""
+def default_mesh_shape(
+    config: ModelConfig,
+    num_devices: int,
+    hosts: Sequence[int] | None = None,
+    fits: Callable[[int], bool | None] = lambda shards: False,
+) -> tuple[int, int]:
+    """All devices on the model axis, as far as the model divides: (1, model shards).
+
+    On several hosts, if the model fits one: a data row of as many shards as the smallest host has devices for, as often
+    as there is room.
+
+    Args:
+        config: the model.
+        num_devices: how many there are.
+        hosts: how many each host has; None if all are on one.
+        fits: whether the model fits, divided into so many shards.
+    """
+    if hosts is not None and len(hosts) > 1:
+        shards = possible_model_shards(config, min(hosts))[-1]
+        if fits(shards):
+            return sum(count // shards for count in hosts), shards
     return 1, possible_model_shards(config, num_devices)[-1]
+
+
+def mesh_places(shape: tuple[int, int], hosts: Sequence[int]) -> list[int]:
+    """Which devices a mesh takes, row by row.
+
+    Rows are taken from one host as long as it has enough devices left, host after host; those that are still wanted
+    then are put together from what is left. The first device is always among them.
+
+    Args:
+        shape: sizes of the data and the model axis, which need no more devices than there are.
+        hosts: for each device which host it is on.
+
+    Returns:
+        the places of the devices, `data * model` of them.
+    """
+    data, model = shape
+    groups = {host: [i for i, of in enumerate(hosts) if of == host] for host in dict.fromkeys(hosts)}
+    together = [place for group in groups.values() for place in group]
+    rows: list[list[int]] = []
+    if together and len(groups[hosts[0]]) < model:  # the first host has not enough for a row of its own
+        rows.append(together[:model])
+        groups = {host: [place for place in group if place not in rows[0]] for host, group in groups.items()}
+    for group in groups.values():
+        while len(group) >= model and len(rows) < data:
+            rows.append(group[:model])
+            del group[:model]
+    rest = [place for group in groups.values() for place in group]
+    while len(rows) < data:
+        rows.append(rest[:model])
+        del rest[:model]
+    return [place for row in rows for place in row]
 
 
 def check_mesh_shape(config: ModelConfig, shape: tuple[int, int], num_devices: int) -> None:
@@ -148,6 +202,7 @@ def make_mesh(
     config: ModelConfig,
     shape: tuple[int, int] | None = None,
     devices: Sequence[jax.Device] | None = None,
+    hosts: Sequence[int] | None = None,
 ) -> Mesh:
     """A (data, model) mesh that the model can be divided over.
 
@@ -155,6 +210,7 @@ def make_mesh(
         config: the model.
         shape: sizes of the data and the model axis; by default all devices on the model axis, as far as they divide.
         devices: the devices to use, the first of them if there are more than needed; by default all there are.
+        hosts: for each device which host it is on; by default all are on one.
 
     Raises:
         MeshError: if there are too few devices or the model does not divide; the message names a mesh that works.
@@ -164,4 +220,22 @@ def make_mesh(
         shape = default_mesh_shape(config, len(devices))
     data, model = shape
     check_mesh_shape(config, shape, len(devices))
-    return Mesh(np.asarray(devices[: data * model]).reshape(data, model), (DATA_AXIS, MODEL_AXIS))
+    places = mesh_places(shape, [0] * len(devices) if hosts is None else hosts)
+    return Mesh(np.asarray([devices[place] for place in places]).reshape(data, model), (DATA_AXIS, MODEL_AXIS))
+
+
+def hosts_of(devices: Sequence[jax.Device], host_of_process: Sequence[int]) -> list[int]:
+    """For each device which host it is on: devices of one TPU slice count as on one, as fast links join all of them.
+
+    Args:
+        devices: of all processes.
+        host_of_process: for each process which host it is on.
+    """
+    if devices[0].platform == "tpu":
+        return [int(getattr(device, "slice_index", 0) or 0) for device in devices]
+    return [host_of_process[device.process_index] for device in devices]
+
+
+def counts(hosts: Sequence[int]) -> tuple[int, ...]:
+    """How many devices each host has, in the order in which the hosts come."""
+    return tuple(Counter(hosts).values())

@@ -5,8 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
+from pathlib import Path
 
 from grok1.checkpoint.reader import Checkpoint
+
+MANIFEST = "grok1.sha256"
+"""The name of a manifest that tells of the checkpoint that it lies in or beside."""
 
 _SAMPLE_BYTES = 4096
 
@@ -22,10 +27,48 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     """
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(checkpoint.config), sort_keys=True).encode())
     for spec in checkpoint.table:
-        with (checkpoint.directory / spec.file_name).open("rb") as file:
-            size = file.seek(0, 2)
-            digest.update(f"{spec.file_name} {size}\n".encode())
-            for start in sorted({0, size // 2, max(0, size - _SAMPLE_BYTES)}):
-                file.seek(start)
-                digest.update(file.read(_SAMPLE_BYTES))
+        size, samples = _samples(checkpoint.directory / spec.file_name)
+        digest.update(f"{spec.file_name} {size}\n".encode())
+        digest.update(samples)
     return digest.hexdigest()
+
+
+def _samples(path: Path) -> tuple[int, bytes]:
+    """The size of a file, and samples of it."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        samples = []
+        for start in sorted({0, size // 2, max(0, size - _SAMPLE_BYTES)}):
+            file.seek(start)
+            samples.append(file.read(_SAMPLE_BYTES))
+        return size, b"".join(samples)
+
+
+def identity(checkpoint: Checkpoint) -> dict[str, str]:
+    """What to compare of two copies of a checkpoint, name by name: the config, every file, and the manifest.
+
+    Of a file it is its size and a hash of its samples. The manifest is the file `MANIFEST` in the folder of tensor
+    files or beside it, if it is there.
+
+    Raises:
+        OSError: if a file cannot be read.
+    """
+    told = {"its config": json.dumps(dataclasses.asdict(checkpoint.config), sort_keys=True)}
+    for spec in checkpoint.table:
+        size, samples = _samples(checkpoint.directory / spec.file_name)
+        told[spec.file_name] = f"{size} bytes, {hashlib.sha256(samples).hexdigest()[:16]}"
+    for folder in (checkpoint.directory, checkpoint.directory.absolute().parent):
+        if (folder / MANIFEST).is_file():
+            told[MANIFEST] = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:16]
+            break
+    return told
+
+
+def difference(one: Mapping[str, str], other: Mapping[str, str]) -> str | None:
+    """The first name by which two of `identity` differ; None if they are of the same checkpoint.
+
+    A manifest that only one of them has makes no difference.
+    """
+    names = [name for name in one if name in other or name != MANIFEST]
+    names += [name for name in other if name not in one and name != MANIFEST]
+    return next((name for name in names if one.get(name) != other.get(name)), None)

@@ -103,14 +103,14 @@ def execute(arguments: Sequence[str], terminal: Terminal, on_interrupt: Callable
         terminal.end_line()
         if terminal.verbose:
             traceback.print_exc()
-        terminal.error(_sentence(error))
+        terminal.error(sentence_of(error))
         _abandon_stdout()  # it may be what failed
         return FAILED
     finally:
         terminal.clear()
 
 
-def _sentence(error: Exception) -> str:
+def sentence_of(error: Exception) -> str:
     """What the user reads about an error."""
     if isinstance(error, Grok1Error):
         return str(error)

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 import grok1
 from grok1.byte_size import format_bytes
 from grok1.cli.columns import columns
-from grok1.cli.loading import load_model, read_config, start_jax, tell_fallback
+from grok1.cli.loading import load_model, read_config, start_jax, tell_shortfall
 from grok1.cli.options import LAYERS, ModelChoice, model_options, output_options
 from grok1.cli.terminal import OutputError, Terminal, pass_terminal
 from grok1.config import PRESETS, ModelConfig, default_dtype, preset
@@ -193,8 +193,11 @@ def _measurable(
     from grok1.plan.verdict import require_room
     from grok1.sharding import make_mesh
 
-    data, shards = make_mesh(config, choice.mesh, devices).devices.shape
-    room = require_room(config, (data, shards), devices, choice.dtype or default_dtype(devices[0].platform))
+    data, room = 1, None
+    if choice.runtime is None:  # otherwise it takes all processes to tell, when they load
+        rows, shards = make_mesh(config, choice.mesh, devices).devices.shape
+        data = int(rows)
+        room = require_room(config, (data, shards), devices, choice.dtype or default_dtype(devices[0].platform))
     lengths = prompt or (min(_PROMPT, longest_prompt(config, decode)),)
     for tokens in lengths:
         for sequences in batch:
@@ -207,6 +210,10 @@ def _model(terminal: Terminal, choice: ModelChoice, preset_name: str | None, con
         return load_model(choice, terminal)[0]
     from grok1.model import random_model
 
+    if choice.runtime is not None:
+        from grok1.follow import tell_random
+
+        tell_random(choice.runtime, config, choice.mesh, choice.dtype, choice.kernels)
     model = random_model(
         config,
         mesh=choice.mesh,
@@ -214,9 +221,10 @@ def _model(terminal: Terminal, choice: ModelChoice, preset_name: str | None, con
         kernels=choice.kernels,  # type: ignore[arg-type]
         threads=choice.threads,
         progress=terminal.progress,
+        runtime=choice.runtime,
     )
     terminal.clear()
-    tell_fallback(model, terminal)
+    tell_shortfall(model, terminal)
     return model
 
 

@@ -113,12 +113,13 @@ class CompletionPrinter:
         return json_line(completion_object(completion) | self._run_object())
 
     def _run_object(self) -> dict[str, Any]:
-        return {
+        told = {
             "load_seconds": self.load_seconds,
             "peak_memory_bytes": memory.peak_resident_bytes(),
             "peak_device_memory_bytes": self.model.peak_device_bytes,
             "mesh": list(self.model.mesh_shape),
         }
+        return told | ({"processes": self.model.loads} if self.model.loads else {})
 
     def _statistics(self, completions: Sequence[Completion]) -> str:
         first = completions[0]

@@ -97,10 +97,17 @@ def start_jax(terminal: Terminal, threads: int | None = None) -> Sequence[jax.De
         ) from error
 
 
-def tell_fallback(model: Model, terminal: Terminal) -> None:
-    """Says in a line if a model runs on XLA's kernels for want of better ones."""
+def tell_shortfall(model: Model, terminal: Terminal) -> None:
+    """Says in a line each if a model runs on XLA's kernels for want of better ones, and if devices stay idle."""
     if model.kernels_fallback is not None:
         terminal.note(f"XLA computes, which is slower than the kernels made for it: {model.kernels_fallback}")
+    if model.idle:
+        data, shards = model.mesh_shape
+        count = len(model.idle)
+        terminal.note(
+            f"{count} of {count + data * shards} devices {'stays' if count == 1 else 'stay'} idle: the mesh is "
+            f"{data},{shards}"
+        )
 
 
 def load_model(choice: ModelChoice, terminal: Terminal) -> tuple[Model, float]:
@@ -113,6 +120,10 @@ def load_model(choice: ModelChoice, terminal: Terminal) -> tuple[Model, float]:
     start_jax(terminal, choice.threads)
     from grok1.model import load
 
+    if choice.runtime is not None:
+        from grok1.follow import tell_load
+
+        tell_load(choice.runtime, choice.mesh, choice.dtype, choice.kernels)
     model = load(
         choice.checkpoint,
         tokenizer=choice.tokenizer,
@@ -122,7 +133,8 @@ def load_model(choice: ModelChoice, terminal: Terminal) -> tuple[Model, float]:
         kernels=choice.kernels,  # type: ignore[arg-type]
         threads=choice.threads,
         progress=terminal.progress,
+        runtime=choice.runtime,
     )
     terminal.clear()
-    tell_fallback(model, terminal)
+    tell_shortfall(model, terminal)
     return model, time.perf_counter() - start

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 from click.core import ParameterSource
@@ -17,6 +17,10 @@ from grok1.config import KernelsName
 from grok1.engine.request import MAX_LOGPROBS, MAX_SEED, SamplingOptions
 from grok1.errors import RequestError
 from grok1.memory import DEFAULT_LOAD_MEMORY, MIN_LOAD_MEMORY
+from grok1.multihost.cluster import START_TIMEOUT
+
+if TYPE_CHECKING:
+    from grok1.multihost.runtime import Runtime
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -35,6 +39,7 @@ class ModelChoice:
         load_memory: bytes of host memory beyond the weights that loading may take.
         kernels: what computes; "auto" chooses.
         threads: how many compute on processors; None for one on each physical core.
+        runtime: the processes that load it together, of which this is process 0; None if it is the only one.
     """
 
     checkpoint: Path
@@ -44,6 +49,7 @@ class ModelChoice:
     load_memory: int = DEFAULT_LOAD_MEMORY
     kernels: str = "auto"
     threads: int | None = None
+    runtime: Runtime | None = None
 
 
 class _MeshType(click.ParamType):
@@ -144,6 +150,64 @@ _THREADS = click.option(
 )
 
 
+_PROCESSES = [
+    click.option(
+        "--distributed",
+        is_flag=True,
+        help="Run as one of several processes, on one host or many, that SLURM, Open MPI, Kubernetes or Cloud TPU have "
+        "started: who takes part is found in what they say.",
+    ),
+    click.option(
+        "--coordinator",
+        metavar="HOST:PORT",
+        envvar="GROK1_COORDINATOR",
+        show_envvar=True,
+        help="Run as one of several processes, which meet here: an address of the host of process 0 that all others "
+        "reach, and a free port. Only :PORT is the loopback address.",
+    ),
+    click.option(
+        "--num-processes",
+        type=click.IntRange(1),
+        metavar="N",
+        envvar="GROK1_NUM_PROCESSES",
+        show_envvar=True,
+        help="How many processes there are.",
+    ),
+    click.option(
+        "--process-id",
+        type=click.IntRange(0),
+        metavar="I",
+        envvar="GROK1_PROCESS_ID",
+        show_envvar=True,
+        help="Which of them this is, from 0; process 0 is the one that reads input and prints.",
+    ),
+    click.option(
+        "--coordinator-bind",
+        metavar="ADDRESS",
+        envvar="GROK1_COORDINATOR_BIND",
+        show_envvar=True,
+        help="Where process 0 listens for the others, if not at the address of --coordinator's HOST: 0.0.0.0 is every "
+        "address of its host.",
+    ),
+    click.option(
+        "--start-timeout",
+        type=click.IntRange(1),
+        default=START_TIMEOUT,
+        show_default=True,
+        metavar="SECONDS",
+        help="How long the processes wait for each other at the start.",
+    ),
+]
+
+
+def _refuse_alone(coordinator_bind: str | None) -> None:
+    """Makes sure that nothing is asked of other processes where there are none."""
+    explicit = click.get_current_context().get_parameter_source("start_timeout") is not ParameterSource.DEFAULT
+    if explicit or coordinator_bind is not None:
+        name = "--start-timeout" if explicit else "--coordinator-bind"
+        raise click.UsageError(f"{name} is for several processes: give --distributed or --coordinator with it.")
+
+
 def tokenizer_choice_options(command: Command) -> Command:
     """Adds `--checkpoint` and `--tokenizer`; the command gets a `ModelChoice` as `choice`."""
 
@@ -167,12 +231,25 @@ def model_options(command: Command) -> Command:
         load_memory: int,
         kernels: str,
         threads: int | None,
+        distributed: bool,
+        coordinator: str | None,
+        num_processes: int | None,
+        process_id: int | None,
+        coordinator_bind: str | None,
+        start_timeout: int,
         **rest: Any,
     ) -> Any:
         choice = ModelChoice(checkpoint, tokenizer, mesh, dtype, load_memory, kernels, threads)
-        return command(*args, choice=choice, **rest)
+        if not distributed and (coordinator, num_processes, process_id) == (None, None, None):
+            _refuse_alone(coordinator_bind)
+            return command(*args, choice=choice, **rest)
+        from grok1.cli.distributed import joined
 
-    for option in (_THREADS, _KERNELS, _LOAD_MEMORY, _DTYPE, MESH, TOKENIZER, CHECKPOINT):
+        place = coordinator, num_processes, process_id, coordinator_bind, start_timeout
+        with joined(distributed, place, choice) as runtime:
+            return command(*args, choice=dataclasses.replace(choice, runtime=runtime), **rest)
+
+    for option in (*reversed(_PROCESSES), _THREADS, _KERNELS, _LOAD_MEMORY, _DTYPE, MESH, TOKENIZER, CHECKPOINT):
         with_choice = option(with_choice)
     return with_choice  # type: ignore[return-value]
 

@@ -34,6 +34,7 @@ class Terminal:
         quiet: whether stderr stays silent even if it is a terminal; errors are told all the same.
         verbose: whether errors come with tracebacks, and libraries may log.
         interrupted: whether Ctrl-C has stopped something.
+        on_leave: is called before the process ends at once, from any thread.
     """
 
     def __init__(self) -> None:
@@ -44,8 +45,10 @@ class Terminal:
         self._live: Any = None
         self._shown: str | None = None
         self._task: Any = None
+        self._bar = False
         self._mid_line = False
         self._describe: Callable[[], str] | None = None
+        self.on_leave: Callable[[], None] | None = None
 
     @property
     def shows(self) -> bool:
@@ -113,7 +116,9 @@ class Terminal:
     def progress(self, progress: Progress) -> None:
         """Shows what a model reports of its long steps; may be called from any thread."""
         if progress.stage == "loading":
-            self.show_bytes("loading weights", progress.done, progress.total)
+            self.show_bytes(
+                ", ".join(filter(None, ["loading weights", progress.detail])), progress.done, progress.total
+            )
         elif progress.stage == "compiling":
             self.show_status(f"compiling the {progress.detail} program")
         elif self._describe is not None:
@@ -132,9 +137,11 @@ class Terminal:
 
     def show_bytes(self, text: str, done: int, total: int) -> None:
         """Shows a bar of bytes with their rate and the time left, until `clear` or the next line."""
-        self._show(text, total)
+        if not self._bar:
+            self._show(text, total)
+            self._bar = self._live is not None
         if self._live is not None:
-            self._live.update(self._task, completed=done, total=total)
+            self._live.update(self._task, description=text, completed=done, total=total)
 
     @contextlib.contextmanager
     def describing(self, describe: Callable[[], str]) -> Iterator[None]:
@@ -152,6 +159,7 @@ class Terminal:
         if self._live is not None:
             self._live.stop()
             self._live = self._task = self._shown = None
+            self._bar = False
 
     def _show(self, text: str, total: int | None = None, describe: Callable[[], str] | None = None) -> None:
         if not self.shows or self._shown == text or (self._mid_line and self.shows_results):
@@ -215,11 +223,20 @@ class Terminal:
         with interrupts_end_within_a_second(patient=patient, hint=show_hint, leave=self._leave_terminal):
             yield
 
+    def abort(self, sentence: str | None, code: int) -> None:
+        """Ends the process at once, from any thread, with a line that says why."""
+        self._leave_terminal()
+        if sentence is not None:
+            self._raw_to_stderr(f"grok1: error: {sentence}\n".encode())
+        os._exit(code)
+
     def end_soon(self) -> None:
         """Ends the process after an interrupt, should it not come to its end by itself."""
         end_soon(self._leave_terminal)
 
     def _leave_terminal(self) -> None:
+        if self.on_leave is not None:
+            self.on_leave()
         # The main thread may hold any lock: nothing here takes one.
         if _is_terminal(sys.stderr):
             self._raw_to_stderr(b"\r\x1b[2K\x1b[?25h" if self._live is not None else b"\r\n")

@@ -212,7 +212,7 @@ class Engine:
         self._programs: dict[tuple[object, ...], Any] = {}
         self._sender = sender
         self._repeated: dict[int, Held] = {}
-        self._alone = all(device.process_index == jax.process_index() for device in mesh.devices.flat)
+        self._alone = len(self.local_devices) == mesh.size
 
     @property
     def dtype(self) -> np.dtype:
@@ -223,6 +223,11 @@ class Engine:
     def backend(self) -> Backend:
         """What computes."""
         return self._shard.backend
+
+    @property
+    def local_devices(self) -> list[jax.Device]:
+        """The mesh's devices that are this process's."""
+        return [device for device in self.mesh.devices.flat if device.process_index == jax.process_index()]
 
     @property
     def data_rows(self) -> int:
@@ -612,7 +617,12 @@ class Engine:
         return given, results
 
     def repeat(self, step: Step) -> None:
-        """Runs a step that another process of the mesh has sent; its results stay on the devices."""
+        """Runs a step that another process of the mesh has sent; its results stay on the devices.
+
+        There is nothing to run if no device of the mesh is this process's.
+        """
+        if not self.local_devices:
+            return
         for handle in step.freed:
             self._repeated.pop(handle, None)
         held = self._repeated.pop(step.handle, None)

@@ -10,7 +10,7 @@ more.
 
 Run as a script, so that nothing but jaxlib is imported. Lines to a process are {"wait": N} for how many are still to
 come, {"error": sentence}, {"go": [host, ...]}, {"loading": [[done, total], ...]}, {"failed": [process, sentence]} and
-{"end": true}; lines from it, after the first, {"loading": [done, total]}, {"failed": sentence} and {"end": true}.
+{"end": code}; lines from it, after the first, {"loading": [done, total]}, {"failed": sentence} and {"end": code}.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Coordinator:
             self.failed(process, told["failed"])
         elif "end" in told:
             self.over = True
-            self.tell({"end": True})
+            self.tell({"end": told["end"]})
 
     def failed(self, process: int, sentence: str) -> None:
         """Ends the run because of a process. Before it has begun, there is only one fewer."""

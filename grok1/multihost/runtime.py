@@ -32,7 +32,7 @@ SILENCE_SECONDS = 20.0
 _CONNECT_SECONDS = 60  # for JAX's clients, once all processes have met
 _BLOCK = 512  # steps whose messages are deleted together, once everybody has them
 _FAREWELL_SECONDS = 5.0
-_POLL_MILLISECONDS = 2000
+_POLL_MILLISECONDS = 300
 
 End = Callable[[str | None, int], None]
 """Ends this process from any thread, with a sentence for the user or none, and an exit code."""
@@ -48,15 +48,17 @@ class Runtime:
         loading: for each process the bytes that it has loaded, and those that it has to load.
     """
 
-    def __init__(self, cluster: Cluster, link: Link, machines: Sequence[tuple[str, str]]):
+    def __init__(self, cluster: Cluster, link: Link, machines: Sequence[tuple[str, str]], speaks: bool):
         """Use `join`.
 
         Args:
             cluster: who takes part.
             link: to the coordinator.
             machines: for each process its host's name and what tells it from others.
+            speaks: whether it tells of others' deaths even if it is not process 0.
         """
         self.cluster = cluster
+        self._speaks = speaks
         self.hosts = [host for host, _ in machines]
         distinct = list(dict.fromkeys(machines))
         self.host_of = [distinct.index(machine) for machine in machines]
@@ -93,7 +95,7 @@ class Runtime:
         """Waits for a value. If it never comes, because a process has died, this process ends."""
         return json.loads(self._get(key))
 
-    def _get(self, key: str) -> bytes:
+    def _get(self, key: str, on_wait: Callable[[], None] = lambda: None) -> bytes:
         while True:
             try:
                 value: bytes = self._client.blocking_key_value_get_bytes(f"grok1/{key}", _POLL_MILLISECONDS)
@@ -101,12 +103,20 @@ class Runtime:
             except Exception as error:  # jax.errors.JaxRuntimeError
                 if not str(error).startswith("DEADLINE_EXCEEDED"):
                     raise
+                on_wait()
 
-    def exchange(self, name: str, value: Any) -> list[Any]:
-        """Tells all processes a value and learns theirs, in order of the processes; every process calls it."""
+    def exchange(self, name: str, value: Any, on_wait: Callable[[], None] = lambda: None) -> list[Any]:
+        """Tells all processes a value and learns theirs, in order of the processes; every process calls it.
+
+        Args:
+            name: of the value.
+            value: anything that JSON holds.
+            on_wait: is called several times a second while others have not told theirs.
+        """
         count = self._exchanges[name] = self._exchanges.get(name, 0) + 1
         self.put(f"exchange/{name}/{count}/{self.process_id}", value)
-        return [self.get(f"exchange/{name}/{count}/{process}") for process in range(self.cluster.num_processes)]
+        keys = [f"exchange/{name}/{count}/{process}" for process in range(self.cluster.num_processes)]
+        return [json.loads(self._get(key, on_wait)) for key in keys]
 
     # Messages of process 0 to all others
 
@@ -168,7 +178,7 @@ class Runtime:
                 elif "end" in told:
                     self._over.set()
                     if not self.leads:
-                        end(None, 0)
+                        end(None, told["end"])
         except OSError:
             pass  # it is gone
         self._closed.set()
@@ -185,7 +195,8 @@ class Runtime:
         told = f"{self.name_of(process)}: {sentence.rstrip('.')}"
         if ": " not in sentence:
             told += "; see why, and start all processes again"
-        end(told, 1)
+        speaks = self.leads or self._speaks or (process == 0 and self.process_id == 1)
+        end(told if speaks else None, 1)
 
     def fail(self, sentence: str) -> None:
         """Tells all processes that this one cannot go on, which ends them.
@@ -205,12 +216,16 @@ class Runtime:
         """
         self._closed.wait(SILENCE_SECONDS + 5)
 
-    def leave(self) -> None:
-        """Lets the others end, as all is done, or nobody wants more."""
+    def leave(self, code: int = 0) -> None:
+        """Lets the others end, as all is done, or nobody wants more.
+
+        Args:
+            code: with what exit code.
+        """
         if not self._over.is_set():
             self._over.set()
             with contextlib.suppress(OSError):
-                self._link.tell({"end": True})
+                self._link.tell({"end": code})
 
 
 class Link:
@@ -248,13 +263,20 @@ class Link:
         return told
 
 
-def join(cluster: Cluster, options: Mapping[str, Any], on_wait: Callable[[str], None] = lambda text: None) -> Runtime:
+def join(
+    cluster: Cluster,
+    options: Mapping[str, Any],
+    on_wait: Callable[[str], None] = lambda text: None,
+    *,
+    speaks: bool = False,
+) -> Runtime:
     """Starts JAX's distributed runtime and checks that all processes fit together; comes before JAX has devices.
 
     Args:
         cluster: who takes part.
         options: those that have to be the same everywhere, by name.
         on_wait: is called with what is being waited for.
+        speaks: whether this process tells of others' deaths even if it is not process 0.
 
     Raises:
         MultihostError: if the coordinator cannot be started or reached, a process does not come, or one is of another
@@ -289,7 +311,7 @@ def join(cluster: Cluster, options: Mapping[str, Any], on_wait: Callable[[str], 
             on_wait(f"waiting for {told['wait']} of {cluster.num_processes} processes")
         if "go" in told:
             on_wait("connecting the processes")
-            return Runtime(cluster, link, [(host, machine) for host, machine in told["go"]])
+            return Runtime(cluster, link, [(host, machine) for host, machine in told["go"]], speaks)
     raise MultihostError(f"the coordinator at {cluster.coordinator} does not answer: start all processes again")
 
 

@@ -2,13 +2,14 @@
 
 Everything is counted from the arrays that loading makes and the engine keeps. Speeds are upper bounds: bytes that must
 be read over bandwidth, or operations over the peak rate, whichever takes longer; exchange between devices costs nothing
-here.
+here. What crosses from one host to another is told beside them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from functools import cached_property
 
 import numpy as np
@@ -18,7 +19,7 @@ from grok1.config import ModelConfig
 from grok1.engine.engine import most_tokens
 from grok1.network import ModelShard
 from grok1.plan.devices import Devices
-from grok1.sharding import possible_model_shards
+from grok1.sharding import mesh_places, possible_model_shards
 
 _MOST_SHARDS = 256  # that a search for a mesh looks at
 
@@ -32,12 +33,15 @@ class Estimate:
         devices: the devices; the mesh may leave some idle.
         mesh: sizes of the data and the model axis.
         dtype: name of the dtype of activations and of the key/value cache.
+        hosts: how many of the devices each host has, or of processors each process, with the memory that is its own;
+            None if all are on one.
     """
 
     config: ModelConfig
     devices: Devices
     mesh: tuple[int, int]
     dtype: str
+    hosts: tuple[int, ...] | None = None
 
     # Memory, of one device
 
@@ -83,9 +87,51 @@ class Estimate:
 
     @property
     def _memories(self) -> tuple[int, int]:
-        """How many devices' weights, and how many devices' caches, lie in one memory."""
+        """How many devices' weights, and how many devices' caches, lie in one memory; the most of any host."""
+        if not self.devices.kind.shares_memory:
+            return 1, 1
+        shards: dict[int, list[int]] = {}  # of each host
+        for row in self.rows:
+            for shard, host in enumerate(row):
+                shards.setdefault(host, []).append(shard)
+        return max(len(set(held)) for held in shards.values()), max(map(len, shards.values()))
+
+    # Several hosts
+
+    @cached_property
+    def rows(self) -> list[list[int]]:
+        """For each data row and each of its model shards, which host it is on."""
         data, model = self.mesh
-        return (model, data * model) if self.devices.kind.shares_memory else (1, 1)
+        hosts = [host for host, count in enumerate(self.hosts or (data * model,)) for _ in range(count)]
+        places = mesh_places(self.mesh, hosts)
+        return [[hosts[place] for place in places[row * model : (row + 1) * model]] for row in range(data)]
+
+    @property
+    def idle(self) -> dict[int, int]:
+        """How many devices of each host the mesh leaves idle, for hosts where it does."""
+        used = Counter(host for row in self.rows for host in row)
+        left = {host: count - used[host] for host, count in enumerate(self.hosts or (self.devices.count,))}
+        return {host: count for host, count in left.items() if count}
+
+    @property
+    def hosts_of_row(self) -> int:
+        """The most hosts that the model shards of one data row are on."""
+        return max(len(set(row)) for row in self.rows)
+
+    @property
+    def crossing_bytes(self) -> int:
+        """Bytes that leave each host for the others, for each token of decoding.
+
+        Two sums in every layer and one of the embedding, in the dtype of activations, each of which goes around a ring
+        of the model shards, once to add up and once to tell; and the float32 logits of a host's part of the vocabulary.
+        Between data rows go the sampled tokens alone.
+        """
+        config, shards = self.config, self.mesh[1]
+        told = 4 if len({host for row in self.rows for host in row}) > 1 else 0
+        if self.hosts_of_row == 1:
+            return told
+        sums = (2 * config.num_layers + 1) * config.emb_size * np.dtype(self.dtype).itemsize
+        return told + round((2 * sums + 4 * config.vocab_size) * (shards - 1) / shards)
 
     @property
     def fixed_bytes(self) -> int:
@@ -187,6 +233,7 @@ def next_fit(estimate: Estimate) -> Estimate | None:
     It looks first for another mesh of the same devices, then for bfloat16 activations on them, then for more devices of
     the kind.
     """
+    estimate = dataclasses.replace(estimate, hosts=None) if estimate.devices.kind.shares_memory else estimate
     meshes = [(1, shards) for shards in possible_model_shards(estimate.config, _MOST_SHARDS)]
     present = estimate.devices.count
     here = [mesh for mesh in meshes if mesh[1] <= present]
@@ -196,7 +243,7 @@ def next_fit(estimate: Estimate) -> Estimate | None:
     for mesh in meshes:
         if mesh[1] > present and not estimate.devices.kind.shares_memory:
             more = dataclasses.replace(estimate.devices, count=mesh[1])
-            candidates.append(dataclasses.replace(estimate, devices=more, mesh=mesh))
+            candidates.append(dataclasses.replace(estimate, devices=more, mesh=mesh, hosts=None))
     return next((candidate for candidate in candidates if candidate.fits), None)
 
 
@@ -219,4 +266,4 @@ def widest_split(estimate: Estimate) -> Estimate:
     """The estimate with the model divided over as many devices as it can be."""
     shards = possible_model_shards(estimate.config, _MOST_SHARDS)[-1]
     devices = dataclasses.replace(estimate.devices, count=max(shards, estimate.devices.count))
-    return dataclasses.replace(estimate, devices=devices, mesh=(1, shards))
+    return dataclasses.replace(estimate, devices=devices, mesh=(1, shards), hosts=None)

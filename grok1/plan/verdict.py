@@ -25,7 +25,7 @@ def verdict(estimate: Estimate) -> str:
 
 
 def require_room(config: ModelConfig, mesh: tuple[int, int], devices: Sequence[Any], dtype: str) -> int | None:
-    """Makes sure that a model has room before it is loaded.
+    """Makes sure that a model has room on devices of this process before it is loaded.
 
     Args:
         config: the model.
@@ -39,7 +39,15 @@ def require_room(config: ModelConfig, mesh: tuple[int, int], devices: Sequence[A
     Raises:
         TooSmallError: if it is not one; it tells the smallest change that would do.
     """
-    estimate = Estimate(config, present_devices(devices), mesh, dtype)
+    return room(Estimate(config, present_devices(devices), mesh, dtype))
+
+
+def room(estimate: Estimate) -> int | None:
+    """Makes sure that a model has room, as `require_room` does.
+
+    Raises:
+        TooSmallError: if it has not.
+    """
     if estimate.fits is False:
         raise TooSmallError(f"{_shortage(estimate)}: {_remedy(estimate)}")
     return estimate.sequences

@@ -1,0 +1,148 @@
+"""Commands as one of several processes: meeting the others, following process 0, and ending together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from grok1.cli.loading import prepare_jax, start_jax
+from grok1.cli.options import ModelChoice
+from grok1.cli.terminal import Terminal
+from grok1.errors import Grok1Error
+
+if TYPE_CHECKING:
+    from grok1.multihost.runtime import Runtime
+
+# Options that each process may have of its own.
+_OWN = {
+    *("checkpoint", "tokenizer", "threads", "load_memory"),
+    *("distributed", "coordinator", "num_processes", "process_id", "coordinator_bind", "start_timeout"),
+}
+_ENVIRONMENT = ("GROK1_KERNELS", "JAX_PLATFORMS")  # variables that have to be the same everywhere
+
+Place = tuple[str | None, int | None, int | None, str | None, int]
+"""`--coordinator`, `--num-processes`, `--process-id`, `--coordinator-bind` and `--start-timeout`."""
+
+
+@contextlib.contextmanager
+def joined(detect: bool, place: Place, choice: ModelChoice) -> Iterator[Runtime]:
+    """Within this block a command is run by several processes, of which this is process 0.
+
+    In any other process the block is never entered: it follows process 0 and ends with it.
+
+    Args:
+        detect: whether to find out from a cluster's variables who takes part.
+        place: what the user says of it.
+        choice: the model, as this process finds it.
+
+    Raises:
+        MultihostError: if the processes do not meet or do not fit together.
+    """
+    terminal = click.get_current_context().ensure_object(Terminal)
+    _keep_results_apart()
+    prepare_jax(terminal, choice.threads)
+    with terminal.interruptible():
+        runtime = _join(terminal, detect, place)
+    terminal.clear()
+    if not runtime.leads:
+        _follow(terminal, runtime, choice)
+    terminal.on_leave = lambda: runtime.leave(130)
+    runtime.watch(terminal.abort)
+    try:
+        yield runtime
+    except (click.ClickException, Grok1Error):
+        runtime.leave(1)
+        raise
+    except KeyboardInterrupt:
+        runtime.leave(130)
+        raise
+    except BrokenPipeError:
+        runtime.leave()
+        raise
+    except Exception as error:
+        if _is_exchange(error):
+            terminal.show_status("an exchange failed; finding out which process is gone")
+            runtime.await_cause()
+        runtime.leave(1)
+        raise
+    finally:
+        terminal.on_leave = None
+        runtime.leave()
+
+
+def _join(terminal: Terminal, detect: bool, place: Place) -> Runtime:
+    terminal.show_status("starting JAX")
+    from grok1.multihost.cluster import detected_cluster, given_cluster
+    from grok1.multihost.runtime import join
+
+    cluster = detected_cluster(*place) if detect else given_cluster(*place)
+    if cluster.process_id != 0:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # process 0 decides what an interrupt ends
+    return join(cluster, _options(), terminal.show_status, speaks=terminal.shows)
+
+
+def _options() -> dict[str, Any]:
+    """What has to be the same in all processes: the command, its options, and some variables."""
+    context = click.get_current_context()
+    told: dict[str, Any] = {"the command": context.info_name}
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        if name not in _OWN and context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            shown = (
+                max(parameter.opts, key=len) if isinstance(parameter, click.Option) else parameter.make_metavar(context)
+            )
+            told[shown] = context.params.get(name, "given")
+    return told | {f"${name}": os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+
+
+def _follow(terminal: Terminal, runtime: Runtime, choice: ModelChoice) -> None:
+    """Follows process 0 until this process ends."""
+    terminal.quiet = True
+
+    def terminated(number: int, frame: object) -> None:
+        runtime.fail("it was terminated")
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, terminated)
+    runtime.watch(terminal.abort)
+    from grok1.follow import follow
+
+    try:
+        start_jax(terminal, choice.threads)
+        follow(runtime, choice.checkpoint, choice.load_memory, choice.threads)
+    except Exception as error:
+        if _is_exchange(error):
+            runtime.await_cause()
+        from grok1.cli import sentence_of
+
+        runtime.fail(sentence_of(error))
+        runtime.await_cause()  # which is this
+        terminal.abort(None, 1)
+
+
+def _is_exchange(error: Exception) -> bool:
+    """Whether an error may come of another process's death."""
+    text = str(error)
+    return type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" not in text
+
+
+def _keep_results_apart() -> None:
+    """Lets nothing but results reach stdout: libraries of JAX's exchange between processors write there."""
+    if sys.stdout is None:
+        return
+    with contextlib.suppress(OSError, ValueError):
+        results = os.dup(1)
+        sys.stdout.flush()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
+        sys.stdout = os.fdopen(
+            results, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, newline="\n", closefd=False
+        )

@@ -1,0 +1,62 @@
+"""Following process 0: loading what it loads, and repeating its steps.
+
+Process 0 has the user; it sends what is to be loaded as a line of JSON, and then its steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from grok1.config import ModelConfig
+from grok1.engine.steps import Step
+from grok1.model import Model, load, random_model
+from grok1.multihost.runtime import Runtime
+
+_LOAD = b"load "
+
+
+def tell_load(runtime: Runtime, mesh: tuple[int, int] | None, dtype: str | None, kernels: str) -> None:
+    """Tells the other processes to load their checkpoint with this one, with arguments as for `grok1.load`."""
+    _tell(runtime, mesh=mesh, dtype=dtype, kernels=kernels)
+
+
+def tell_random(
+    runtime: Runtime, config: ModelConfig, mesh: tuple[int, int] | None, dtype: str | None, kernels: str
+) -> None:
+    """Tells the other processes to make random weights with this one, with arguments as for `random_model`."""
+    _tell(runtime, config=dataclasses.asdict(config), mesh=mesh, dtype=dtype, kernels=kernels)
+
+
+def _tell(runtime: Runtime, **told: Any) -> None:
+    runtime.send(_LOAD + json.dumps(told).encode())
+
+
+def follow(runtime: Runtime, checkpoint: Path, load_memory: int, threads: int | None) -> None:
+    """Does what process 0 does, until that ends this process.
+
+    Args:
+        runtime: of a process that is not process 0.
+        checkpoint: as this host finds it.
+        load_memory: as for `grok1.load`.
+        threads: as for `grok1.load`.
+
+    Raises:
+        Grok1Error: as `grok1.load`.
+    """
+    model: Model | None = None
+    while True:
+        message = runtime.receive()
+        if message.startswith(_LOAD):
+            told = json.loads(message[len(_LOAD) :])
+            config = told.pop("config", None)
+            told["mesh"] = None if told["mesh"] is None else tuple(told["mesh"])
+            model = None  # its memory comes before that of the next
+            if config is None:
+                model = load(checkpoint, load_memory=load_memory, threads=threads, runtime=runtime, **told)
+            else:
+                model = random_model(ModelConfig(**config), threads=threads, runtime=runtime, **told)
+        elif model is not None:
+            model.engine.repeat(Step.decode(message))
