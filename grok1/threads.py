@@ -9,7 +9,8 @@ from pathlib import Path
 
 from grok1.control_groups import control_groups
 
-_VARIABLE = "NPROC"  # XLA makes its pool of so many threads
+VARIABLE = "NPROC"
+"""Names how many threads XLA's pool is to have."""
 
 
 def default_threads(root: Path = Path("/")) -> int:
@@ -31,13 +32,13 @@ def default_threads(root: Path = Path("/")) -> int:
 
 def thread_count() -> int:
     """What the environment's NPROC says, which XLA obeys by itself, or else `default_threads`."""
-    given = os.environ.get(_VARIABLE, "")
+    given = os.environ.get(VARIABLE, "")
     return int(given) if given.isascii() and given.isdigit() and int(given) > 0 else default_threads()
 
 
 def set_threads(count: int | None = None) -> None:
     """Sets how many threads XLA's pool will have, by default `thread_count`; comes before JAX starts."""
-    os.environ[_VARIABLE] = str(thread_count() if count is None else count)
+    os.environ[VARIABLE] = str(thread_count() if count is None else count)
 
 
 def _core(cpu: int, root: Path) -> str:

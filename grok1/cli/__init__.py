@@ -20,7 +20,20 @@ from grok1.errors import Grok1Error
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
-_COMMANDS = ("run", "batch", "score", "init", "inspect", "verify", "plan", "bench", "tokenize", "detokenize", "smoke")
+_COMMANDS = (
+    "run",
+    "batch",
+    "score",
+    "init",
+    "inspect",
+    "verify",
+    "plan",
+    "bench",
+    "launch",
+    "tokenize",
+    "detokenize",
+    "smoke",
+)
 """Each is the object `command` of the module of its name in this package."""
 
 

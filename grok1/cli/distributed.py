@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Options that each process may have of its own.
 _OWN = {
-    *("checkpoint", "tokenizer", "threads", "load_memory"),
+    *("checkpoint", "tokenizer", "threads", "load_memory", "quiet", "verbose"),
     *("distributed", "coordinator", "num_processes", "process_id", "coordinator_bind", "start_timeout"),
 }
 _ENVIRONMENT = ("GROK1_KERNELS", "JAX_PLATFORMS")  # variables that have to be the same everywhere
@@ -80,12 +80,17 @@ def joined(detect: bool, place: Place, choice: ModelChoice) -> Iterator[Runtime]
 def _join(terminal: Terminal, detect: bool, place: Place) -> Runtime:
     terminal.show_status("starting JAX")
     from grok1.multihost.cluster import detected_cluster, given_cluster
-    from grok1.multihost.runtime import join
+    from grok1.multihost.runtime import ToldError, join
 
     cluster = detected_cluster(*place) if detect else given_cluster(*place)
     if cluster.process_id != 0:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # process 0 decides what an interrupt ends
-    return join(cluster, _options(), terminal.show_status, speaks=terminal.shows)
+    try:
+        return join(cluster, _options(), terminal.show_status, speaks=terminal.shows)
+    except ToldError:
+        if cluster.process_id != 0 and not terminal.shows:
+            terminal.abort(None, 1)
+        raise
 
 
 def _options() -> dict[str, Any]:

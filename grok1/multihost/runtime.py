@@ -38,6 +38,10 @@ End = Callable[[str | None, int], None]
 """Ends this process from any thread, with a sentence for the user or none, and an exit code."""
 
 
+class ToldError(MultihostError):
+    """Processes that do not fit together: all of them learn of it, process 0 among them."""
+
+
 class Runtime:
     """One process of a run, connected to the others.
 
@@ -306,7 +310,7 @@ def join(
                 "there: see what process 0 says, and start all again"
             ) from None
         if "error" in told:
-            raise MultihostError(told["error"])
+            raise ToldError(told["error"])
         if "wait" in told:
             on_wait(f"waiting for {told['wait']} of {cluster.num_processes} processes")
         if "go" in told:

@@ -1,0 +1,163 @@
+"""`grok1 launch`: several processes of one command on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import click
+
+from grok1.cli.terminal import Terminal, pass_terminal
+from grok1.errors import MultihostError
+from grok1.threads import VARIABLE as THREADS_VARIABLE
+from grok1.threads import thread_count
+
+_COMMANDS = ("run", "batch", "score", "bench")
+_GRACE_SECONDS = 10.0  # for the others to end when process 0 has
+_VIRTUAL_DEVICES = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
+_GPUS = Path("/proc/driver/nvidia/gpus")
+
+
+@click.command(
+    "launch",
+    short_help="Run a command as several processes on this machine.",
+    context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False},
+)
+@click.option("-n", "--num-processes", type=click.IntRange(1), required=True, metavar="N", help="How many processes.")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    metavar="PORT",
+    help="Where they meet, on the loopback address.  [default: a port that is free]",
+)
+@click.argument("command_line", metavar="-- COMMAND [ARGUMENTS]...", nargs=-1, required=True, type=click.UNPROCESSED)
+@pass_terminal
+def command(terminal: Terminal, num_processes: int, port: int | None, command_line: tuple[str, ...]) -> None:
+    """Run `grok1 COMMAND ARGUMENTS` as N processes on this machine, to try what several hosts would do.
+
+    COMMAND is run, batch, score or bench. Each process gets an even part of this machine's NVIDIA GPUs (of those that
+    CUDA_VISIBLE_DEVICES names, if it does), or of the virtual devices of the processor that JAX_NUM_CPU_DEVICES or
+    XLA_FLAGS ask for, and of the processor's cores. Input and results are those of process 0, and so is the exit code.
+
+    \b
+    grok1 launch -n 2 -- run -c demo "The answer to life"
+    JAX_NUM_CPU_DEVICES=8 grok1 launch -n 2 -- bench --preset tiny --mesh 2,4
+    """
+    name, *arguments = command_line
+    if name not in _COMMANDS:
+        raise click.UsageError(f"{name!r} is not run by several processes: give one of {', '.join(_COMMANDS)}.")
+    address = f"127.0.0.1:{port or _free_port()}"
+    shares = _shares(os.environ, num_processes)
+    processes: list[subprocess.Popen[bytes]] = []
+    code = 1
+    try:
+        for process, share in enumerate(shares):
+            place = ["--coordinator", address, "--num-processes", str(num_processes), "--process-id", str(process)]
+            others = None if process == 0 else subprocess.DEVNULL
+            silent = None if process == 0 or "--verbose" in arguments else subprocess.DEVNULL
+            # -P: a file of the folder that the user is in cannot stand for a module of Python
+            words = [sys.executable, "-P", "-m", "grok1", name, *place, *arguments]
+            environment = {**os.environ, **share}
+            processes.append(
+                subprocess.Popen(
+                    words, stdin=others, stdout=others, stderr=silent, env=environment, preexec_fn=_end_with_parent
+                )
+            )
+        code = _wait(processes)
+    finally:
+        _end(processes)
+    if code < 0 and -code not in (signal.SIGINT, signal.SIGTERM):
+        terminal.error(f"process 0 was killed by signal {-code}: see what else the system says, and start again")
+    raise click.exceptions.Exit(code if code >= 0 else 128 - code)
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Waits for process 0, which has the terminal's interrupts and those that come to this one; its exit code."""
+    first = processes[0]
+
+    def forward(number: int, frame: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            first.send_signal(number)
+
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, forward),
+    }
+    try:
+        return first.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Waits for all processes, and ends those that do not end."""
+    end = time.monotonic() + _GRACE_SECONDS
+    if processes and processes[0].poll() not in (None, 0):
+        end = time.monotonic() + 2.0  # it may have failed before the others could know of it
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, end - time.monotonic()))
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def _shares(environment: Mapping[str, str], count: int) -> list[dict[str, str]]:
+    """For each process the variables that give it its devices and its cores.
+
+    Raises:
+        MultihostError: if there are not enough devices.
+    """
+    threads = {THREADS_VARIABLE: str(max(1, thread_count() // count))}
+    platforms = environment.get("JAX_PLATFORMS", "")
+    gpus = [] if platforms == "cpu" else _gpus(environment)
+    if gpus:
+        if len(gpus) < count:
+            raise MultihostError(f"there are {len(gpus)} GPUs for {count} processes: use -n {len(gpus)}, or fewer")
+        size = len(gpus) // count
+        return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * size : (i + 1) * size])} | threads for i in range(count)]
+    if platforms != "cpu" and any(Path("/dev").glob("accel*")):
+        raise MultihostError("a host's TPU chips are driven by one process: run the command without launch")
+    flags = environment.get("XLA_FLAGS", "")
+    found = _VIRTUAL_DEVICES.search(flags)
+    wanted = found[1] if found else environment.get("JAX_NUM_CPU_DEVICES", str(count))
+    devices = int(wanted) if wanted.isascii() and wanted.isdigit() else 0
+    if devices < count:
+        raise MultihostError(
+            f"there are {wanted} virtual devices for {count} processes: set JAX_NUM_CPU_DEVICES to {count} or more"
+        )
+    share = {"JAX_NUM_CPU_DEVICES": str(devices // count)}
+    if found:
+        share["XLA_FLAGS"] = _VIRTUAL_DEVICES.sub("", flags)
+    return [share | threads for _ in range(count)]
+
+
+def _gpus(environment: Mapping[str, str]) -> list[str]:
+    """The NVIDIA GPUs that may be used, as CUDA_VISIBLE_DEVICES names them."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
+    return [str(i) for i in range(len(list(_GPUS.iterdir())))] if _GPUS.is_dir() else []
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _end_with_parent() -> None:
+    """Has this process, which has just begun, terminated when the one that started it dies; on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
