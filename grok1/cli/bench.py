@@ -15,7 +15,7 @@ import grok1
 from grok1.byte_size import format_bytes
 from grok1.cli.columns import columns
 from grok1.cli.loading import load_model, read_config, start_jax, tell_shortfall
-from grok1.cli.options import LAYERS, ModelChoice, model_options, output_options
+from grok1.cli.options import LAYERS, ModelChoice, Numbers, model_options, output_options
 from grok1.cli.terminal import OutputError, Terminal, pass_terminal
 from grok1.config import PRESETS, ModelConfig, default_dtype, preset
 from grok1.json_text import json_line
@@ -32,19 +32,6 @@ _OF_MEASURING = (
     *("checkpoint", "tokenizer", "mesh", "dtype", "load_memory"),
     *("preset_name", "layers", "prompt", "batch", "decode", "plot"),
 )
-
-
-class _Numbers(click.ParamType):
-    name = "N[,N...]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        try:
-            numbers = tuple(int(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a whole number or several with commas between, such as 64,512", param, ctx)
-        if min(numbers) < 1:
-            self.fail(f"{value!r} has a number below 1", param, ctx)
-        return numbers
 
 
 def _plot_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
@@ -67,10 +54,10 @@ def _plot_file(ctx: click.Context, param: click.Parameter, value: Path | None) -
 @LAYERS
 @click.option(
     "--prompt",
-    type=_Numbers(),
+    type=Numbers(),
     help="Tokens of the prompts to read.  [default: 512, or as many as the context has room for]",
 )
-@click.option("--batch", type=_Numbers(), default="1", show_default=True, help="Sequences that go on together.")
+@click.option("--batch", type=Numbers(), default="1", show_default=True, help="Sequences that go on together.")
 @click.option(
     "--decode", type=click.IntRange(1), default=32, show_default=True, metavar="N", help="Steps of decoding to measure."
 )
@@ -320,6 +307,8 @@ def _table(
 
 def _tell_devices(terminal: Terminal, choice: ModelChoice, as_json: bool) -> None:
     devices = start_jax(terminal, choice.threads)
+    import jax
+
     from grok1 import memory
     from grok1.kernels import kernels_in_use
     from grok1.ops import cpu
@@ -330,18 +319,25 @@ def _tell_devices(terminal: Terminal, choice: ModelChoice, as_json: bool) -> Non
     used = kernels_in_use(devices[0], choice.kernels)  # type: ignore[arg-type]
     terminal.clear()
     threads = thread_count()
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    limits = [  # of devices of other processes nothing is known here
+        (device.memory_stats() or {}).get("bytes_limit") if device.process_index == jax.process_index() else None
+        for device in devices
+    ]
     machine = memory.total_bytes()
     if as_json:
         for device, limit in zip(devices, limits, strict=True):
             fields = {"id": device.id, "platform": device.platform, "kind": device.device_kind, "kernels": used.name}
+            if choice.runtime is not None:
+                fields |= {"process": device.process_index, "host": choice.runtime.hosts[device.process_index]}
             shared = {"threads": threads, "kernels_built": list(cpu.kernel_names()), "machine_memory_bytes": machine}
             terminal.write(json_line(fields | {"memory_bytes": limit} | shared))
         return
-    rows = [["device", "platform", "kind", "memory"]]
+    rows = [["device", "platform", "kind", "memory", *([] if choice.runtime is None else ["process", "host"])]]
     for device, limit in zip(devices, limits, strict=True):
         size = "the machine's" if platform == "cpu" else "not known" if limit is None else format_bytes(limit)
         rows.append([str(device.id), device.platform, device.device_kind, size])
+        if choice.runtime is not None:
+            rows[-1] += [str(device.process_index), choice.runtime.hosts[device.process_index]]
     terminal.write(columns(rows) + "\n")
     facts = [["kernels", used.name if used.fallback is None else f"{used.name}: {used.fallback}"]]
     if platform == "cpu":

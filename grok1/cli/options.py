@@ -87,6 +87,22 @@ class ByteSize(click.ParamType):
         return size
 
 
+class Numbers(click.ParamType):
+    """One or more whole numbers above 0, such as 64,512; the command gets a tuple."""
+
+    name = "N[,N...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Reads the numbers."""
+        try:
+            numbers = tuple(int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a whole number or several with commas between, such as 64,512", param, ctx)
+        if min(numbers) < 1:
+            self.fail(f"{value!r} has a number below 1", param, ctx)
+        return numbers
+
+
 CHECKPOINT = click.option(
     "-c",
     "--checkpoint",

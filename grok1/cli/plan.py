@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from grok1.byte_size import format_bytes
 from grok1.cli.columns import columns
 from grok1.cli.loading import prepare_jax, start_jax
-from grok1.cli.options import LAYERS, MESH, ByteSize, output_options
+from grok1.cli.options import LAYERS, MESH, ByteSize, Numbers, output_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.config import PRESETS, ModelConfig, preset
 from grok1.json_text import json_line
@@ -38,6 +38,11 @@ _PROMPT = 2048  # tokens of the prompt whose speed is told
     type=click.IntRange(1, 4096),
     metavar="N",
     help="How many devices.  [default: the fewest that the model fits on; of this machine's, all]",
+)
+@click.option(
+    "--hosts",
+    type=Numbers(),
+    help="The devices are on several hosts, with so many on each, such as 4,6.  [default: all are on one]",
 )
 @click.option(
     "--memory",
@@ -87,6 +92,7 @@ def command(
     terminal: Terminal,
     device: str | None,
     count: int | None,
+    hosts: tuple[int, ...] | None,
     memory: int | None,
     bandwidth: int | None,
     mesh: tuple[int, int] | None,
@@ -101,13 +107,15 @@ def command(
 
     Each device's bytes are those of the arrays that it would hold. The speeds are bounds: the bytes that a step must
     read over the bandwidth of memory, or its operations over the peak rate, whichever takes longer, and nothing for the
-    exchange between devices. A batch is taken to choose its experts evenly. If the model does not fit, a second column
+    exchange between devices. With --hosts it is told what crosses between them instead. A batch is taken to choose its
+    experts evenly. If the model does not fit, a second column
     shows the smallest change with which it does; the last line says in words what fits.
 
     \b
     grok1 plan
     grok1 plan --device h100-80gb --count 8
     grok1 plan --device tpu-v5p --count 16 --compile
+    grok1 plan --device h100-80gb --hosts 4,6
     grok1 plan --device cpu --memory 512GB --bandwidth 300GB
     """
     named = click.get_current_context().get_parameter_source("preset_name") is not ParameterSource.DEFAULT
@@ -115,6 +123,10 @@ def command(
         raise click.UsageError("--checkpoint and --preset are both given: give one of them.")
     if checkpoint is not None and layers is not None:
         raise click.UsageError("--checkpoint and --layers are both given: a checkpoint has its own layers.")
+    if hosts is not None and count not in (None, sum(hosts)):
+        raise click.UsageError(f"--count {count} contradicts --hosts, which have {sum(hosts)} devices: leave it out.")
+    if hosts is not None:
+        count = sum(hosts)
     prepare_jax(terminal)
     config = _config(preset_name, layers, checkpoint)
     name = str(checkpoint) if checkpoint else preset_name
@@ -123,7 +135,7 @@ def command(
     from grok1.plan.estimate import next_fit
     from grok1.plan.verdict import verdict
 
-    estimate = _estimate(config, devices, mesh, dtype, choose_count=bool(device) and count is None)
+    estimate = _estimate(config, devices, mesh, dtype, hosts, choose_count=bool(device) and count is None)
     other = next_fit(estimate) if estimate.fits is False else None
     estimates = [estimate] if other is None else [estimate, other]
     steps = _compile(terminal, estimate) if compiles else None
@@ -174,7 +186,13 @@ def _devices(
 
 
 def _estimate(
-    config: ModelConfig, devices: Devices, mesh: tuple[int, int] | None, dtype: str | None, *, choose_count: bool
+    config: ModelConfig,
+    devices: Devices,
+    mesh: tuple[int, int] | None,
+    dtype: str | None,
+    hosts: tuple[int, ...] | None,
+    *,
+    choose_count: bool,
 ) -> Estimate:
     """The estimate for what the user asked, with the rest chosen."""
     from grok1.plan.estimate import Estimate, smallest_fit
@@ -186,9 +204,11 @@ def _estimate(
     if choose_count and mesh is not None:
         devices = dataclasses.replace(devices, count=mesh[0] * mesh[1])
     if mesh is None:
-        mesh = default_mesh_shape(config, devices.count)
+        mesh = default_mesh_shape(
+            config, devices.count, hosts, lambda shards: Estimate(config, devices, (1, shards), dtype).fits
+        )
     check_mesh_shape(config, mesh, devices.count)
-    return Estimate(config, devices, mesh, dtype)
+    return Estimate(config, devices, mesh, dtype, hosts)
 
 
 def _compile(terminal: Terminal, estimate: Estimate) -> list[CompiledStep]:
@@ -262,6 +282,11 @@ def _fields(estimate: Estimate) -> dict[str, Any]:
         "bandwidth_bytes_per_second": estimate.devices.kind.bandwidth,
         "flops_per_second": estimate.devices.kind.flops,
         "mesh": list(estimate.mesh),
+        "hosts": list(estimate.hosts or (estimate.devices.count,)),
+        "host_of_shards": estimate.rows,
+        "idle_devices": estimate.devices.count - estimate.mesh[0] * estimate.mesh[1],
+        "crossing_bytes_per_token": estimate.crossing_bytes,
+        "replicated_weight_bytes": estimate.replicated_bytes,
         "dtype": estimate.dtype,
         "weight_bytes": estimate.weight_bytes,
         "cache_bytes_per_sequence": estimate.cache_bytes,
@@ -302,6 +327,7 @@ def _table(estimates: list[Estimate]) -> str:
             lambda e: f"{_bytes(e.devices.kind.bandwidth)}/s, {_flops(e.devices.kind.flops)}",
         ),
         ("weights on each device", lambda e: _bytes(e.weight_bytes)),
+        ("  of a row's, held more than once", lambda e: _bytes(e.replicated_bytes)),
         (f"cache of {context} tokens on each", lambda e: _bytes(e.cache_bytes)),
         ("workspace on each", lambda e: _bytes(e.workspace_bytes)),
         (f"needed{' on each' if not shared else ' in all'}", lambda e: _bytes(e.needed_bytes())),
@@ -312,7 +338,25 @@ def _table(estimates: list[Estimate]) -> str:
         (f"  at {context} tokens", lambda e: largest(e, context)),
         (f"prefill, {prompt} tokens, at most", lambda e: speed(e.prefill_tokens_per_second(prompt))),
     ]
+    if any(estimate.hosts for estimate in estimates):
+        rows[2:2] = [
+            ("hosts of each data row", _told_rows),
+            ("idle", lambda e: _told_idle(e.idle)),
+            ("leaves a host for each token", lambda e: _bytes(e.crossing_bytes)),
+        ]
     return columns([[label, *(tell(estimate) for estimate in estimates)] for label, tell in rows])
+
+
+def _told_rows(estimate: Estimate) -> str:
+    """How many model shards each host has of each data row, such as "0: 8" or "0: 4 + 1: 4"; alike rows once."""
+    told = [" + ".join(f"host {host}: {row.count(host)}" for host in dict.fromkeys(row)) for row in estimate.rows]
+    if len(told) > 4:
+        told = [*told[:3], f"... of {len(told)} rows"]
+    return ", ".join(told)
+
+
+def _told_idle(idle: Mapping[int, int]) -> str:
+    return ", ".join(f"{count} on host {host}" for host, count in idle.items()) or "none"
 
 
 def _bytes(count: float | None) -> str:

@@ -107,6 +107,11 @@ class Estimate:
         return [[hosts[place] for place in places[row * model : (row + 1) * model]] for row in range(data)]
 
     @property
+    def replicated_bytes(self) -> int:
+        """Bytes of weights that one data row holds beyond those of the model: what several shards hold alike."""
+        return self.mesh[1] * self.weight_bytes - dataclasses.replace(self, mesh=(1, 1), hosts=None).weight_bytes
+
+    @property
     def idle(self) -> dict[int, int]:
         """How many devices of each host the mesh leaves idle, for hosts where it does."""
         used = Counter(host for row in self.rows for host in row)
