@@ -111,6 +111,26 @@ class RangeReader:
             self._counter.add(count)
             done += count
 
+    def read_runs(self, target: memoryview, offset: int, width: int, stride: int) -> None:
+        """Fills `target` with runs of `width` bytes, of which the first is at `offset` and each other `stride` further.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        whole = 0
+        for begin in range(0, len(target), width):
+            run = target[begin : begin + width]
+            try:
+                count = _read_at(self._descriptor, run, offset)
+            except OSError as error:
+                raise _unreadable(self._path, error) from None
+            if count < width:
+                self.read(run, offset)  # which knows what to do, and counts
+            else:
+                whole += count
+            offset += stride
+        self._counter.add(whole)
+
     def expect(self, offset: int, length: int) -> None:
         """Tells the system that these bytes are read next, where it listens."""
         if hasattr(os, "posix_fadvise"):
@@ -123,11 +143,10 @@ class RangeReader:
 
 
 def read_columns(file: RangeReader, offset: int, row_bytes: int, columns: Sequence[tuple[int, np.ndarray]]) -> None:
-    """Reads columns of a matrix of bytes that lies in a file row by row.
+    """Reads columns of a matrix of bytes that lies in a file row by row, and nothing else of it.
 
-    If the columns are half of each row or more, rows are read whole and in order, and their columns are copied from a
-    small buffer; otherwise only the columns are read. A column that lies in the file without a gap is read straight to
-    its place in any case.
+    Columns that lie side by side are read together, row by row, and copied from a small buffer; whole rows are read
+    many at a time. A column that lies in the file without a gap is read straight to its place.
 
     Args:
         file: the file.
@@ -138,44 +157,60 @@ def read_columns(file: RangeReader, offset: int, row_bytes: int, columns: Sequen
     Raises:
         CheckpointError: if the file cannot be read or has become shorter.
     """
-    rows = len(columns[0][1])
-    gapless = [(start, out) for start, out in columns if rows == 1 or out.shape[1] == row_bytes]
-    for start, out in gapless:
-        file.read(out.reshape(-1).data, offset + start)
-    rest = [(start, out) for start, out in columns if rows > 1 and out.shape[1] < row_bytes]
-    if 2 * sum(out.shape[1] for _, out in rest) >= row_bytes and row_bytes <= STAGING_BYTES:
-        _read_rows(file, offset, row_bytes, rest)
-    else:
-        _read_runs(file, offset, row_bytes, rest)
+    for together in _neighbours(columns):
+        start, out = together[0]
+        width = sum(column.shape[1] for _, column in together)
+        if len(together) == 1 and (len(out) == 1 or width == row_bytes):
+            file.read(out.reshape(-1).data, offset + start)
+        elif len(together) == 1 or width > STAGING_BYTES:
+            for alone in together:
+                _read_runs(file, offset, row_bytes, *alone)
+        else:
+            _read_rows(file, offset, row_bytes, width, together)
 
 
-def _read_rows(file: RangeReader, offset: int, row_bytes: int, columns: Sequence[tuple[int, np.ndarray]]) -> None:
-    """Reads rows one after the other, whole, and copies the columns out of them."""
-    rows = len(columns[0][1])
-    block = min(rows, STAGING_BYTES // row_bytes)
-    staging = np.empty((block, row_bytes), np.uint8)
+def _neighbours(columns: Sequence[tuple[int, np.ndarray]]) -> list[list[tuple[int, np.ndarray]]]:
+    """Columns in groups that have no gap between them."""
+    groups: list[list[tuple[int, np.ndarray]]] = []
+    end = -1
+    for start, out in sorted(columns, key=lambda column: column[0]):
+        if start == end:
+            groups[-1].append((start, out))
+        else:
+            groups.append([(start, out)])
+        end = start + out.shape[1]
+    return groups
+
+
+def _read_rows(
+    file: RangeReader, offset: int, row_bytes: int, width: int, columns: Sequence[tuple[int, np.ndarray]]
+) -> None:
+    """Reads a part of each row, one after the other, and copies the columns out of them."""
+    begin, rows = columns[0][0], len(columns[0][1])
+    block = min(rows, STAGING_BYTES // width)
+    staging = np.empty((block, width), np.uint8)
     for first in range(0, rows, block):
-        file.check()
         count = min(block, rows - first)
-        begin = offset + first * row_bytes
-        file.read(staging[:count].reshape(-1).data, begin)
-        if first + count < rows:
-            file.expect(begin + count * row_bytes, min(block, rows - first - count) * row_bytes)
+        _read_runs(file, offset + first * row_bytes, row_bytes, begin, staging[:count])
+        if width == row_bytes and first + count < rows:
+            file.expect(offset + (first + count) * row_bytes, min(block, rows - first - count) * row_bytes)
         for start, out in columns:
-            out[first : first + count] = staging[:count, start : start + out.shape[1]]
+            out[first : first + count] = staging[:count, start - begin : start - begin + out.shape[1]]
 
 
-def _read_runs(file: RangeReader, offset: int, row_bytes: int, columns: Sequence[tuple[int, np.ndarray]]) -> None:
-    """Reads each row of each column by itself; the system hears of some runs ahead, so that a disk has work."""
-    for start, out in columns:
-        target, width = out.reshape(-1).data, out.shape[1]
-        for first in range(0, len(out), _RUNS_AHEAD):
-            file.check()
-            rows = range(first, min(first + _RUNS_AHEAD, len(out)))
-            for row in rows:
-                file.expect(offset + row * row_bytes + start, width)
-            for row in rows:
-                file.read(target[row * width : (row + 1) * width], offset + row * row_bytes + start)
+def _read_runs(file: RangeReader, offset: int, row_bytes: int, start: int, out: np.ndarray) -> None:
+    """Reads a column's part of each row by itself; the system hears of some runs ahead, so that a disk has work."""
+    target, width = out.reshape(-1).data, out.shape[1]
+    if width == row_bytes:
+        file.check()
+        file.read(target, offset + start)
+        return
+    for first in range(0, len(out), _RUNS_AHEAD):
+        file.check()
+        rows = range(first, min(first + _RUNS_AHEAD, len(out)))
+        for row in rows:
+            file.expect(offset + row * row_bytes + start, width)
+        file.read_runs(target[first * width : rows.stop * width], offset + first * row_bytes + start, width, row_bytes)
 
 
 def became_shorter(path: Path) -> CheckpointError:

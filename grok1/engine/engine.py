@@ -648,11 +648,11 @@ class Engine:
         return self._programs[key](*arguments)
 
     def _on_mesh(self, kind: object, host: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Arrays of the host as a program takes them: on a mesh of several processes each brings its own devices' part.
+        """Arrays of the host as a program takes them: of several processes each brings its own devices' part.
 
         All are split over the data rows but the length of a copy.
         """
-        if self._alone:
+        if jax.process_count() == 1:
             return host
 
         def put(array: np.ndarray) -> jax.Array:

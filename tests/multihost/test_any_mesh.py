@@ -1,0 +1,92 @@
+"""The sample checkpoint on meshes over several processes, against float64 and against one device."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from grok1.checkpoint.parameters import stored_leaves
+from grok1.checkpoint.reader import Checkpoint
+from grok1.model import Model
+
+MESHES = [(1, 1), (1, 2), (1, 4), (1, 8), (2, 4), (4, 2), (8, 1), (2, 8)]
+FLOAT32_ERROR = 1e-4
+
+WORKER = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from grok1.memory import DEFAULT_LOAD_MEMORY
+from grok1.multihost.cluster import given_cluster
+from grok1.multihost.runtime import join
+
+process, count, port, folder, meshes, out = sys.argv[1:]
+def end(sentence, code):
+    import os
+    print(sentence, file=sys.stderr, flush=True)
+    os._exit(code)
+
+runtime = join(given_cluster(f":{port}", int(count), int(process), None, 120), {})
+runtime.watch(end)
+from grok1.follow import follow, tell_load
+from grok1.model import load
+
+if not runtime.leads:
+    follow(runtime, Path(folder), DEFAULT_LOAD_MEMORY, None)
+found = {}
+told = {}
+with np.load(Path(folder) / "logits.npz") as stored:
+    sequences = [stored[f"tokens_{i}"] for i in (1, 2)]
+for mesh in json.loads(meshes):
+    tell_load(runtime, mesh, None, "auto")
+    model = load(folder, mesh=tuple(mesh), runtime=runtime)
+    name = f"{mesh[0]},{mesh[1]}"
+    for i, tokens in enumerate(sequences):
+        found[f"{name} {i}"] = model.logits(tokens)
+    done = model.complete(sequences[0].tolist(), greedy=True, max_tokens=12, ignore_eos=True)
+    told[name] = {"text": done.tokens, "loads": model.loads, "idle": len(model.idle)}
+np.savez(out, told=json.dumps(told), **found)
+runtime.leave()
+"""
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_logits_and_greedy_text_do_not_depend_on_processes(
+    count, golden, golden_sequences, make_engine, relative_error, spawn, port, tmp_path
+):
+    out = tmp_path / "found.npz"
+    arguments = (count, port, golden, json.dumps(MESHES), out)
+    processes = [spawn("-c", WORKER, i, *arguments, devices=16 // count) for i in range(count)]
+    for process in processes:
+        errors = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, errors
+    with np.load(out) as found:
+        told = json.loads(str(found["told"]))
+        for mesh in told:
+            for i, sequence in enumerate(golden_sequences[1:3]):
+                assert relative_error(found[f"{mesh} {i}"], sequence.float64) < FLOAT32_ERROR
+    alone = Model(make_engine(golden, (1, 1)), None)
+    expected = alone.complete(golden_sequences[1].tokens.tolist(), greedy=True, max_tokens=12, ignore_eos=True)
+    checkpoint = Checkpoint.open(golden)
+    for mesh in MESHES:
+        here = told["{},{}".format(*mesh)]
+        assert here["text"] == expected.tokens
+        assert here["idle"] == 16 - mesh[0] * mesh[1]
+        check_bytes_read(checkpoint, mesh, count, [load["bytes_read"] for load in here["loads"]])
+
+
+def check_bytes_read(checkpoint, mesh, count, found):
+    """Each process has read what its own model shards hold, once, whatever the number of its data rows."""
+    data, shards = mesh
+    per_process = 16 // count
+    for process in range(count):
+        places = range(process * per_process, (process + 1) * per_process)
+        held = {place % shards for place in places if place < data * shards}
+        expected = 0
+        for leaf in stored_leaves(checkpoint.config):
+            parts = math.gcd(leaf.split.units, shards) if leaf.split is not None else 1
+            mine = {shard * parts // shards for shard in held}
+            whole = len(leaf.specs) * math.prod(leaf.file_shape) * leaf.file_dtype.itemsize
+            expected += whole * len(mine) // parts
+        assert found[process] == expected
