@@ -58,12 +58,14 @@ class Coordinator:
         server.close()
         missing = [process for process in range(self.count) if process not in self.hellos]
         fault = self.missing(missing) if missing else self.difference()
+        service = None
         if self.over or fault is not None:
             self.tell({"error": fault or "it ended"})
             self.over = True
         else:
             service = self.start_service(host, port)
             self.running = True
+            self.seen = dict.fromkeys(self.seen, time.monotonic())
             self.tell({"go": [[hello["host"], hello["machine"]] for _, hello in sorted(self.hellos.items())]})
         while self.writers:
             self.changed.clear()
@@ -73,7 +75,7 @@ class Coordinator:
             for process in [process for process in self.writers if now - self.seen[process] > self.silence]:
                 self.failed(process, f"it has not answered for {self.silence:.0f} seconds")
                 self.leave(process)
-        del service
+        del service  # which ends it
 
     def start_service(self, host: str, port: int) -> Any:
         """JAX's coordination service."""

@@ -1,0 +1,114 @@
+import pytest
+
+from grok1.errors import MultihostError
+from grok1.multihost import cluster
+from grok1.multihost.cluster import Cluster, detected_cluster, given_cluster
+
+SLURM = {
+    "SLURM_JOB_ID": "4321",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "2",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NUM_NODES": "4",
+}
+OPEN_MPI = {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+
+
+@pytest.fixture
+def variables(monkeypatch):
+    """Sets variables, and no other cluster's."""
+    for name in (*SLURM, *OPEN_MPI, "KUBERNETES_SERVICE_HOST", "TPU_WORKER_HOSTNAMES", "JAX_COORDINATOR_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+    def variables(values):
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return variables
+
+
+def test_a_port_alone_is_of_the_loopback_address():
+    found = given_cluster(":8476", 2, 1, None, 30)
+    assert (found.coordinator, found.host, found.port, found.bind_address) == (
+        "127.0.0.1:8476",
+        "127.0.0.1",
+        8476,
+        "127.0.0.1",
+    )
+    assert found.own_address() == "127.0.0.1"
+
+
+def test_the_coordinator_listens_where_its_host_is_unless_told_otherwise():
+    assert given_cluster("10.1.2.3:99", 2, 0, None, 30).bind_address == "10.1.2.3"
+    assert given_cluster("10.1.2.3:99", 2, 0, "0.0.0.0", 30).bind_address == "0.0.0.0"
+    assert given_cluster("[::1]:99", 2, 0, None, 30).bind_address == "::1"
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (("h:1", None, 0), "--num-processes is missing: "),
+        ((None, 2, None), "--coordinator and --process-id are missing: "),
+        (("h:1", 2, 2), "process 2 is none of 2: expected 0 to 1"),
+        (("h", 2, 0), "the coordinator 'h' has no port: expected HOST:PORT"),
+        (("h:0", 2, 0), "the coordinator 'h:0' has no port"),
+        (("h:65536", 2, 0), "the coordinator 'h:65536' has no port"),
+        (("h:\u0663", 2, 0), "the coordinator 'h:\u0663' has no port"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(given, sentence):
+    with pytest.raises(MultihostError) as error:
+        given_cluster(*given, None, 30)
+    assert str(error.value).startswith(sentence)
+
+
+def test_a_host_without_an_address_is_refused():
+    with pytest.raises(MultihostError, match=r"host 'no\.such\.host\.invalid' has no address"):
+        _ = given_cluster("no.such.host.invalid:1", 2, 0, None, 30).bind_address
+    assert given_cluster("no.such.host.invalid:1", 2, 0, None, 30).own_address() is None
+
+
+def test_slurm_says_who_takes_part(variables):
+    variables(SLURM)
+    found = detected_cluster(None, None, None, None, 30)
+    port = 4321 % 4096 + 61440  # as JAX takes one from the job's number
+    assert found == Cluster(f"localhost:{port}", 4, 2, None, 30, (0,), "SLURM")
+    assert found.bind_address in ("::", "0.0.0.0")  # the name is this host's own for itself
+
+
+def test_open_mpi_says_who_takes_part(variables):
+    variables(OPEN_MPI)
+    found = detected_cluster(None, None, None, None, 30)
+    assert (found.host, found.num_processes, found.process_id) == ("10.96.0.1", 2, 1)
+    assert (found.local_devices, found.found_by, found.bind_address) == ((1,), "Open MPI", "10.96.0.1")
+
+
+def test_what_the_user_says_goes_before_what_is_found(variables):
+    variables(SLURM)
+    found = detected_cluster("10.0.0.9:77", None, None, "0.0.0.0", 30)
+    assert (found.coordinator, found.num_processes, found.bind_address) == ("10.0.0.9:77", 4, "0.0.0.0")
+
+
+def test_no_cluster_is_a_sentence_unless_all_is_said(variables):
+    with pytest.raises(MultihostError, match="no cluster was detected"):
+        detected_cluster(None, 2, None, None, 30)
+    assert detected_cluster("h:7", 2, 1, None, 30) == given_cluster("h:7", 2, 1, None, 30)
+
+
+def test_a_cluster_that_says_too_little_is_a_sentence(variables):
+    variables(SLURM | {"SLURM_NTASKS": "many"})
+    with pytest.raises(MultihostError, match="SLURM was detected, but it does not say who takes part"):
+        detected_cluster(None, None, None, None, 30)
+
+
+def test_kinds_of_clusters_have_the_names_that_jax_gives_them():
+    from jax._src.clusters import ClusterEnv
+
+    kinds = {kind.name for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method}
+    assert kinds <= cluster._NAMES.keys()

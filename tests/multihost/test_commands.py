@@ -1,0 +1,299 @@
+"""Commands as several real processes on this machine, against the same command as one."""
+
+import json
+import os
+import signal
+import socket
+import time
+
+import pytest
+
+from grok1.checkpoint.writer import write_checkpoint
+from grok1.config import PRESETS
+from grok1.small_tokenizer import train_small_tokenizer
+
+PROMPTS = [f"Prompt number {i} is" for i in range(12)]
+TIMEOUT = 120
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A checkpoint of the preset `tiny`, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    write_checkpoint(folder, PRESETS["tiny"], seed=1)
+    (folder / "tokenizer.model").write_bytes(train_small_tokenizer(PRESETS["tiny"].vocab_size))
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
+    return path
+
+
+@pytest.fixture
+def launch(spawn):
+    """Starts a command by `grok1 launch`."""
+
+    def launch(count, *arguments, devices=None, **options):
+        return spawn("-m", "grok1", "launch", "-n", count, "--", *arguments, devices=devices or count, **options)
+
+    return launch
+
+
+@pytest.fixture
+def alone(spawn):
+    """What a command prints as one process."""
+
+    def alone(*arguments):
+        out, errors = spawn("-m", "grok1", *arguments).communicate(timeout=TIMEOUT)
+        assert not errors
+        return out
+
+    return alone
+
+
+def output(process, code=0):
+    """What a process has printed; it is silent otherwise."""
+    out, errors = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, errors) == (code, "")
+    return out
+
+
+def error(process, code=1):
+    """The one line that a process fails with."""
+    errors = process.communicate(timeout=TIMEOUT)[1]
+    assert process.returncode == code, errors
+    assert errors.startswith("grok1: error: ")
+    assert errors.count("\n") == 1, errors
+    return errors
+
+
+def wait_until(happened, *processes):
+    """Waits for something that running processes do."""
+    end = time.monotonic() + TIMEOUT
+    while not happened():
+        assert time.monotonic() < end
+        assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
+        os.sched_yield()
+
+
+def nobody_is_left(port):
+    """Whether no process, the coordinator among them, has this port on its command line; those that end may end."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        left = []
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{pid}/cmdline", "rb") as file:
+                    words = file.read().split(b"\0")
+            except OSError:
+                continue
+            if any(word in words for word in (str(port).encode(), f":{port}".encode())):
+                left.append(pid)
+        if not left:
+            return True
+        os.sched_yield()
+    return False
+
+
+@pytest.mark.parametrize(("count", "devices", "mesh"), [(2, 2, "1,2"), (4, 4, "2,2")])
+def test_a_completion_is_that_of_one_process(count, devices, mesh, tiny, alone, launch):
+    words = ("run", "-c", tiny, "The answer", "--greedy", "-n", 16)
+    assert output(launch(count, *words, "--mesh", mesh, devices=devices)) == alone(*words)
+
+
+def test_only_process_0_reads_and_prints(tiny, alone, together, port):
+    words = ("run", "-c", tiny, "--greedy", "-n", 12, "--num-samples", 3, "--seed", 5, "-t", 0)
+    first, second = together(2, *words, stdin=-1)
+    for process in (second, first):
+        process.stdin.write("The answer" if process is first else "another question")
+        process.stdin.close()
+        process.stdin = None
+    expected = alone(*words[:3], "The answer", *words[3:])
+    assert (output(first), output(second)) == (expected, "")
+    assert nobody_is_left(port)
+
+
+def test_a_job_is_that_of_one_process_and_resumes_after_a_worker_was_killed(
+    tiny, prompts, tmp_path, alone, together, port
+):
+    words = ("batch", "-c", tiny, prompts, "-n", 150, "--seed", 3, "--ignore-eos", "--batch-size", 4, "--mesh", "1,2")
+    out, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.journal"
+    first, second = together(2, *words, "-o", out)
+    wait_until(lambda: journal.exists() and journal.read_bytes().count(b"\n") > 3, first, second)  # rows are done
+    second.kill()
+    assert error(first).startswith("grok1: error: process 1 (")
+    assert not out.exists()
+    assert nobody_is_left(port)
+    for process in together(2, *words, "-o", out):
+        output(process)
+    assert [json.loads(line)["prompt"] for line in out.read_text().splitlines()] == PROMPTS
+    whole = tmp_path / "whole.jsonl"
+    for process in together(2, *words, "-o", whole):
+        output(process)
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_scores_are_those_of_one_process(tiny, prompts, tmp_path, alone, launch):
+    words = ("score", "-c", tiny, prompts, "--format", "txt", "--per-token")
+    found = [json.loads(line) for line in output(launch(2, *words, "--mesh", "2,1")).splitlines()]
+    expected = [json.loads(line) for line in alone(*words).splitlines()]
+    assert len(found) == len(expected) == len(PROMPTS) + 1
+    for row, other in zip(found, expected, strict=True):
+        assert row.keys() == other.keys()
+        for key, value in other.items():
+            assert row[key] == pytest.approx(value, rel=1e-3) if isinstance(value, float) else row[key] is not None
+
+
+def test_speed_is_measured_over_all_processes(launch):
+    words = ("bench", "--preset", "tiny", "--prompt", 16, "--decode", 2, "--batch", "2,4", "--mesh", "2,2", "--json")
+    lines = [json.loads(line) for line in output(launch(2, *words, devices=4)).splitlines()]
+    assert [line["batch"] for line in lines] == [2, 4]
+    assert all((line["devices"], line["mesh"]) == (4, [2, 2]) for line in lines)
+    assert all(line["decode_tokens_per_second"] > 0 for line in lines)
+    devices = [json.loads(line) for line in output(launch(2, "bench", "--devices", "--json")).splitlines()]
+    assert [line["process"] for line in devices] == [0, 1]
+
+
+def test_devices_that_the_mesh_leaves_out_stay_idle(tiny, launch):
+    told = json.loads(output(launch(2, "run", "-c", tiny, "x", "-n", 2, "--mesh", "1,1", "--json")))
+    assert [load["bytes_read"] > 0 for load in told["processes"]] == [True, False]
+
+
+def killed(process):
+    process.send_signal(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_process_that_dies_while_decoding_ends_the_others(who, tiny, together, port):
+    processes = together(3, "run", "-c", tiny, "The answer", "--greedy", "--ignore-eos", "-n", 500)
+    assert processes[0].stdout.read(1)
+    killed(processes[who])
+    speaker = processes[0 if who else 1]
+    assert error(speaker).startswith(f"grok1: error: process {who} (")
+    others = [process for process in processes if process not in (processes[who], speaker)]
+    assert [output(process, 1) for process in others] == [""]
+    assert nobody_is_left(port)
+
+
+def test_a_process_that_dies_before_the_start_is_waited_for_and_named(tiny, together, port):
+    first, second, third = together(3, "run", "-c", tiny, "x", "--start-timeout", 4)
+    third.kill()
+    assert error(first).startswith("grok1: error: process 2 has not come within 4 seconds, of 3 that were to")
+    assert output(second, 1) == ""
+    assert nobody_is_left(port)
+
+
+STUCK_READER = """
+import sys, threading
+from pathlib import Path
+from grok1 import cli
+from grok1.checkpoint import load
+
+marker = sys.argv.pop()
+load._read_piece = lambda *_: (Path(marker).touch(), threading.Event().wait())
+sys.exit(cli.main())
+"""
+
+
+def test_a_process_that_dies_while_loading_ends_the_others(tiny, spawn, tmp_path, port):
+    place = ("--coordinator", f":{port}", "--num-processes", 2, "--process-id")
+    loading = tmp_path / "loading"
+    first = spawn("-m", "grok1", "run", *place, 0, "-c", tiny, "x")
+    second = spawn("-c", STUCK_READER, "run", *place, 1, "-c", tiny, "x", loading)
+    wait_until(loading.exists, first, second)
+    second.kill()
+    assert error(first).startswith("grok1: error: process 1 (")
+    assert nobody_is_left(port)
+
+
+def test_a_checkpoint_that_differs_is_named_with_its_host(tiny, together, tmp_path, port):
+    other = tmp_path / "other"
+    write_checkpoint(other, PRESETS["tiny"], seed=1)
+    changed = sorted((other / "ckpt-0").iterdir())[3]
+    content = bytearray(changed.read_bytes())
+    content[len(content) // 2] ^= 1
+    changed.write_bytes(content)
+    first, second = together(2, "run", "x", own=lambda process: ("-c", other if process else tiny))
+    found = error(first)
+    assert f"process 1 ({socket.gethostname()}) sees another checkpoint than process 0" in found
+    assert f"{changed.name} differs" in found
+    assert output(second, 1) == ""
+    assert nobody_is_left(port)
+
+
+def test_what_one_process_cannot_do_is_said_by_the_first(tiny, together, tmp_path, port):
+    first, second = together(2, "run", "x", own=lambda process: ("-c", tmp_path / "nowhere" if process else tiny))
+    found = error(first)
+    assert "process 1 (" in found
+    assert "nowhere does not exist" in found
+    assert output(second, 1) == ""
+    assert nobody_is_left(port)
+
+
+def test_other_options_are_refused_at_the_start(tiny, together, port):
+    first, second = together(2, "run", "-c", tiny, "x", own=lambda process: ("--top-k", 3) if process else ())
+    assert "process 1 (" in (found := error(first))
+    assert "has --top-k '3'" in found
+    assert output(second, 1) == ""
+    assert nobody_is_left(port)
+
+
+def test_a_port_that_is_taken_is_said(tiny, spawn, port):
+    place = ("--coordinator", f":{port}", "--num-processes", 2, "--process-id", 0)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        found = error(spawn("-m", "grok1", "run", *place, "-c", tiny, "x"))
+    assert f"the coordinator cannot listen at 127.0.0.1, port {port}" in found
+
+
+def test_a_process_0_that_never_comes_is_said(tiny, spawn, port):
+    place = ("--coordinator", f":{port}", "--num-processes", 2, "--process-id", 1, "--start-timeout", 1)
+    found = error(spawn("-m", "grok1", "run", *place, "-c", tiny, "x"))
+    assert f"process 0 cannot be reached at 127.0.0.1:{port}" in found
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--start-timeout", 3), "--start-timeout is for several processes"),
+        (("--coordinator-bind", "::"), "--coordinator-bind is for several processes"),
+    ],
+)
+def test_options_of_several_processes_alone_are_refused(tiny, spawn, words, sentence):
+    process = spawn("-m", "grok1", "run", "-c", tiny, "x", *words)
+    assert sentence in process.communicate(timeout=TIMEOUT)[1]
+    assert process.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    [
+        (("-n", 2, "--", "init", "x"), 2, "'init' is not run by several processes"),
+        (("-n", 3, "--", "run", "x"), 1, "there are 2 virtual devices for 3 processes"),
+        (("-n", 2, "--", "run", "--nonsense"), 2, "No such option"),
+    ],
+)
+def test_what_cannot_be_launched_is_said(spawn, words, code, sentence):
+    process = spawn("-m", "grok1", "launch", *words, devices=2)
+    assert sentence in process.communicate(timeout=TIMEOUT)[1]
+    assert process.returncode == code
+
+
+def test_an_interrupt_ends_all_processes(tiny, launch):
+    process = launch(2, "run", "-c", tiny, "The answer", "--greedy", "--ignore-eos", "-n", 500)
+    assert process.stdout.read(1)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 130
+
+
+def test_launch_dying_ends_its_processes(tiny, spawn, port):
+    words = ("--", "run", "-c", tiny, "The answer", "--greedy", "--ignore-eos", "-n", 500)
+    process = spawn("-m", "grok1", "launch", "-n", 2, "--port", port, *words, devices=2)
+    assert process.stdout.read(1)
+    process.kill()
+    assert nobody_is_left(port)
