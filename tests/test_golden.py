@@ -34,7 +34,7 @@ def test_logits_are_closer_to_float64_than_the_releases_code(
         assert error < FLOAT32_ERROR
 
 
-@pytest.mark.parametrize("mesh", [(1, 2), (1, 4), (1, 8), (2, 4)])
+@pytest.mark.parametrize("mesh", [(1, 2), (1, 4), (1, 8), (2, 4), (4, 2), (8, 1), (2, 8)])
 def test_logits_do_not_depend_on_the_mesh(mesh, kernels, golden, golden_sequences, make_engine, relative_error):
     model = Model(make_engine(golden, mesh, kernels=kernels), None)
     for sequence in golden_sequences:

@@ -128,7 +128,6 @@ def _follow(terminal: Terminal, runtime: Runtime, choice: ModelChoice) -> None:
         from grok1.cli import sentence_of
 
         runtime.fail(sentence_of(error))
-        runtime.await_cause()  # which is this
         terminal.abort(None, 1)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 
+import grok1
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.errors import MultihostError
 from grok1.threads import VARIABLE as THREADS_VARIABLE
@@ -66,7 +67,8 @@ def command(terminal: Terminal, num_processes: int, port: int | None, command_li
             silent = None if process == 0 or "--verbose" in arguments else subprocess.DEVNULL
             # -P: a file of the folder that the user is in cannot stand for a module of Python
             words = [sys.executable, "-P", "-m", "grok1", name, *place, *arguments]
-            environment = {**os.environ, **share}
+            path = os.pathsep.join(filter(None, [str(Path(grok1.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+            environment = {**os.environ, **share, "PYTHONPATH": path}
             processes.append(
                 subprocess.Popen(
                     words, stdin=others, stdout=others, stderr=silent, env=environment, preexec_fn=_end_with_parent

@@ -72,8 +72,9 @@ class Runtime:
         self._exchanges: dict[str, int] = {}
         self._steps = 0
         self._loaded = (0, 0)
-        self._over = threading.Event()
+        self._over = threading.Lock()  # taken for good by what ends this process
         self._closed = threading.Event()
+        self._left = False
 
     @property
     def process_id(self) -> int:
@@ -175,19 +176,15 @@ class Runtime:
                 heard = time.monotonic()
                 if "loading" in told:
                     self.loading = [(done, total) for done, total in told["loading"]]
-                elif "failed" in told:
-                    self._over.set()
+                elif "failed" in told and self._claim():
                     process, sentence = told["failed"]
                     self._end_by(process, sentence, end)
-                elif "end" in told:
-                    self._over.set()
-                    if not self.leads:
-                        end(None, told["end"])
+                elif "end" in told and not self.leads:
+                    end(None, told["end"])
         except OSError:
             pass  # it is gone
         self._closed.set()
-        if not self._over.is_set():
-            self._over.set()
+        if self._claim():
             end(
                 f"the coordinator of process 0, {self.cluster.coordinator}, cannot be reached any more: see that its "
                 "host is up, and start all processes again",
@@ -202,14 +199,17 @@ class Runtime:
         speaks = self.leads or self._speaks or (process == 0 and self.process_id == 1)
         end(told if speaks else None, 1)
 
+    def _claim(self) -> bool:
+        """Whether the caller is the first to end this process; others need do nothing."""
+        return self._over.acquire(blocking=False)
+
     def fail(self, sentence: str) -> None:
         """Tells all processes that this one cannot go on, which ends them.
 
         Args:
             sentence: why, for process 0 to tell the user.
         """
-        if not self._over.is_set():
-            self._over.set()
+        if self._claim():
             with contextlib.suppress(OSError):
                 self._link.tell({"failed": sentence})
 
@@ -226,10 +226,14 @@ class Runtime:
         Args:
             code: with what exit code.
         """
-        if not self._over.is_set():
-            self._over.set()
+        if self._left:
+            return
+        if self._claim():
+            self._left = True
             with contextlib.suppress(OSError):
                 self._link.tell({"end": code})
+        else:  # another process has failed, and this one is being ended for that
+            self._closed.wait(_FAREWELL_SECONDS)
 
 
 class Link:

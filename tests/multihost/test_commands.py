@@ -12,7 +12,7 @@ from grok1.checkpoint.writer import write_checkpoint
 from grok1.config import PRESETS
 from grok1.small_tokenizer import train_small_tokenizer
 
-PROMPTS = [f"Prompt number {i} is" for i in range(12)]
+PROMPTS = [f"Prompt number {i} is" for i in range(8)]
 TIMEOUT = 120
 
 
@@ -116,13 +116,11 @@ def test_only_process_0_reads_and_prints(tiny, alone, together, port):
     assert nobody_is_left(port)
 
 
-def test_a_job_is_that_of_one_process_and_resumes_after_a_worker_was_killed(
-    tiny, prompts, tmp_path, alone, together, port
-):
-    words = ("batch", "-c", tiny, prompts, "-n", 150, "--seed", 3, "--ignore-eos", "--batch-size", 4, "--mesh", "1,2")
+def test_a_job_is_that_of_one_process_and_resumes_after_a_worker_was_killed(tiny, prompts, tmp_path, together, port):
+    words = ("batch", "-c", tiny, prompts, "-n", 60, "--seed", 3, "--ignore-eos", "--batch-size", 2, "--mesh", "1,2")
     out, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.journal"
     first, second = together(2, *words, "-o", out)
-    wait_until(lambda: journal.exists() and journal.read_bytes().count(b"\n") > 3, first, second)  # rows are done
+    wait_until(lambda: journal.exists() and journal.read_bytes().count(b"\n") > 2, first, second)  # rows are done
     second.kill()
     assert error(first).startswith("grok1: error: process 1 (")
     assert not out.exists()
@@ -144,7 +142,10 @@ def test_scores_are_those_of_one_process(tiny, prompts, tmp_path, alone, launch)
     for row, other in zip(found, expected, strict=True):
         assert row.keys() == other.keys()
         for key, value in other.items():
-            assert row[key] == pytest.approx(value, rel=1e-3) if isinstance(value, float) else row[key] is not None
+            if isinstance(value, float):
+                assert row[key] == pytest.approx(value, rel=1e-3)
+            elif not isinstance(value, list):
+                assert row[key] == value
 
 
 def test_speed_is_measured_over_all_processes(launch):
