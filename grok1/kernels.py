@@ -59,8 +59,10 @@ def choose_kernels(config: ModelConfig, mesh: Mesh, kernels: KernelsName = "auto
     Raises:
         KernelsError: if the platform's own were asked for and cannot be had, or the variable names none.
     """
-    local = jax.local_devices(backend=mesh.devices.flat[0].platform)
-    device = next((device for device in mesh.devices.flat if device in local), local[0])
+    device = mesh.devices.flat[0]
+    if jax.process_count() > 1:  # this process can try nothing on the devices of another
+        here = [other for other in mesh.devices.flat if other.process_index == jax.process_index()]
+        device = (here or jax.local_devices())[0]
     return _choose(device, kernels, _why_not_for(config, mesh.shape[MODEL_AXIS], device.platform))
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 _ROOT = Path(__file__).parents[1]
 
 # Before JAX is imported: 16 devices on any machine, and compiled programs kept from one run to the next.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=16".strip()
+_DEVICES = "--xla_force_host_platform_device_count=16"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):  # a worker has what the process has set that started it
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".pytest_cache" / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")

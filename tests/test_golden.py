@@ -46,6 +46,16 @@ def test_logits_do_not_depend_on_the_mesh(mesh, kernels, golden, golden_sequence
         assert error < FLOAT32_ERROR
 
 
+@pytest.mark.parametrize("mesh", [(1, 2), (1, 4), (1, 8), (2, 4), (4, 2), (8, 1), (2, 8)])
+def test_greedy_text_does_not_depend_on_the_mesh(mesh, golden, golden_sequences, make_engine):
+    prompt = golden_sequences[1].tokens.tolist()
+    texts = [
+        Model(make_engine(golden, shape), None).complete(prompt, greedy=True, max_tokens=12, ignore_eos=True).tokens
+        for shape in ((1, 1), mesh)
+    ]
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("backend", ["gpu", "tpu"])
 def test_interpreted_kernels_of_accelerators(backend, golden, golden_sequences, make_engine, relative_error):
     model = Model(make_engine(golden, (1, 2), backend=backend), None)

@@ -1,4 +1,5 @@
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -6,7 +7,15 @@ import pytest
 
 from grok1.config import PRESETS, ModelConfig
 from grok1.errors import MeshError
-from grok1.sharding import default_mesh_shape, make_mesh, possible_model_shards, shard_range
+from grok1.sharding import (
+    counts,
+    default_mesh_shape,
+    hosts_of,
+    make_mesh,
+    mesh_places,
+    possible_model_shards,
+    shard_range,
+)
 
 RELEASE = ModelConfig()
 
@@ -94,3 +103,54 @@ def test_shards_hold_neighbouring_parts_that_cover_the_axis(units, length, shard
         copies = shards // units
         for shard, part in enumerate(parts):
             np.testing.assert_array_equal(part, np.split(np.arange(length), units)[shard // copies])
+
+
+@pytest.mark.parametrize(
+    ("shape", "hosts", "rows"),
+    [
+        ((1, 8), "aaaabbbbbb", ["aaaabbbb"]),
+        ((2, 4), "aaaabbbbbb", ["aaaa", "bbbb"]),
+        ((5, 2), "aaaabbbbbb", ["aa", "aa", "bb", "bb", "bb"]),
+        ((1, 4), "aabbbb", ["aabb"]),  # the first host takes part, though the second would do alone
+        ((2, 3), "aaaabb", ["aaa", "abb"]),
+        ((3, 2), "aaabbb", ["aa", "bb", "ab"]),
+        ((2, 2), "abab", ["aa", "bb"]),
+        ((1, 1), "ab", ["a"]),
+    ],
+)
+def test_model_shards_stay_on_a_host_as_long_as_it_has_devices(shape, hosts, rows):
+    places = mesh_places(shape, [ord(host) for host in hosts])
+    assert len(set(places)) == len(places) == shape[0] * shape[1]
+    assert places[0] == 0
+    found = ["".join(hosts[place] for place in places[i * shape[1] : (i + 1) * shape[1]]) for i in range(shape[0])]
+    assert found == rows
+
+
+def test_on_one_host_a_mesh_takes_its_devices_in_their_order():
+    assert mesh_places((2, 3), [0] * 8) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "most_that_do_not_fit", "shape"),
+    [
+        ((8, 8), 4, (2, 8)),
+        ((4, 4), 4, (1, 8)),
+        ((4, 6), 4, (1, 8)),
+        ((4, 6), 2, (2, 4)),
+        ((8, 16, 8), 4, (4, 8)),
+        ((1, 1), 0, (2, 1)),
+        ((3, 9), 1, (5, 2)),
+        ((8,), 4, (1, 8)),
+    ],
+)
+def test_every_host_has_the_model_if_the_smallest_can(hosts, most_that_do_not_fit, shape):
+    assert default_mesh_shape(RELEASE, sum(hosts), hosts, lambda shards: shards > most_that_do_not_fit) == shape
+
+
+def test_devices_of_a_tpu_slice_are_on_one_host_and_others_on_that_of_their_process():
+    def devices(platform, slices):
+        return [SimpleNamespace(platform=platform, process_index=i, slice_index=of) for i, of in enumerate(slices)]
+
+    assert hosts_of(devices("tpu", [0, 0, 1, 1]), [0, 1, 2, 3]) == [0, 0, 1, 1]
+    assert hosts_of(devices("gpu", [0, 0, 0, 0]), [0, 0, 1, 1]) == [0, 0, 1, 1]
+    assert counts([5, 5, 2, 5]) == (3, 1)

@@ -141,7 +141,7 @@ def _shares(environment: Mapping[str, str], count: int) -> list[dict[str, str]]:
         )
     share = {"JAX_NUM_CPU_DEVICES": str(devices // count)}
     if found:
-        share["XLA_FLAGS"] = _VIRTUAL_DEVICES.sub("", flags)
+        share["XLA_FLAGS"] = _VIRTUAL_DEVICES.sub("", flags).strip()  # XLA takes a blank for the name of a file
     return [share | threads for _ in range(count)]
 
 

@@ -68,16 +68,6 @@ class Cluster:
             return "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
         return address
 
-    def own_address(self) -> str | None:
-        """The address of this host on the network that leads to the coordinator; None if there is no way to it."""
-        try:
-            family, kind, protocol, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_DGRAM)[0]
-            with socket.socket(family, kind, protocol) as probe:
-                probe.connect(address)  # nothing is sent
-                return str(probe.getsockname()[0])
-        except OSError:
-            return None
-
 
 def given_cluster(
     coordinator: str | None, num_processes: int | None, process_id: int | None, bind: str | None, timeout: int

@@ -9,8 +9,9 @@ take the other processes down with a stack trace each, before they could say why
 more.
 
 Run as a script, so that nothing but jaxlib is imported. Lines to a process are {"wait": N} for how many are still to
-come, {"error": sentence}, {"go": [host, ...]}, {"loading": [[done, total], ...]}, {"failed": [process, sentence]} and
-{"end": code}; lines from it, after the first, {"loading": [done, total]}, {"failed": sentence} and {"end": code}.
+come, {"error": sentence}, {"go": [[host, machine, address], ...]}, {"loading": [[done, total], ...]}, {"failed":
+[process, sentence]} and {"end": code}; lines from it, after the first, {"loading": [done, total]}, {"failed":
+sentence} and {"end": code}.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 TICK_SECONDS = 0.5
 _LINE_BYTES = 1 << 20
+_LOOPBACK = ("127.", "::1")
 
 
 class Coordinator:
@@ -66,7 +68,8 @@ class Coordinator:
             service = self.start_service(host, port)
             self.running = True
             self.seen = dict.fromkeys(self.seen, time.monotonic())
-            self.tell({"go": [[hello["host"], hello["machine"]] for _, hello in sorted(self.hellos.items())]})
+            told = [[hello["host"], hello["machine"], self.address(i)] for i, hello in sorted(self.hellos.items())]
+            self.tell({"go": told})
         while self.writers:
             self.changed.clear()
             await self.wait_for_change(TICK_SECONDS)
@@ -76,6 +79,17 @@ class Coordinator:
                 self.failed(process, f"it has not answered for {self.silence:.0f} seconds")
                 self.leave(process)
         del service  # which ends it
+
+    def address(self, process: int) -> str:
+        """The address at which others can reach a process: where it comes from.
+
+        Processes of this host may come by the loopback address. Where others have reached this host is theirs then.
+        """
+        ends = {i: writer.get_extra_info("peername")[0] for i, writer in self.writers.items()}
+        elsewhere = [i for i, end in ends.items() if not _plain(end).startswith(_LOOPBACK)]
+        if process in elsewhere or not elsewhere:
+            return _plain(ends[process])
+        return _plain(self.writers[elsewhere[0]].get_extra_info("sockname")[0])
 
     def start_service(self, host: str, port: int) -> Any:
         """JAX's coordination service."""
@@ -178,6 +192,11 @@ class Coordinator:
                             f"({first['host']}) has {_shown(mine.get(name))}: {remedy}"
                         )
         return None
+
+
+def _plain(address: str) -> str:
+    """An address of version 4 as such, though it came by version 6."""
+    return address.removeprefix("::ffff:")
 
 
 def _shown(value: Any) -> str:

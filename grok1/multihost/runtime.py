@@ -52,22 +52,22 @@ class Runtime:
         loading: for each process the bytes that it has loaded, and those that it has to load.
     """
 
-    def __init__(self, cluster: Cluster, link: Link, machines: Sequence[tuple[str, str]], speaks: bool):
+    def __init__(self, cluster: Cluster, link: Link, machines: Sequence[tuple[str, str, str]], speaks: bool):
         """Use `join`.
 
         Args:
             cluster: who takes part.
             link: to the coordinator.
-            machines: for each process its host's name and what tells it from others.
+            machines: for each process its host's name, what tells it from others, and an address that others reach.
             speaks: whether it tells of others' deaths even if it is not process 0.
         """
         self.cluster = cluster
         self._speaks = speaks
-        self.hosts = [host for host, _ in machines]
-        distinct = list(dict.fromkeys(machines))
-        self.host_of = [distinct.index(machine) for machine in machines]
+        self.hosts = [host for host, _, _ in machines]
+        keys = [(host, machine) for host, machine, _ in machines]
+        self.host_of = [list(dict.fromkeys(keys)).index(key) for key in keys]
         self.loading: list[tuple[int, int]] = [(0, 0)] * cluster.num_processes
-        self._client = _connect(cluster)
+        self._client = _connect(cluster, machines[cluster.process_id][2])
         self._link = link
         self._exchanges: dict[str, int] = {}
         self._steps = 0
@@ -319,7 +319,7 @@ def join(
             on_wait(f"waiting for {told['wait']} of {cluster.num_processes} processes")
         if "go" in told:
             on_wait("connecting the processes")
-            return Runtime(cluster, link, [(host, machine) for host, machine in told["go"]], speaks)
+            return Runtime(cluster, link, [(host, machine, address) for host, machine, address in told["go"]], speaks)
     raise MultihostError(f"the coordinator at {cluster.coordinator} does not answer: start all processes again")
 
 
@@ -383,8 +383,12 @@ def _reach(cluster: Cluster) -> Link:
             time.sleep(0.2)
 
 
-def _connect(cluster: Cluster) -> Any:
+def _connect(cluster: Cluster, address: str) -> Any:
     """Connects to JAX's coordination service, as `jax.distributed.initialize` does where the service is elsewhere.
+
+    Args:
+        cluster: who takes part.
+        address: at which other processes reach this one.
 
     Raises:
         MultihostError: if it cannot be reached.
@@ -409,8 +413,8 @@ def _connect(cluster: Cluster) -> Any:
     if cluster.local_devices is not None:
         for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
             jax.config.update(name, ",".join(map(str, cluster.local_devices)))
-    # The address of a host's name may be one that no other host can reach; that of the way to the coordinator is not.
-    collectives = _jax.make_gloo_tcp_collectives(distributed_client=client, hostname=cluster.own_address())
+    # The address of this host's own name, which would be taken otherwise, may be one that no other host can reach.
+    collectives = _jax.make_gloo_tcp_collectives(distributed_client=client, hostname=address)
     xla_bridge.register_backend_factory(
         "cpu", lambda: xla_bridge.make_cpu_client(collectives), priority=0, fail_quietly=False
     )

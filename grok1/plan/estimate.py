@@ -132,7 +132,7 @@ class Estimate:
         Between data rows go the sampled tokens alone.
         """
         config, shards = self.config, self.mesh[1]
-        told = 4 if len({host for row in self.rows for host in row}) > 1 else 0
+        told = 4 if self.mesh[0] > 1 and len({host for row in self.rows for host in row}) > 1 else 0
         if self.hosts_of_row == 1:
             return told
         sums = (2 * config.num_layers + 1) * config.emb_size * np.dtype(self.dtype).itemsize

@@ -499,7 +499,7 @@ def test_memory_is_flat_over_many_rows(start, checkpoint, tmp_path):
 
 
 def test_more_sequences_than_fit_are_refused(batch, prompts, monkeypatch):
-    monkeypatch.setattr("grok1.model.require_room", lambda *_: 2)
+    monkeypatch.setattr("grok1.model.room", lambda *_: 2)
     result = batch(prompts, "-n", 2)
     assert (result.code, result.out) == (1, "")
     assert "there is memory for 2 sequences beside the weights, but the batch has 3: use --batch-size 2" in result.err

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from grok1 import memory
@@ -15,6 +17,11 @@ JSON_KEYS = {
     "bandwidth_bytes_per_second",
     "flops_per_second",
     "mesh",
+    "hosts",
+    "host_of_shards",
+    "idle_devices",
+    "crossing_bytes_per_token",
+    "replicated_weight_bytes",
     "dtype",
     "weight_bytes",
     "cache_bytes_per_sequence",
@@ -147,3 +154,41 @@ def test_a_release_that_does_not_fit_is_not_begun(grok1, hollow_release, golden,
         "grok1: error: the model needs 323 GB of memory (318 GB of weights, and one sequence), but 64.0 GB can be had "
         "on this machine: use a machine that has 323 GB free\n"
     )
+
+
+def test_hosts_show_what_crosses_between_them_and_what_stays_idle(grok1):
+    fields = planned(grok1, "--device", "h100-80gb", "--hosts", "4,6")
+    assert (fields["mesh"], fields["hosts"], fields["idle_devices"]) == ([1, 8], [4, 6], 2)
+    assert fields["host_of_shards"] == [[0] * 4 + [1] * 4]
+    # 129 sums of 6144 bfloat16 values, each twice around a ring of 8, and 131072 float32 logits once
+    assert fields["crossing_bytes_per_token"] == (2 * 129 * 6144 * 2 + 131072 * 4) * 7 // 8
+    text = grok1("plan", "--device", "h100-80gb", "--hosts", "4,6").out
+    assert re.search(r"hosts of each data row +host 0: 4 \+ host 1: 4\n", text)
+    assert re.search(r"idle +2 on host 1\n", text)
+    assert re.search(r"leaves a host for each token +3.23 MB\n", text)
+
+
+def test_a_model_that_fits_a_host_is_on_each_and_only_tokens_cross(grok1):
+    fields = planned(grok1, "--device", "h100-80gb", "--hosts", "8,8")
+    assert (fields["mesh"], fields["crossing_bytes_per_token"]) == ([2, 8], 4)
+    assert fields["host_of_shards"] == [[0] * 8, [1] * 8]
+
+
+def test_shards_that_hold_the_same_cost_memory(grok1):
+    few, many = (planned(grok1, "--device", "h100-80gb", "--count", str(count)) for count in (8, 16))
+    whole = planned(grok1, "--device", "h100-80gb", "--count", "1", "--mesh", "1,1")["weight_bytes"]
+    for fields in (few, many):
+        assert fields["replicated_weight_bytes"] == fields["mesh"][1] * fields["weight_bytes"] - whole
+    assert many["replicated_weight_bytes"] > 5 * few["replicated_weight_bytes"] > 0
+
+
+def test_processors_of_several_hosts_have_a_memory_each(grok1):
+    alone = planned(grok1, "--device", "cpu", "--memory", "200GB", "--mesh", "1,2")
+    both = planned(grok1, "--device", "cpu", "--memory", "200GB", "--mesh", "1,2", "--hosts", "1,1")
+    assert (alone["fits"], both["fits"]) == (False, True)
+
+
+def test_a_count_that_contradicts_the_hosts_is_refused(grok1):
+    result = grok1("plan", "--device", "h200", "--count", "7", "--hosts", "4,4")
+    assert result.code == 2
+    assert "--count 7 contradicts --hosts, which have 8 devices" in result.err

@@ -20,7 +20,7 @@ def environment(monkeypatch):
     """What gives a process so many devices of the processor."""
 
     def environment(devices=1):
-        flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=16", "")
+        flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=16", "").strip()
         return {**os.environ, "XLA_FLAGS": flags, "JAX_NUM_CPU_DEVICES": str(devices), "NPROC": "1"}
 
     return environment

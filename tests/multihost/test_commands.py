@@ -134,9 +134,10 @@ def test_a_job_is_that_of_one_process_and_resumes_after_a_worker_was_killed(tiny
     assert out.read_bytes() == whole.read_bytes()
 
 
-def test_scores_are_those_of_one_process(tiny, prompts, tmp_path, alone, launch):
+@pytest.mark.parametrize(("count", "mesh"), [(2, "2,1"), (4, "2,2")])
+def test_scores_are_those_of_one_process(count, mesh, tiny, prompts, alone, launch):
     words = ("score", "-c", tiny, prompts, "--format", "txt", "--per-token")
-    found = [json.loads(line) for line in output(launch(2, *words, "--mesh", "2,1")).splitlines()]
+    found = [json.loads(line) for line in output(launch(count, *words, "--mesh", mesh)).splitlines()]
     expected = [json.loads(line) for line in alone(*words).splitlines()]
     assert len(found) == len(expected) == len(PROMPTS) + 1
     for row, other in zip(found, expected, strict=True):
@@ -148,14 +149,31 @@ def test_scores_are_those_of_one_process(tiny, prompts, tmp_path, alone, launch)
                 assert row[key] == value
 
 
-def test_speed_is_measured_over_all_processes(launch):
+@pytest.mark.parametrize("count", [2, 4])
+def test_speed_is_measured_over_all_processes(count, launch):
     words = ("bench", "--preset", "tiny", "--prompt", 16, "--decode", 2, "--batch", "2,4", "--mesh", "2,2", "--json")
-    lines = [json.loads(line) for line in output(launch(2, *words, devices=4)).splitlines()]
+    lines = [json.loads(line) for line in output(launch(count, *words, devices=4)).splitlines()]
     assert [line["batch"] for line in lines] == [2, 4]
     assert all((line["devices"], line["mesh"]) == (4, [2, 2]) for line in lines)
     assert all(line["decode_tokens_per_second"] > 0 for line in lines)
+
+
+def test_devices_of_all_processes_are_told(launch):
     devices = [json.loads(line) for line in output(launch(2, "bench", "--devices", "--json")).splitlines()]
     assert [line["process"] for line in devices] == [0, 1]
+    table = output(launch(2, "bench", "--devices"))
+    assert f"1        {socket.gethostname()}" in table
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_jobs_over_the_golden_checkpoint_are_those_of_one_process(
+    count, golden, golden_sequences, tmp_path, alone, launch
+):
+    rows = tmp_path / "rows.jsonl"
+    ids = [sequence.tokens.tolist()[:20] for sequence in golden_sequences]
+    rows.write_text("".join(json.dumps({"prompt_token_ids": row}) + "\n" for row in ids))
+    words = ("batch", "-c", golden, rows, "--greedy", "-n", 8, "--seed", 1, "--batch-size", 4)
+    assert output(launch(count, *words, "--mesh", "2,2", devices=4)) == alone(*words)
 
 
 def test_devices_that_the_mesh_leaves_out_stay_idle(tiny, launch):

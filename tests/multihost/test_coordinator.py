@@ -60,7 +60,7 @@ def test_all_that_come_may_go_and_the_program_ends_with_the_last(start, port):
     assert first.hear("wait") == {"wait": 1}
     second = Client(port, 1, host="there")
     for client in (first, second):
-        assert client.hear("go") == {"go": [["here", "1"], ["there", "1"]]}
+        assert client.hear("go") == {"go": [["here", "1", "127.0.0.1"], ["there", "1", "127.0.0.1"]]}
     second.say({"loading": [3, 7]})
     while first.hear("loading")["loading"] != [[0, 0], [3, 7]]:
         pass
@@ -196,6 +196,32 @@ def test_whoever_is_no_process_is_nobody(start, port, noise):
     second = Client(port, 1)
     assert "go" in second.hear("go", "error")
     assert "go" in first.hear("go", "error")
+
+
+class Connection:
+    """What a coordinator knows of a connection."""
+
+    def __init__(self, peer, own):
+        self.ends = {"peername": (peer, 1), "sockname": (own, 2)}
+
+    def get_extra_info(self, name):
+        return self.ends[name]
+
+
+@pytest.mark.parametrize(
+    ("peers", "addresses"),
+    [
+        (["127.0.0.1", "127.0.0.1"], ["127.0.0.1", "127.0.0.1"]),
+        (["10.0.0.1", "10.0.0.2"], ["10.0.0.1", "10.0.0.2"]),
+        (["127.0.1.1", "10.0.0.2"], ["10.0.0.9", "10.0.0.2"]),  # a host's own name may be its loopback address
+        (["::ffff:127.0.0.1", "::ffff:10.0.0.2"], ["10.0.0.9", "10.0.0.2"]),
+        (["::1", "fd00::2"], ["10.0.0.9", "fd00::2"]),
+    ],
+)
+def test_processes_are_told_at_which_address_others_reach_them(peers, addresses):
+    meeting = coordinator.Coordinator(len(peers), 1, 1)
+    meeting.writers = {i: Connection(peer, "10.0.0.9") for i, peer in enumerate(peers)}
+    assert [meeting.address(i) for i in range(len(peers))] == addresses
 
 
 def test_a_port_that_is_taken_is_said(port):
