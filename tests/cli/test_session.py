@@ -51,3 +51,45 @@ def test_an_interrupt_at_an_empty_prompt_ends_the_session(start, checkpoint, ter
     terminal.read_until(READY)
     terminal.type("\x03")
     assert process.wait(timeout=60) == 0
+
+
+def test_a_session_of_several_processes(start, long_checkpoint, terminal, tmp_path):
+    process = start(
+        *(
+            "launch",
+            "-n",
+            2,
+            "--",
+            "run",
+            "-c",
+            long_checkpoint,
+            "--mesh",
+            "1,2",
+            "-n",
+            300,
+            "--seed",
+            3,
+            "--ignore-eos",
+        ),
+        env={
+            "XDG_STATE_HOME": str(tmp_path),
+            "TERM": "xterm",
+            "PROMPT_TOOLKIT_NO_CPR": "1",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        },
+        stdin=terminal.there,
+        stdout=terminal.there,
+        stderr=terminal.there,
+    )
+    terminal.read_until(READY)
+    terminal.type("0 " * 1100 + "\r")
+    terminal.read_until("2047 fit in the model's context of 2048")
+    terminal.read_until(READY)
+    terminal.type("again\r")
+    terminal.read_until("seed 3]")
+    terminal.read_until(READY)
+    terminal.type("and again\r")
+    terminal.read_until("seed 3]")
+    terminal.read_until(READY)
+    terminal.type("\x04")  # Ctrl-D
+    assert process.wait(timeout=60) == 0
