@@ -66,7 +66,7 @@ def test_a_session_of_several_processes(start, long_checkpoint, terminal, tmp_pa
             "--mesh",
             "1,2",
             "-n",
-            300,
+            40,
             "--seed",
             3,
             "--ignore-eos",
