@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ _OWN = {
     *("distributed", "coordinator", "num_processes", "process_id", "coordinator_bind", "start_timeout"),
 }
 _ENVIRONMENT = ("GROK1_KERNELS", "JAX_PLATFORMS")  # variables that have to be the same everywhere
+
+_TERMINATION_SECONDS = 20.0
 
 Place = tuple[str | None, int | None, int | None, str | None, int]
 """`--coordinator`, `--num-processes`, `--process-id`, `--coordinator-bind` and `--start-timeout`."""
@@ -50,11 +53,12 @@ def joined(detect: bool, place: Place, choice: ModelChoice) -> Iterator[Runtime]
     prepare_jax(terminal, choice.threads)
     with terminal.interruptible():
         runtime = _join(terminal, detect, place)
+        if runtime.leads:
+            terminal.on_leave = lambda: runtime.leave(130, wait=False)
+            runtime.start(terminal.abort)
     terminal.clear()
     if not runtime.leads:
         _follow(terminal, runtime, choice)
-    terminal.on_leave = lambda: runtime.leave(130)
-    runtime.watch(terminal.abort)
     try:
         yield runtime
     except (click.ClickException, Grok1Error):
@@ -101,7 +105,7 @@ def _options() -> dict[str, Any]:
         name = str(parameter.name)
         if name not in _OWN and context.get_parameter_source(name) is not ParameterSource.DEFAULT:
             shown = (
-                max(parameter.opts, key=len) if isinstance(parameter, click.Option) else parameter.make_metavar(context)
+                max(parameter.opts, key=len) if isinstance(parameter, click.Option) else parameter.human_readable_name
             )
             told[shown] = context.params.get(name, "given")
     return told | {f"${name}": os.environ[name] for name in _ENVIRONMENT if name in os.environ}
@@ -111,15 +115,11 @@ def _follow(terminal: Terminal, runtime: Runtime, choice: ModelChoice) -> None:
     """Follows process 0 until this process ends."""
     terminal.quiet = True
 
-    def terminated(number: int, frame: object) -> None:
-        runtime.fail("it was terminated")
-        os._exit(128 + number)
-
-    signal.signal(signal.SIGTERM, terminated)
-    runtime.watch(terminal.abort)
+    _end_patiently(runtime)
     from grok1.follow import follow
 
     try:
+        runtime.start(terminal.abort)
         start_jax(terminal, choice.threads)
         follow(runtime, choice.checkpoint, choice.load_memory, choice.threads)
     except Exception as error:
@@ -129,6 +129,27 @@ def _follow(terminal: Terminal, runtime: Runtime, choice: ModelChoice) -> None:
 
         runtime.fail(sentence_of(error))
         terminal.abort(None, 1)
+
+
+def _end_patiently(runtime: Runtime) -> None:
+    """Lets process 0 finish what it has begun when all processes are told to terminate, as schedulers do.
+
+    A second SIGTERM ends this process at once.
+    """
+
+    def end() -> None:
+        runtime.fail("it was terminated")
+        os._exit(128 + signal.SIGTERM)
+
+    def asked(number: int, frame: object) -> None:
+        if asking:
+            end()
+        asking.append(threading.Timer(_TERMINATION_SECONDS, end))
+        asking[0].daemon = True
+        asking[0].start()
+
+    asking: list[threading.Timer] = []
+    signal.signal(signal.SIGTERM, asked)
 
 
 def _is_exchange(error: Exception) -> bool:

@@ -225,7 +225,7 @@ class Terminal:
 
     def abort(self, sentence: str | None, code: int) -> None:
         """Ends the process at once, from any thread, with a line that says why."""
-        self._leave_terminal()
+        self._restore_terminal()
         if sentence is not None:
             self._raw_to_stderr(f"grok1: error: {sentence}\n".encode())
         os._exit(code)
@@ -237,6 +237,9 @@ class Terminal:
     def _leave_terminal(self) -> None:
         if self.on_leave is not None:
             self.on_leave()
+        self._restore_terminal()
+
+    def _restore_terminal(self) -> None:
         # The main thread may hold any lock: nothing here takes one.
         if _is_terminal(sys.stderr):
             self._raw_to_stderr(b"\r\x1b[2K\x1b[?25h" if self._live is not None else b"\r\n")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import os
+import re
 import socket
+from collections.abc import Mapping
 
 from grok1.errors import MultihostError
 
@@ -116,6 +119,7 @@ def detected_cluster(
     """
     from jax._src.clusters import ClusterEnv
 
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     kinds = [kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method]
     found = next((kind for kind in kinds if kind.is_env_present()), None)
     if found is None:
@@ -136,8 +140,18 @@ def detected_cluster(
             "and --process-id"
         ) from None
     cluster = given_cluster(address, count, index, bind, timeout)
-    devices = None if local is None else tuple(local)
+    devices = None if local is None or _alone_on_host(os.environ) else tuple(local)
     return dataclasses.replace(cluster, local_devices=devices, found_by=name)
+
+
+def _alone_on_host(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher has put only one process on each host, which then has all of the host's GPUs.
+
+    JAX would give it the first, as if there were one process for each.
+    """
+    of_open_mpi = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", "")
+    of_slurm = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    return of_open_mpi == "1" or re.fullmatch(r"1(\(x\d+\))?", of_slurm) is not None
 
 
 def _address(host: str, port: int) -> str:

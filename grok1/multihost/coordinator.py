@@ -59,10 +59,12 @@ class Coordinator:
             await self.wait_for_change(self.timeout - (time.monotonic() - begin))
         server.close()
         missing = [process for process in range(self.count) if process not in self.hellos]
-        fault = self.missing(missing) if missing else self.difference()
+        fault = None if self.over else self.missing(missing) if missing else self.difference()
         service = None
         if self.over or fault is not None:
-            self.tell({"error": fault or "it ended"})
+            self.tell(
+                {"error": fault or "process 0 has ended before all processes were there: start all of them again"}
+            )
             self.over = True
         else:
             service = self.start_service(host, port)

@@ -67,7 +67,8 @@ class Runtime:
         keys = [(host, machine) for host, machine, _ in machines]
         self.host_of = [list(dict.fromkeys(keys)).index(key) for key in keys]
         self.loading: list[tuple[int, int]] = [(0, 0)] * cluster.num_processes
-        self._client = _connect(cluster, machines[cluster.process_id][2])
+        self._address = machines[cluster.process_id][2]
+        self._client: Any = None
         self._link = link
         self._exchanges: dict[str, int] = {}
         self._steps = 0
@@ -159,9 +160,14 @@ class Runtime:
 
     # Life and death
 
-    def watch(self, end: End) -> None:
-        """Begins to watch the other processes: when one is gone, or the run has ended, this process ends."""
+    def start(self, end: End) -> None:
+        """Begins to watch the other processes, and connects to JAX's coordination service.
+
+        Args:
+            end: is called when another process is gone, or the run has ended.
+        """
         threading.Thread(target=self._watch, args=(end,), name="grok1-watch", daemon=True).start()
+        self._client = _connect(self.cluster, self._address)
 
     def _watch(self, end: End) -> None:
         heard = time.monotonic()
@@ -185,11 +191,12 @@ class Runtime:
             pass  # it is gone
         self._closed.set()
         if self._claim():
-            end(
+            first_of_host = self.host_of.index(self.host_of[self.process_id]) == self.process_id
+            sentence = (
                 f"the coordinator of process 0, {self.cluster.coordinator}, cannot be reached any more: see that its "
-                "host is up, and start all processes again",
-                1,
+                "host is up, and start all processes again"
             )
+            end(sentence if first_of_host or self._speaks else None, 1)
 
     def _end_by(self, process: int, sentence: str, end: End) -> None:
         """Ends this process because of another, or because this one was found to be gone."""
@@ -220,11 +227,12 @@ class Runtime:
         """
         self._closed.wait(SILENCE_SECONDS + 5)
 
-    def leave(self, code: int = 0) -> None:
+    def leave(self, code: int = 0, *, wait: bool = True) -> None:
         """Lets the others end, as all is done, or nobody wants more.
 
         Args:
             code: with what exit code.
+            wait: if this process is being ended for the sake of another, whether to wait for that.
         """
         if self._left:
             return
@@ -232,7 +240,7 @@ class Runtime:
             self._left = True
             with contextlib.suppress(OSError):
                 self._link.tell({"end": code})
-        else:  # another process has failed, and this one is being ended for that
+        elif wait:
             self._closed.wait(_FAREWELL_SECONDS)
 
 
@@ -278,7 +286,9 @@ def join(
     *,
     speaks: bool = False,
 ) -> Runtime:
-    """Starts JAX's distributed runtime and checks that all processes fit together; comes before JAX has devices.
+    """Meets the other processes and makes sure that all fit together; comes before JAX has devices.
+
+    `Runtime.start` is to be called next.
 
     Args:
         cluster: who takes part.

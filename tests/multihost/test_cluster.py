@@ -19,11 +19,13 @@ OPEN_MPI = {
     "OMPI_COMM_WORLD_LOCAL_RANK": "1",
 }
 
+MORE = ("SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE", "JAX_COORDINATOR_ADDRESS")
+
 
 @pytest.fixture
 def variables(monkeypatch):
     """Sets variables, and no other cluster's."""
-    for name in (*SLURM, *OPEN_MPI, "KUBERNETES_SERVICE_HOST", "TPU_WORKER_HOSTNAMES", "JAX_COORDINATOR_PORT"):
+    for name in (*SLURM, *OPEN_MPI, *MORE, "KUBERNETES_SERVICE_HOST", "TPU_WORKER_HOSTNAMES", "JAX_COORDINATOR_PORT"):
         monkeypatch.delenv(name, raising=False)
 
     def variables(values):
@@ -78,6 +80,22 @@ def test_slurm_says_who_takes_part(variables):
     port = 4321 % 4096 + 61440  # as JAX takes one from the job's number
     assert found == Cluster(f"localhost:{port}", 4, 2, None, 30, (0,), "SLURM")
     assert found.bind_address in ("::", "0.0.0.0")  # the name is this host's own for itself
+
+
+@pytest.mark.parametrize(
+    ("more", "devices"),
+    [
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, None),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1"}, None),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, (0,)),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1,3"}, (0,)),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, None),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, (1,)),
+    ],
+)
+def test_a_process_alone_on_its_host_has_all_of_its_devices(variables, more, devices):
+    variables(more)
+    assert detected_cluster(None, None, None, None, 30).local_devices == devices
 
 
 def test_open_mpi_says_who_takes_part(variables):

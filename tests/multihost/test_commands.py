@@ -197,6 +197,17 @@ def test_a_process_that_dies_while_decoding_ends_the_others(who, tiny, together,
     assert nobody_is_left(port)
 
 
+def test_a_worker_that_is_told_to_terminate_twice_ends_all(tiny, together, port):
+    first, second = together(2, "run", "-c", tiny, "The answer", "--greedy", "--ignore-eos", "-n", 500)
+    assert first.stdout.read(1)
+    second.terminate()
+    assert first.stdout.read(1)  # it goes on, for the sake of what process 0 may want to finish
+    second.terminate()
+    assert error(first).startswith("grok1: error: process 1 (")
+    assert output(second, 128 + signal.SIGTERM) == ""
+    assert nobody_is_left(port)
+
+
 def test_a_process_that_dies_before_the_start_is_waited_for_and_named(tiny, together, port):
     first, second, third = together(3, "run", "-c", tiny, "x", "--start-timeout", 4)
     third.kill()
