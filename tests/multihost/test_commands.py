@@ -46,8 +46,8 @@ def launch(spawn):
 def alone(spawn):
     """What a command prints as one process."""
 
-    def alone(*arguments):
-        out, errors = spawn("-m", "grok1", *arguments).communicate(timeout=TIMEOUT)
+    def alone(*arguments, devices=1):
+        out, errors = spawn("-m", "grok1", *arguments, devices=devices).communicate(timeout=TIMEOUT)
         assert not errors
         return out
 
@@ -116,8 +116,10 @@ def test_only_process_0_reads_and_prints(tiny, alone, together, port):
     assert nobody_is_left(port)
 
 
-def test_a_job_is_that_of_one_process_and_resumes_after_a_worker_was_killed(tiny, prompts, tmp_path, together, port):
-    words = ("batch", "-c", tiny, prompts, "-n", 60, "--seed", 3, "--ignore-eos", "--batch-size", 2, "--mesh", "1,2")
+def test_a_job_is_that_of_one_process_and_resumes_after_a_worker_was_killed(
+    tiny, prompts, tmp_path, alone, together, port
+):
+    words = ("batch", "-c", tiny, prompts, "-n", 40, "--seed", 3, "--ignore-eos", "--batch-size", 2, "--mesh", "1,2")
     out, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.journal"
     first, second = together(2, *words, "-o", out)
     wait_until(lambda: journal.exists() and journal.read_bytes().count(b"\n") > 2, first, second)  # rows are done
@@ -128,10 +130,7 @@ def test_a_job_is_that_of_one_process_and_resumes_after_a_worker_was_killed(tiny
     for process in together(2, *words, "-o", out):
         output(process)
     assert [json.loads(line)["prompt"] for line in out.read_text().splitlines()] == PROMPTS
-    whole = tmp_path / "whole.jsonl"
-    for process in together(2, *words, "-o", whole):
-        output(process)
-    assert out.read_bytes() == whole.read_bytes()
+    assert out.read_text() == alone(*words, devices=2)
 
 
 @pytest.mark.parametrize(("count", "mesh"), [(2, "2,1"), (4, "2,2")])
@@ -149,7 +148,7 @@ def test_scores_are_those_of_one_process(count, mesh, tiny, prompts, alone, laun
                 assert row[key] == value
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_speed_is_measured_over_all_processes(count, launch):
     words = ("bench", "--preset", "tiny", "--prompt", 16, "--decode", 2, "--batch", 4, "--mesh", "2,2", "--json")
     lines = [json.loads(line) for line in output(launch(count, *words, devices=4)).splitlines()]
@@ -202,7 +201,11 @@ def test_a_worker_that_is_told_to_terminate_twice_ends_all(tiny, together, port)
     assert first.stdout.read(1)
     second.terminate()
     assert first.stdout.read(1)  # it goes on, for the sake of what process 0 may want to finish
-    second.terminate()
+    end = time.monotonic() + TIMEOUT
+    while second.poll() is None:  # two at a time may come as one
+        assert time.monotonic() < end
+        second.terminate()
+        os.sched_yield()
     assert error(first).startswith("grok1: error: process 1 (")
     assert output(second, 128 + signal.SIGTERM) == ""
     assert nobody_is_left(port)
