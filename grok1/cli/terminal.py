@@ -196,9 +196,9 @@ class Terminal:
             columns = [
                 name,
                 BarColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(compact=True),
+                DownloadColumn(table_column=Column(no_wrap=True)),
+                TransferSpeedColumn(table_column=Column(no_wrap=True)),
+                TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
             ]
         self._live = Progress(
             *columns, console=Console(stderr=True), transient=True, redirect_stdout=False, expand=False
