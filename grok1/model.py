@@ -27,7 +27,7 @@ from grok1.engine.occupancy import Occupancy
 from grok1.engine.request import FinishReason, SamplingOptions, TokenLogprobs
 from grok1.engine.score import ScoringRequest, score
 from grok1.engine.steps import StepSender
-from grok1.errors import CheckpointError, RequestError
+from grok1.errors import CheckpointError, MultihostError, RequestError
 from grok1.kernels import ChosenKernels, choose_kernels
 from grok1.multihost.runtime import Runtime
 from grok1.ops import cpu
@@ -236,6 +236,7 @@ def load(
         ConfigError: if its `config.json` describes no possible model.
         KernelsError: if the native kernels were asked for and cannot be had.
         MeshError: if the model cannot be divided so.
+        MultihostError: if the devices are not those of the processes of `runtime`.
         TokenizerError: if the tokenizer cannot be read or has another vocabulary.
         TooSmallError: if there is too little memory; no weight has been read then.
         ValueError: if `load_memory` is too little.
@@ -433,6 +434,12 @@ def _present(devices: Sequence[jax.Device], runtime: Runtime | None) -> tuple[De
     present = dataclasses.replace(present_devices(here or jax.local_devices()), count=len(devices))
     if runtime is None:
         return present, None
+    found = jax.process_index(), jax.process_count()
+    if found != (runtime.process_id, runtime.cluster.num_processes):
+        raise MultihostError(
+            f"{runtime.name_of(runtime.process_id)} of {runtime.cluster.num_processes} is process {found[0]} of "
+            f"{found[1]} by its devices: give all hosts devices of one kind, and start TPU slices with --distributed"
+        )
     free = present.usable_bytes
     if free is not None and present.kind.shares_memory:
         free //= runtime.host_of.count(runtime.host_of[runtime.process_id])

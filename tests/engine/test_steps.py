@@ -1,0 +1,52 @@
+"""Steps that one engine sends and another repeats."""
+
+import gc
+
+import jax
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from grok1.engine.engine import Engine
+from grok1.engine.steps import Step, StepSender
+from grok1.model import Model
+
+ARRAYS = hnp.arrays(st.sampled_from([np.int32, np.bool_, np.float32, np.uint32]), hnp.array_shapes(min_dims=0))
+
+
+@given(
+    st.lists(st.one_of(st.integers(0, 9), st.text(max_size=5)), max_size=4),
+    st.integers(0, 2**40),
+    st.lists(st.integers(0, 99), max_size=3),
+    st.lists(ARRAYS, max_size=4),
+)
+def test_a_message_is_the_step(key, handle, freed, arrays):
+    step = Step.decode(Step(tuple(key), handle, freed, arrays).encode())
+    assert (step.key, step.handle, step.freed) == (tuple(key), handle, freed)
+    assert [array.dtype for array in step.arrays] == [array.dtype for array in arrays]
+    for found, expected in zip(step.arrays, arrays, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_an_engine_that_repeats_steps_holds_what_the_first_does(make_checkpoint, small_config, make_engine):
+    original = make_engine(make_checkpoint(small_config), (2, 2))
+    messages = []
+    parts = (original.config, original.params, original.mesh)
+    first = Engine(*parts, sender=StepSender(messages.append))
+    second = Engine(*parts)
+    model = Model(first, None)
+    model.complete([1, 2, 3], greedy=True, max_tokens=6, ignore_eos=True)
+    model.score(list(range(1, 40)))
+    model.logits([4, 5, 6])
+    held = first.new_batch(4)
+    held = first.copy_beginning(held.cache, 0, 1, 16), held
+    gc.collect()
+    kept = first.new_cache(2)  # tells what is free by now
+    for message in messages:
+        second.repeat(Step.decode(message))
+    assert len(second._repeated) == 2
+    caches = [getattr(one, "cache", one) for one in second._repeated.values()]
+    for found, expected in zip(caches, (held[0], kept), strict=True):
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
