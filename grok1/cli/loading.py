@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -104,9 +105,11 @@ def tell_shortfall(model: Model, terminal: Terminal) -> None:
     if model.idle:
         data, shards = model.mesh_shape
         count = len(model.idle)
+        hosts = Counter(model.loads[device.process_index]["host"] for device in model.idle) if model.loads else {}
+        where = ", ".join(f"{number} on {host}" for host, number in hosts.items())
         terminal.note(
-            f"{count} of {count + data * shards} devices {'stays' if count == 1 else 'stay'} idle: the mesh is "
-            f"{data},{shards}"
+            f"{count} of {count + data * shards} devices {'stays' if count == 1 else 'stay'} idle"
+            f"{f' ({where})' if where else ''}: the mesh is {data},{shards}"
         )
 
 
