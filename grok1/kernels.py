@@ -17,7 +17,7 @@ from grok1.errors import KernelsError
 from grok1.ops import cpu, gpu
 from grok1.ops.backend import Backend
 from grok1.quantize import MOST_GROUP_ROWS
-from grok1.sharding import MODEL_AXIS
+from grok1.sharding import MODEL_AXIS, own_devices
 
 ENVIRONMENT_VARIABLE = "GROK1_KERNELS"
 """Names the kernels that "auto" stands for."""
@@ -61,8 +61,7 @@ def choose_kernels(config: ModelConfig, mesh: Mesh, kernels: KernelsName = "auto
     """
     device = mesh.devices.flat[0]
     if jax.process_count() > 1:  # this process can try nothing on the devices of another
-        here = [other for other in mesh.devices.flat if other.process_index == jax.process_index()]
-        device = (here or jax.local_devices())[0]
+        device = (own_devices(mesh.devices.flat) or jax.local_devices())[0]
     return _choose(device, kernels, _why_not_for(config, mesh.shape[MODEL_AXIS], device.platform))
 
 

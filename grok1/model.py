@@ -36,7 +36,7 @@ from grok1.plan.estimate import Estimate
 from grok1.plan.verdict import room
 from grok1.prompt import Request as Request
 from grok1.prompt import check_token_ids, encode_prompt, encode_scored, required, window_stride, windows
-from grok1.sharding import counts, default_mesh_shape, hosts_of, make_mesh
+from grok1.sharding import counts, default_mesh_shape, hosts_of, make_mesh, own_devices
 from grok1.stop_text import StopMatcher
 from grok1.threads import thread_count
 from grok1.tokenizer import Tokenizer, find_tokenizer
@@ -250,13 +250,14 @@ def load(
         _require_same_checkpoint(runtime, opened)
     place = _Place.choose(config, mesh, dtype, devices, kernels, threads, runtime)
     start = time.perf_counter()
-    params = place.abstract(config)
-    if place.takes_part:
+    if not place.takes_part:
+        params = place.abstract(config)
+    else:
         params = load_parameters(
             opened,
             place.mesh,
             place.dtype,
-            lambda done, total: _report_loading(runtime, report, opened, done, total),
+            lambda done, total: _report_loading(runtime, report, done, total),
             load_memory,
             cpu.pack_box if place.packs else None,
         )
@@ -265,7 +266,7 @@ def load(
         loads = runtime.exchange(
             "loaded",
             {"host": runtime.hosts[runtime.process_id], "bytes_read": opened.bytes_read, "seconds": seconds},
-            lambda: _report_loading(runtime, report, opened, 1, 1),
+            lambda: _report_loading(runtime, report, 1, 1),
         )
         return place.model(config, params, report, text, loads)
     return place.model(config, params, report, text)
@@ -331,9 +332,7 @@ def _of(known: Mapping[str, str], name: str) -> str:
     return told if len(told) <= 60 else f"{told[:57]}..."
 
 
-def _report_loading(
-    runtime: Runtime | None, report: Callable[..., None], opened: Checkpoint, done: int, total: int
-) -> None:
+def _report_loading(runtime: Runtime | None, report: Callable[..., None], done: int, total: int) -> None:
     """Reports how far this process is, or of several processes the slowest."""
     if runtime is None:
         report("loading", "", done, total)
@@ -405,7 +404,7 @@ class _Place:
     @property
     def takes_part(self) -> bool:
         """Whether the mesh has devices of this process."""
-        return any(device.process_index == jax.process_index() for device in self.mesh.devices.flat)
+        return bool(own_devices(self.mesh.devices.flat))
 
     def abstract(self, config: ModelConfig) -> Any:
         """The parameters as `jax.ShapeDtypeStruct`."""
@@ -430,8 +429,7 @@ def _present(devices: Sequence[jax.Device], runtime: Runtime | None) -> tuple[De
 
     Processes on one host share its memory evenly.
     """
-    here = [device for device in devices if device.process_index == jax.process_index()]
-    present = dataclasses.replace(present_devices(here or jax.local_devices()), count=len(devices))
+    present = dataclasses.replace(present_devices(own_devices(devices) or jax.local_devices()), count=len(devices))
     if runtime is None:
         return present, None
     found = jax.process_index(), jax.process_count()

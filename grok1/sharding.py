@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import numpy as np
@@ -222,6 +222,11 @@ def make_mesh(
     check_mesh_shape(config, shape, len(devices))
     places = mesh_places(shape, [0] * len(devices) if hosts is None else hosts)
     return Mesh(np.asarray([devices[place] for place in places]).reshape(data, model), (DATA_AXIS, MODEL_AXIS))
+
+
+def own_devices(devices: Iterable[jax.Device]) -> list[jax.Device]:
+    """Those of some devices that are this process's."""
+    return [device for device in devices if device.process_index == jax.process_index()]
 
 
 def hosts_of(devices: Sequence[jax.Device], host_of_process: Sequence[int]) -> list[int]:

@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from grok1.checkpoint.parameters import StoredLeaf
-from grok1.sharding import MODEL_AXIS
+from grok1.sharding import MODEL_AXIS, own_devices
 
 Place = tuple[slice, ...]
 """A box in a part, whose first axis is that of the layers if there is one."""
@@ -139,7 +139,7 @@ def local_parts(leaf: StoredLeaf, mesh: Mesh, on_host: bool, pack: PackBox | Non
     devices: dict[tuple[int, ...], list[jax.Device]] = {}
     held: dict[tuple[int, ...], tuple[tuple[slice, ...], int]] = {}
     for shard in range(shards):
-        local = [device for device in mesh.devices[:, shard] if device.process_index == jax.process_index()]
+        local = own_devices(mesh.devices[:, shard])
         if local:
             key = leaf.file_key(shards, shard)
             start = tuple(part.start for part in key)

@@ -31,7 +31,7 @@ _GPUS = Path("/proc/driver/nvidia/gpus")
 @click.command(
     "launch",
     short_help="Run a command as several processes on this machine.",
-    context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False},
+    context_settings={"allow_interspersed_args": False},
 )
 @click.option("-n", "--num-processes", type=click.IntRange(1), required=True, metavar="N", help="How many processes.")
 @click.option(
@@ -58,6 +58,7 @@ def command(terminal: Terminal, num_processes: int, port: int | None, command_li
         raise click.UsageError(f"{name!r} is not run by several processes: give one of {', '.join(_COMMANDS)}.")
     address = f"127.0.0.1:{port or _free_port()}"
     shares = _shares(os.environ, num_processes)
+    path = os.pathsep.join(filter(None, [str(Path(grok1.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     processes: list[subprocess.Popen[bytes]] = []
     code = 1
     try:
@@ -67,7 +68,6 @@ def command(terminal: Terminal, num_processes: int, port: int | None, command_li
             silent = None if process == 0 or "--verbose" in arguments else subprocess.DEVNULL
             # -P: a file of the folder that the user is in cannot stand for a module of Python
             words = [sys.executable, "-P", "-m", "grok1", name, *place, *arguments]
-            path = os.pathsep.join(filter(None, [str(Path(grok1.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
             environment = {**os.environ, **share, "PYTHONPATH": path}
             processes.append(
                 subprocess.Popen(

@@ -27,7 +27,7 @@ from grok1.engine.steps import Step, StepSender
 from grok1.network import KVCache, ModelShard, network
 from grok1.ops.backend import Backend
 from grok1.quantize import PackedWeight
-from grok1.sharding import DATA_AXIS, MODEL_AXIS
+from grok1.sharding import DATA_AXIS, MODEL_AXIS, own_devices
 
 MAX_CHUNK = 512
 """The most tokens that a step reads on a data row of processors."""
@@ -227,7 +227,7 @@ class Engine:
     @property
     def local_devices(self) -> list[jax.Device]:
         """The mesh's devices that are this process's."""
-        return [device for device in self.mesh.devices.flat if device.process_index == jax.process_index()]
+        return own_devices(self.mesh.devices.flat)
 
     @property
     def data_rows(self) -> int:
@@ -241,12 +241,10 @@ class Engine:
         return self._run(("cache", batch))[0]
 
     def _zeros_program(self, batch: int) -> Any:
-        abstract = self.abstract_cache(batch)
+        return jax.jit(lambda: (self._zeros(batch), ()), out_shardings=(self._placed(_CACHE), ()))
 
-        def zeros() -> KVCache:
-            return jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), abstract)
-
-        return jax.jit(lambda: (zeros(), ()), out_shardings=(NamedSharding(self.mesh, _CACHE), ()))
+    def _zeros(self, batch: int) -> KVCache:
+        return jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), self.abstract_cache(batch))
 
     def abstract_cache(self, batch: int) -> KVCache:
         """What `new_cache` gives, with a `jax.ShapeDtypeStruct` for each array."""
@@ -346,13 +344,10 @@ class Engine:
         return self._run(("batch", slots))[0]
 
     def _batch_program(self, slots: int) -> Any:
-        abstract = self.abstract_cache(slots)
-
         def free() -> BatchState:
-            cache = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), abstract)
             tokens = jnp.zeros(slots, jnp.int32)
             sampling = jax.tree.map(jnp.asarray, SamplingState.empty(slots))
-            return BatchState(cache, tokens, tokens, sampling)
+            return BatchState(self._zeros(slots), tokens, tokens, sampling)
 
         return jax.jit(lambda: (free(), ()), out_shardings=(self._placed(_STATE), ()))
 

@@ -399,9 +399,6 @@ def _connect(cluster: Cluster, address: str) -> Any:
     Args:
         cluster: who takes part.
         address: at which other processes reach this one.
-
-    Raises:
-        MultihostError: if it cannot be reached.
     """
     import jax
     from jax._src import distributed, xla_bridge
