@@ -136,10 +136,12 @@ class Score:
     Attributes:
         tokens: the text's token ids.
         logprobs: for each token but the first, natural logarithms, with the likeliest tokens in its place.
+        num_bytes: number of UTF-8 bytes of all tokens but the first; None without a tokenizer.
     """
 
     tokens: list[int]
     logprobs: list[TokenLogprobs]
+    num_bytes: int | None
 
     @property
     def total(self) -> float:
@@ -150,6 +152,11 @@ class Score:
     def perplexity(self) -> float:
         """`exp` of the mean negative log-probability."""
         return math.exp(-self.total / len(self.logprobs))
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Negative log-probability in bits per UTF-8 byte; None without a tokenizer or if there are no bytes."""
+        return -self.total / math.log(2) / self.num_bytes if self.num_bytes else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -642,7 +649,8 @@ class Model:
         scores = sorted(
             self.score_many(texts, top_logprobs=top_logprobs, batch_size=1), key=lambda scores: scores.index
         )
-        return Score(ids, [entry for scores in scores for entry in scores.logprobs])
+        num_bytes = None if self._tokenizer is None else self._tokenizer.count_bytes(ids, 1)
+        return Score(ids, [entry for scores in scores for entry in scores.logprobs], num_bytes)
 
     def score_many(
         self,

@@ -170,6 +170,25 @@ class Tokenizer:
         byte = self._byte(token)
         return self._piece_text(token).encode() if byte is None else byte
 
+    def count_bytes(self, ids: Sequence[int], first: int = 0) -> int:
+        """Number of UTF-8 bytes that `ids[first:]` contribute to the text of `ids`.
+
+        Control pieces have none and byte pieces one each. The space that `encode` inserts before a text is not counted,
+        as `decode` removes it.
+
+        Args:
+            ids: the tokens of a text.
+            first: index of the first token that is counted.
+
+        Raises:
+            RequestError: if an id is not one of this tokenizer's.
+        """
+        count = sum(len(self.token_bytes(token)) for token in ids[first:])
+        start = next((i for i, token in enumerate(ids) if self.token_bytes(token)), None)
+        if start is not None and start >= first and self._byte(ids[start]) is None:
+            count += len(self.decode([ids[start]]).encode()) - len(self.token_bytes(ids[start]))
+        return count
+
     def stream(self, prompt: Sequence[int] = ()) -> TextStream:
         """A stream for the text of the tokens that follow `prompt`.
 

@@ -1,5 +1,6 @@
 """The Python face: requests, text, stop texts, logits and scores."""
 
+import dataclasses
 import math
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1.engine.request import MAX_SEED, SamplingOptions
+from grok1.engine.request import MAX_SEED, SamplingOptions, TokenLogprobs
 from grok1.errors import RequestError, TokenizerError
 from grok1.model import Model, Request
 
@@ -19,6 +20,9 @@ class Letters:
 
     def encode(self, text):
         return [ord(character) - 48 for character in text]
+
+    def count_bytes(self, ids, first=0):
+        return len(ids) - first
 
     def stream(self, prompt):
         return self
@@ -122,9 +126,19 @@ def test_a_score_adds_up(model):
     np.testing.assert_allclose([entry.logprob for entry in score.logprobs], chosen, atol=1e-5)
     assert score.total == pytest.approx(sum(chosen), abs=1e-4)
     assert score.perplexity == pytest.approx(math.exp(-sum(chosen) / 4), rel=1e-4)
+    assert score.num_bytes == 4
+    assert score.bits_per_byte == pytest.approx(-sum(chosen) / math.log(2) / 4, rel=1e-4)
     for entry, row in zip(score.logprobs, exact, strict=False):
         assert [token for token, _ in entry.top] == np.argsort(-row)[:4].tolist()
         np.testing.assert_allclose([logprob for _, logprob in entry.top], np.sort(row)[:-5:-1], atol=1e-5)
+
+
+def test_bits_per_byte_need_a_tokenizer_and_bytes(model, small_model):
+    score = small_model().score([24, 53, 60])
+    assert (score.num_bytes, score.bits_per_byte) == (None, None)
+    assert dataclasses.replace(score, num_bytes=0).bits_per_byte is None
+    impossible = [TokenLogprobs(-math.inf, ())]
+    assert dataclasses.replace(score, logprobs=impossible, num_bytes=3).bits_per_byte == math.inf
 
 
 def test_a_prompt_may_fill_the_context_but_one_place(model, small_config):

@@ -171,6 +171,47 @@ def test_token_bytes_are_what_a_token_adds_within_a_text(tokenizer):
         assert tokenizer.decode([*before, token]) == "x" + tokenizer.token_bytes(token).decode()
 
 
+@both
+@given(text=awkward_text, share=st.floats(0, 1))
+@example(text="ʘ \n 漢\U0001f600", share=0.3)
+@example(text=" the", share=0.5)
+def test_the_bytes_of_a_text_are_counted_token_by_token(tokenizer, text, share):
+    ids = tokenizer.encode(text)
+    first = int(share * len(ids))
+    assert tokenizer.count_bytes(ids) == len(text.encode())
+    assert tokenizer.count_bytes(ids[:first]) + tokenizer.count_bytes(ids, first) == len(text.encode())
+    assert tokenizer.count_bytes([ModelConfig.bos_id, *ids, ModelConfig.eos_id], 1) == len(text.encode())
+
+
+@both
+def test_pieces_that_are_no_text_are_counted_as_they_are_decoded(tokenizer):
+    assert tokenizer.count_bytes([]) == tokenizer.count_bytes([1, 2, 0]) == 0
+    assert tokenizer.count_bytes(byte_pieces(0xE2, 0x82, 0xAC)) == 3
+    assert tokenizer.count_bytes(byte_pieces(0xE2, 0x82, 0xAC), 2) == 1
+    assert tokenizer.count_bytes(byte_pieces(0xFF)) == 1
+    assert tokenizer.count_bytes([3]) == len(b"[UNK]")
+    (word,) = tokenizer.encode("the")
+    assert [tokenizer.count_bytes(ids, 1) for ids in ([1, word], [3, word], [word, word])] == [3, 4, 4]
+
+
+def test_a_space_is_counted_if_the_tokenizer_adds_none():
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(["one river and two rivers"]),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=275,
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    tokenizer = Tokenizer.from_bytes(model.getvalue(), "no prefix")
+    for text in ("river", " river", "  é river"):
+        assert tokenizer.count_bytes(tokenizer.encode(text)) == len(text.encode())
+
+
 # --- streams
 
 

@@ -69,12 +69,13 @@ def command(
     choice: ModelChoice,
     as_json: bool,
 ) -> None:
-    r"""Print the log-probability of each token of INPUT given those before it, and the perplexity of the whole.
+    r"""Print the log-probability of each token of INPUT given those before it, and the perplexity and bits per byte.
 
     INPUT is a file, or "-" or nothing for what comes through a pipe. It is UTF-8 text, taken exactly as it is, with
     any newline at its end; or, if its name ends in .json or with --ids, a list of token ids. Logarithms are natural;
     the first token has none before it and so no log-probability. The perplexity is the exponential of the mean
-    negative log-probability.
+    negative log-probability. Bits per byte is the negative log-probability in bits divided by the number of UTF-8 bytes
+    of the scored tokens; it requires a tokenizer.
 
     If INPUT is .jsonl (or .jsonl.gz), or --format says what its lines are, each line is a row: an object with "text",
     "token_ids", or "prompt" and "completion", of which only the completion is scored; or with --format txt a text. The
@@ -124,11 +125,12 @@ def command(
                 assert chunk is not None
                 job.length, job.bos, job.as_json = chunk, bos, as_json
             job.check(skip_bad)
-            outcome = job.run() | {"perplexity": job.corpus.perplexity}
+            outcome = job.run()
+            metrics = {"perplexity": job.corpus.perplexity, "bits_per_byte": job.corpus.bits_per_byte}
             if as_json and output is not None:
-                terminal.write(json_line(outcome))
-            found = outcome["perplexity"]
-            terminal.note(job.summary(outcome, *([] if found is None else [f"perplexity {found:.4f}"])))
+                terminal.write(json_line(outcome | metrics))
+            shown = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items() if value is not None]
+            terminal.note(job.summary(outcome, *shown))
             job.refuse_failures()
 
 
@@ -180,6 +182,7 @@ def _score_object(score: Score, pieces: list[str] | None, top: int | None, load_
     return told | {
         "total_logprob": finite(score.total),
         "perplexity": finite(score.perplexity),
+        "bits_per_byte": None if score.bits_per_byte is None else finite(score.bits_per_byte),
         "num_tokens": len(score.tokens),
         "load_seconds": load_seconds,
     }
@@ -204,6 +207,8 @@ def _table(score: Score, pieces: list[str] | None, tokenizer: Tokenizer | None) 
         f"tokens                 {len(score.tokens)} ({len(score.logprobs)} scored)",
         f"perplexity             {score.perplexity:.4f}",
     ]
+    if score.bits_per_byte is not None:
+        lines.append(f"bits per byte          {score.bits_per_byte:.4f}")
     return "\n".join(lines) + "\n"
 
 

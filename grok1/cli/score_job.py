@@ -9,7 +9,7 @@ from grok1.cli.file_job import FileJob
 from grok1.cli.text_input import decoded
 from grok1.errors import JobError
 from grok1.jobs.results import Results
-from grok1.jobs.score import Corpus, ScoreRow, chunk_rows, read_score_rows, score_rows
+from grok1.jobs.score import RESULT_VERSION, Corpus, ScoreRow, chunk_rows, read_score_rows, score_rows
 from grok1.jobs.survey import Batching
 from grok1.prompt import required, window_stride
 
@@ -46,13 +46,20 @@ class ScoreJob(FileJob[ScoreRow]):
         return read_score_rows(self.source, self.tokenizer, self.checkpoint.config, self._window_stride)
 
     def options(self) -> dict[str, Any]:
-        """The options that a result depends on."""
-        return {"stride": self._window_stride, "per_token": self.per_token, "top": self.top}
+        """The options that a result depends on, and the version of the result lines."""
+        return {
+            "result_version": RESULT_VERSION,
+            "stride": self._window_stride,
+            "per_token": self.per_token,
+            "top": self.top,
+        }
 
     def work(self, model: Model, rows: Iterator[ScoreRow], results: Results, batching: Batching) -> Iterator[None]:
         """Scores rows that have no result yet."""
         stopping = self.stopping.requested
-        return score_rows(model, rows, results, batching, self.progress, stopping, self.per_token, self.top)
+        return score_rows(
+            model, self.tokenizer, rows, results, batching, self.progress, stopping, self.per_token, self.top
+        )
 
     def write_line(self, line: str) -> None:
         """Writes a row's line to stdout."""
@@ -93,8 +100,14 @@ class ChunkJob(ScoreJob):
         return chunk_rows(tokens, self.length, config.bos_id if self.bos else None)
 
     def options(self) -> dict[str, Any]:
-        """The options that a result depends on."""
-        return {"chunk": self.length, "bos": self.bos, "per_token": self.per_token, "top": self.top}
+        """The options that a result depends on, and the version of the result lines."""
+        return {
+            "result_version": RESULT_VERSION,
+            "chunk": self.length,
+            "bos": self.bos,
+            "per_token": self.per_token,
+            "top": self.top,
+        }
 
     def write_line(self, line: str) -> None:
         """Writes a row's line to stdout, or what it means for the perplexity so far."""
@@ -106,10 +119,12 @@ class ChunkJob(ScoreJob):
             self.terminal.write(f"[{self.corpus.rows}]{'inf' if value is None else f'{value:.4f}'},")
 
     def tail(self) -> str:
-        """The line of the corpus, or the perplexity of all chunks."""
+        """The line of the corpus, or the perplexity and bits per byte of all chunks."""
         if self.as_json or self.journal is not None:
             return super().tail()
         corpus = self.corpus
         value, error = corpus.perplexity, corpus.standard_error
         told = "infinite" if value is None else f"{value:.4f}" + ("" if error is None else f" +/- {error:.5f}")
+        if corpus.bits_per_byte is not None:
+            told += f", bits per byte {corpus.bits_per_byte:.4f}"
         return f"\nperplexity {told}, {corpus.num_scored} tokens of {corpus.rows} chunks\n"

@@ -19,8 +19,10 @@ _NAMES = {
     "grok1": "version of grok1",
     "jax": "version of JAX",
     "device": "kind of device",
+    "result_version": "version of the result lines",
 }
 _CONTENT = {"input", "checkpoint", "tokenizer"}  # whose values are hashes, which tell a reader nothing
+_IF_ABSENT = {"result_version": 1}  # what a journal that lacks the key was begun with
 
 
 def versions() -> dict[str, str]:
@@ -41,6 +43,7 @@ def check_same(journal: Path, before: Mapping[str, Any], now: Mapping[str, Any])
         JobError: if they differ; it says in what.
     """
     plain = json.loads(json.dumps(dict(now)))  # as it was written and read: no tuples
+    before = _IF_ABSENT | dict(before)
     differing = [_difference(key, before.get(key), value) for key, value in plain.items() if before.get(key) != value]
     if differing:
         raise JobError(

@@ -35,6 +35,9 @@ from grok1.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from grok1.model import Model
 
+RESULT_VERSION = 2
+"""Version of the result lines. A job with a journal of another version cannot be resumed."""
+
 _EXAMPLE = '{"text": "The answer is 42."} or {"prompt": "The answer is", "completion": " 42."}'
 
 
@@ -168,6 +171,7 @@ def chunk_rows(tokens: list[int], length: int, bos: int | None) -> Iterator[Scor
 
 def score_rows(
     model: Model,
+    tokenizer: Tokenizer | None,
     rows: Iterable[ScoreRow],
     results: Results,
     batching: Batching,
@@ -180,6 +184,7 @@ def score_rows(
 
     Args:
         model: what scores them.
+        tokenizer: the model's, to count the bytes of tokens; None if there is none.
         rows: taken one by one, when there is room for one.
         results: where they go.
         batching: how many at a time.
@@ -227,6 +232,7 @@ def score_rows(
             score = RowScore(
                 [entry for part in ordered for entry in part.logprobs],
                 [token for part in ordered for token in part.likeliest],
+                None if tokenizer is None else tokenizer.count_bytes(row.tokens, row.first),
             )
             results.add(index, result_line(row, score, per_token, top_logprobs))
             progress.done += 1
@@ -241,10 +247,12 @@ class RowScore:
     Attributes:
         logprobs: of each.
         likeliest: the likeliest token in each place.
+        num_bytes: number of UTF-8 bytes of the scored tokens; None without a tokenizer.
     """
 
     logprobs: list[TokenLogprobs]
     likeliest: list[int]
+    num_bytes: int | None
 
     @property
     def total(self) -> float:
@@ -260,8 +268,10 @@ def result_line(row: ScoreRow, score: RowScore, per_token: bool, top_logprobs: i
         "id": row.id,
         "num_tokens": len(row.tokens),
         "num_scored": len(scored),
+        "num_bytes": score.num_bytes,
         "total_logprob": finite(score.total),
         "perplexity": perplexity(score.total, len(scored)),
+        "bits_per_byte": bits_per_byte(score.total, score.num_bytes),
         "total_squared_logprob": finite(math.fsum(entry.logprob**2 for entry in score.logprobs)),
         "greedy": score.likeliest == scored,
     }
@@ -281,6 +291,11 @@ def perplexity(total: float, count: int) -> float | None:
         return None
 
 
+def bits_per_byte(total: float, num_bytes: int | None) -> float | None:
+    """Negative log-probability in bits per byte; None if it is not finite or there are no bytes."""
+    return finite(-total / math.log(2) / num_bytes) if num_bytes else None
+
+
 @dataclasses.dataclass
 class Corpus:
     """What rows come to together.
@@ -288,11 +303,13 @@ class Corpus:
     Attributes:
         rows: how many were scored.
         num_scored: their scored tokens.
+        num_bytes: number of UTF-8 bytes of these tokens; None without a tokenizer.
         totals: the sum of each row's log-probabilities, and of their squares; None for what is not finite.
     """
 
     rows: int = 0
     num_scored: int = 0
+    num_bytes: int | None = 0
     totals: list[tuple[float | None, float | None]] = dataclasses.field(default_factory=list)
 
     def add(self, line: str) -> None:
@@ -301,6 +318,10 @@ class Corpus:
         if "error" not in told:
             self.rows += 1
             self.num_scored += told["num_scored"]
+            if told["num_bytes"] is None:
+                self.num_bytes = None
+            elif self.num_bytes is not None:
+                self.num_bytes += told["num_bytes"]
             self.totals.append((told["total_logprob"], told["total_squared_logprob"]))
 
     def _sum(self, which: int) -> float | None:
@@ -315,6 +336,12 @@ class Corpus:
         return None if total is None or not self.num_scored else perplexity(total, self.num_scored)
 
     @property
+    def bits_per_byte(self) -> float | None:
+        """Of all tokens together; None if they have no bytes, there is no tokenizer, or it is not finite."""
+        total = self._sum(0)
+        return None if total is None else bits_per_byte(total, self.num_bytes)
+
+    @property
     def standard_error(self) -> float | None:
         """Of the perplexity, from the spread of the tokens' log-probabilities, as llama.cpp gives it."""
         total, squares, count, value = self._sum(0), self._sum(1), self.num_scored, self.perplexity
@@ -327,8 +354,10 @@ class Corpus:
         told = {
             "rows": self.rows,
             "num_scored": self.num_scored,
+            "num_bytes": self.num_bytes,
             "total_logprob": self._sum(0),
             "perplexity": self.perplexity,
             "standard_error": self.standard_error,
+            "bits_per_byte": self.bits_per_byte,
         }
         return json_line({"corpus": told})

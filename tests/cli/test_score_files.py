@@ -3,6 +3,8 @@
 import gzip
 import json
 import math
+import shutil
+import zlib
 
 import pytest
 
@@ -14,6 +16,7 @@ ROWS = [
     {"id": 3, "prompt": "The answer is", "completion": " not known to any of us"},
     {"token_ids": [5, 6, 7, 8]},
     {"id": "long", "text": "Words and more words, far more than the context holds. " * 8},
+    {"prompt": "Ein Fuß", "completion": " größer als 東京\n"},
 ]
 ARGUMENTS = ("--batch-size", 2, "--mesh", "1,1")
 
@@ -53,8 +56,8 @@ def rows_file(tmp_path):
 
 def test_rows(score, one, rows_file, tokenizer, tmp_path):
     *rows, last = score(rows_file, "--per-token", "--top", 2).lines
-    assert [row["index"] for row in rows] == [0, 1, 2, 3, 4]
-    assert [row["id"] for row in rows] == [None, "b", 3, None, "long"]
+    assert [row["index"] for row in rows] == list(range(len(ROWS)))
+    assert [row["id"] for row in rows] == [given.get("id") for given in ROWS]
     for row, given in zip(rows, ROWS, strict=True):
         text = given.get("text") or given.get("prompt", "") + given.get("completion", "")
         ids = given.get("token_ids") or tokenizer.encode(text)
@@ -66,6 +69,10 @@ def test_rows(score, one, rows_file, tokenizer, tmp_path):
         assert row["logprobs"] == pytest.approx(expected, abs=1e-3)
         assert row["total_logprob"] == pytest.approx(math.fsum(expected), abs=1e-2)
         assert row["perplexity"] == pytest.approx(math.exp(-math.fsum(expected) / len(expected)), rel=1e-3)
+        unscored = tokenizer.pieces(ids)[0].removeprefix("▁") if first == 1 else given["prompt"]
+        num_bytes = len((text or tokenizer.decode(ids)).encode()) - len(unscored.encode())
+        assert row["num_bytes"] == num_bytes
+        assert row["bits_per_byte"] == pytest.approx(-math.fsum(row["logprobs"]) / math.log(2) / num_bytes)
         assert row["greedy"] == all(
             token == top[0]["token_id"] for token, top in zip(row["token_ids"], row["top"], strict=True)
         )
@@ -73,12 +80,26 @@ def test_rows(score, one, rows_file, tokenizer, tmp_path):
     assert len(tokenizer.encode(ROWS[4]["text"])) > 65
     total, count = math.fsum(row["total_logprob"] for row in rows), sum(row["num_scored"] for row in rows)
     corpus = last["corpus"]
-    assert (corpus["rows"], corpus["num_scored"]) == (5, count)
+    assert (corpus["rows"], corpus["num_scored"]) == (len(ROWS), count)
     assert corpus["total_logprob"] == pytest.approx(total)
     assert corpus["perplexity"] == pytest.approx(math.exp(-total / count))
+    assert corpus["num_bytes"] == sum(row["num_bytes"] for row in rows)
+    bits = math.fsum(row["bits_per_byte"] * row["num_bytes"] for row in rows)
+    assert corpus["bits_per_byte"] == pytest.approx(bits / corpus["num_bytes"])
     values = [value for row in rows for value in row["logprobs"]]
     spread = math.sqrt(sum((value - total / count) ** 2 for value in values) / count / (count - 1))
     assert corpus["standard_error"] == pytest.approx(corpus["perplexity"] * spread, rel=1e-6)
+
+
+def test_rows_of_ids_have_no_bits_per_byte_without_a_tokenizer(grok1, checkpoint, tmp_path):
+    bare = shutil.copytree(checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer.model"))
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"token_ids": [5, 6, 7]}\n' * 2)
+    result = grok1("score", "-c", bare, *ARGUMENTS, file)
+    *rows, last = result.lines
+    for told in (*rows, last["corpus"]):
+        assert (told["num_bytes"], told["bits_per_byte"]) == (None, None)
+        assert math.isfinite(told["perplexity"])
 
 
 def test_a_likeliest_completion_is_greedy(score, complete, tmp_path):
@@ -99,8 +120,9 @@ def test_a_file_is_as_stdout_is_and_other_forms_give_the_same(score, rows_file, 
     output = tmp_path / "scores.jsonl"
     (told,) = score(rows_file, "-o", output, "--json").lines
     assert output.read_text() == expected
-    assert told["rows"] == 5
-    assert told["perplexity"] == json.loads(expected.splitlines()[-1])["corpus"]["perplexity"]
+    assert told["rows"] == len(ROWS)
+    corpus = json.loads(expected.splitlines()[-1])["corpus"]
+    assert (told["perplexity"], told["bits_per_byte"]) == (corpus["perplexity"], corpus["bits_per_byte"])
     assert list(tmp_path.glob("*.journal")) == []
     packed = tmp_path / "packed.jsonl.gz"
     packed.write_bytes(gzip.compress(rows_file.read_bytes()))
@@ -182,15 +204,19 @@ def test_strides(score, one, tokenizer, rows_file, tmp_path):
 
 
 def test_chunks(score, one, tokenizer, tmp_path):
-    text = "It was said before, and will be said again and again. " * 6
+    text = "It was said before, größer 東京 and again. " * 6
     file = tmp_path / "corpus.txt"
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
     ids = tokenizer.encode(text)
     for bos in (False, True):
-        values, expected = [], []
+        values, expected, num_bytes = [], [], 0
         for start in range(0, len(ids) - 31, 32):
             chunk = ([1] if bos else [ids[start]]) + ids[start + 1 : start + 32]
             values += one(chunk)[17:]
+            pieces = tokenizer.pieces(chunk[17:])
+            num_bytes += sum(
+                1 if piece.startswith("<0x") else len(piece.replace("▁", " ").encode()) for piece in pieces
+            )
             expected.append(math.exp(-math.fsum(values) / len(values)))
         arguments = (file, "--chunk", 32, *(["--bos"] if bos else []))
         shown, last = score(*arguments).out.splitlines()
@@ -200,6 +226,9 @@ def test_chunks(score, one, tokenizer, tmp_path):
         assert last.split()[:2] == ["perplexity", found[-1][1]]
         *rows, corpus = score(*arguments, "--json").lines
         assert len(rows) == len(expected)
+        bits_per_byte = corpus["corpus"]["bits_per_byte"]
+        assert bits_per_byte == pytest.approx(-math.fsum(values) / math.log(2) / num_bytes, rel=1e-3)
+        assert f", bits per byte {bits_per_byte:.4f}, {len(values)} tokens" in last
         assert corpus["corpus"]["perplexity"] == pytest.approx(expected[-1], rel=2e-3)
     output = tmp_path / "chunks.jsonl"
     assert score(*arguments, "-o", output).code == 0
@@ -229,6 +258,15 @@ def test_what_does_not_go_together(grok1, checkpoint, tmp_path, arguments, code,
     assert words in result.err
 
 
+def without_result_version(journal):
+    """The lines of a journal, with a first line as written before the key "result_version" existed."""
+    first, *rows = journal.read_bytes().splitlines(keepends=True)
+    job = json.loads(first[9:])
+    del job["result_version"]
+    text = json.dumps(job).encode() + b"\n"
+    return b"%08x " % zlib.crc32(text) + text + b"".join(rows)
+
+
 def test_a_killed_job_goes_on(score, start, checkpoint, rows_file, tmp_path):
     rows_file.write_text(rows_file.read_text() * 40)
     expected = score(rows_file).out
@@ -243,8 +281,14 @@ def test_a_killed_job_goes_on(score, start, checkpoint, rows_file, tmp_path):
     assert not output.exists()
     kept = journal.read_bytes().count(b"\n") - 1
     assert kept >= 19
+    old = tmp_path / "old.jsonl"
+    old.with_name("old.jsonl.journal").write_bytes(without_result_version(journal))
+    refused = score(rows_file, "-o", old)
+    assert (refused.code, old.exists()) == (1, False)
+    assert "the version of the result lines was 1, now it is 2" in refused.err
+    assert "--restart" in refused.err
     resumed = score(rows_file, "-o", output, "--json")
     assert resumed.code == 0, resumed.err
-    assert resumed.lines[0]["rows"] == 200
+    assert resumed.lines[0]["rows"] == 40 * len(ROWS)
     assert resumed.lines[0]["tokens_in"] > 0
     assert output.read_text() == expected

@@ -6,7 +6,7 @@ import pytest
 
 from grok1.tokenizer import Tokenizer
 
-TEXT = "Ein Füßchen\n\tund 東京\n"
+TEXT = "Ein Füßchen\n\tund 東京\n"  # the tokenizer has 東京 in bytes only
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,9 @@ def test_score_of_a_text(score, tokenizer, tmp_path):
     assert told["logprobs"][0] is told["top"][0] is None
     assert told["total_logprob"] == pytest.approx(sum(told["logprobs"][1:]))
     assert told["perplexity"] == pytest.approx(math.exp(-told["total_logprob"] / (len(ids) - 1)))
+    scored = len(TEXT.encode()) - len(told["pieces"][0].removeprefix("▁").encode())
+    bits = -math.fsum(told["logprobs"][1:]) / math.log(2)
+    assert told["bits_per_byte"] == pytest.approx(bits / scored)
     for logprob, top in zip(told["logprobs"][1:], told["top"][1:], strict=True):
         assert len(top) == 2
         assert top[0]["logprob"] >= top[1]["logprob"]
@@ -90,6 +93,22 @@ def test_score_of_a_text(score, tokenizer, tmp_path):
     listed.write_text(json.dumps(ids))
     for again in (score(file, "--json"), score("-", "--json", stdin=TEXT.encode()), score(listed, "--json")):
         assert again.lines[0]["logprobs"] == told["logprobs"]
+
+
+def test_bits_per_byte_count_what_a_token_stands_for(score, tokenizer):
+    ids = tokenizer.encode(TEXT)
+    assert tokenizer.pieces(ids)[-7:-1] == [f"<0x{byte:02X}>" for byte in "東京".encode()]
+    for tokens, count in [
+        ([1, *ids], len(TEXT.encode())),  # after BOS, all of the text
+        ([ids[0], *tokenizer.encode("東")[1:3]], 2),  # part of a character
+        ([ids[0], 3, 2], len("[UNK]")),
+    ]:
+        (told,) = score("--ids", "--json", stdin=json.dumps(tokens).encode()).lines
+        bits = -math.fsum(told["logprobs"][1:]) / math.log(2)
+        assert told["bits_per_byte"] == pytest.approx(bits / count)
+    (told,) = score("--ids", "--json", stdin=b"5 2 0").lines
+    assert told["bits_per_byte"] is None
+    assert "bits per byte" not in score("--ids", stdin=b"5 2 0").out
 
 
 def test_score_agrees_with_the_logprobs_of_a_completion(score, complete):
@@ -107,13 +126,16 @@ def test_score_as_a_table(score, tokenizer):
     assert lines[0].split() == ["index", "id", "piece", "logprob"]
     assert [int(line.split()[1]) for line in lines[1 : len(ids) + 1]] == ids
     assert lines[2].split()[-1] == f"{told['logprobs'][1]:.4f}"
-    assert lines[-1].split() == ["perplexity", f"{told['perplexity']:.4f}"]
+    assert lines[-2].split() == ["perplexity", f"{told['perplexity']:.4f}"]
+    assert lines[-1] == f"bits per byte          {told['bits_per_byte']:.4f}"
 
 
 def test_ids_are_scored_without_a_tokenizer(score, checkpoint, tmp_path):
     bare = shutil.copytree(checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer.model"))
     (told,) = score("--ids", "--json", stdin=b"5 6 7", folder=bare).lines
-    assert (told["token_ids"], told["pieces"]) == ([5, 6, 7], None)
+    assert (told["token_ids"], told["pieces"], told["bits_per_byte"]) == ([5, 6, 7], None, None)
+    assert math.isfinite(told["perplexity"])
+    assert score("--ids", stdin=b"5 6 7", folder=bare).out.splitlines()[-1].startswith("perplexity ")
     missing = score("--text", "word", folder=bare)
     assert missing.code == 1
     assert "no tokenizer.model" in missing.err
