@@ -206,6 +206,19 @@ PRESETS: dict[str, ModelConfig] = {
         sequence_len=512,
         attn_output_multiplier=8**-0.5,
     ),
+    "bard": ModelConfig(
+        vocab_size=2048,
+        emb_size=192,
+        key_size=32,
+        num_q_heads=6,
+        num_kv_heads=2,
+        num_layers=12,
+        widening_factor=0.5,
+        sequence_len=512,
+        attn_output_multiplier=32**-0.5,
+        embedding_multiplier_scale=20.0,
+        output_multiplier_scale=1.0,
+    ),
     "bench-3b": ModelConfig(
         vocab_size=8192,
         emb_size=2048,
@@ -217,7 +230,13 @@ PRESETS: dict[str, ModelConfig] = {
         sequence_len=1024,
     ),
 }
-"""The configs that `--preset` knows: the release, a few of its layers, models of 20 million and 3.3 billion weights."""
+"""The configs that `--preset` accepts.
+
+The release, some of its layers, random models of 20 million and 3.3 billion weights, and a small trained one.
+"""
+
+TRAINED = {"bard": "data/bard.zip"}
+"""Presets with trained weights that come with the package: the path of each one's archive in it."""
 
 
 def default_dtype(platform: str) -> DTypeName:

@@ -1,4 +1,4 @@
-"""Writes a checkpoint in the release's format, of random weights or hollow."""
+"""Writes a checkpoint in the release's format: random weights, given ones, an archive's, or none (hollow)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+import numpy as np
 
 from grok1.checkpoint.framing import Payload
 from grok1.checkpoint.hollow import hollow_disk_bytes, write_hollow_tensors
@@ -25,12 +29,16 @@ _BLOCK = 4096  # what the smallest file takes on a disk
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes in all."""
 
+Chunks = Callable[[TensorSpec, bool], Iterable[np.ndarray]]
+"""The data of a tensor's values, or (True) of its scales: arrays that are written one after the other."""
+
 
 def write_checkpoint(
     directory: Path,
     config: ModelConfig,
     *,
     seed: int = 0,
+    chunks: Chunks | None = None,
     force: bool = False,
     hollow: bool = False,
     tokenizer: bytes | None = None,
@@ -38,15 +46,14 @@ def write_checkpoint(
 ) -> None:
     """Writes `config.json`, `tokenizer.model` and `ckpt-0` into a folder, all or nothing.
 
-    The files grow in a hidden folder within `directory` and are moved to their names at the end, `ckpt-0`
-    last, so that no moment shows a `ckpt-0` that is unfinished or belongs to another config. If the writer
-    fails or is interrupted, the folder is left as it was; if it is killed, the hidden folder stays. Data is
-    not forced to the disk: after a power cut, write the checkpoint again.
+    If the writer fails or is interrupted, the folder is left as it was; if it is killed, a hidden folder stays.
+    Data is not forced to the disk: after a power cut, write the checkpoint again.
 
     Args:
         directory: made if it does not exist; other files in it are kept.
         config: the model to write. At most a few megabytes of it are in memory at a time.
-        seed: 0 or more; the same seed and config give the same bytes.
+        seed: of random weights, 0 or more; the same seed and config give the same bytes.
+        chunks: weights to write instead of random ones.
         force: replaces a checkpoint that is there, with its config and tokenizer.
         hollow: leaves the arrays' data out. The files have the same sizes and the same bytes around the data,
             which are holes: they read as zeros and take no room on the disk. The seed changes nothing then.
@@ -59,22 +66,61 @@ def write_checkpoint(
     """
     if seed < 0:
         raise CheckpointError(f"the seed is {seed}, expected 0 or more: choose another")
+    table = tensor_table(config)
+    tensor_bytes = sum(hollow_disk_bytes(spec) if hollow else spec.file_bytes for spec in table)
+    with _new_checkpoint(directory, tensor_bytes + len(tokenizer or b""), len(table), force) as new:
+        (new / CHECKPOINT_DIR).mkdir()
+        (new / _CONFIG).write_text(config.to_json(), encoding="utf-8")
+        if tokenizer is not None:
+            (new / _TOKENIZER).write_bytes(tokenizer)
+        if hollow:
+            write_hollow_tensors(new / CHECKPOINT_DIR, table, progress)
+        else:
+            _write_tensors(new / CHECKPOINT_DIR, table, chunks or _random(config, seed), progress)
+
+
+def unpack_checkpoint(archive: Path, directory: Path, *, force: bool = False, progress: Progress | None = None) -> None:
+    """Writes the checkpoint of a zip file into a folder, all or nothing, as `write_checkpoint` does.
+
+    Args:
+        archive: a zip file of `config.json`, `tokenizer.model` and `ckpt-0`.
+        directory: as for `write_checkpoint`.
+        force: as for `write_checkpoint`.
+        progress: called after each file.
+
+    Raises:
+        CheckpointError: as `write_checkpoint`; also if the archive is damaged or cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            members = packed.infolist()
+            total = sum(member.file_size for member in members)
+            with _new_checkpoint(directory, total, len(members), force) as new:
+                done = 0
+                for member in members:
+                    packed.extract(member, new)
+                    done += member.file_size
+                    if progress is not None:
+                        progress(done, total)
+    except (zipfile.BadZipFile, zlib.error, OSError) as error:
+        raise CheckpointError(f"cannot unpack {archive} ({error}): install grok1 again") from None
+
+
+@contextlib.contextmanager
+def _new_checkpoint(directory: Path, nbytes: int, num_files: int, force: bool) -> Iterator[Path]:
+    """An empty folder to write a checkpoint into, which takes its place in `directory` at the end of the block.
+
+    The folder is a hidden one within `directory`. Its files are moved to their names at the end, `ckpt-0` last, so that
+    no moment shows a `ckpt-0` that is unfinished or belongs to another config.
+    """
     directory = directory.absolute()
     with _plain_errors(directory):
         _check_target(directory, force)
-        table = tensor_table(config)
-        tensor_bytes = sum(hollow_disk_bytes(spec) if hollow else spec.file_bytes for spec in table)
-        _check_space(directory, tensor_bytes + len(tokenizer or b"") + _BLOCK * (len(table) + 4))
+        _check_space(directory, nbytes + _BLOCK * (num_files + 4))
         with _new_folders(directory), _scratch_folder(directory) as scratch:
             new = scratch / "new"
-            (new / CHECKPOINT_DIR).mkdir(parents=True)
-            (new / _CONFIG).write_text(config.to_json(), encoding="utf-8")
-            if tokenizer is not None:
-                (new / _TOKENIZER).write_bytes(tokenizer)
-            if hollow:
-                write_hollow_tensors(new / CHECKPOINT_DIR, table, progress)
-            else:
-                _write_tensors(new / CHECKPOINT_DIR, table, config, seed, progress)
+            new.mkdir()
+            yield new
             _check_target(directory, force)  # another writer may have come first
             _swap(directory, scratch)
 
@@ -108,14 +154,16 @@ def _check_space(directory: Path, needed: int) -> None:
         )
 
 
-def _write_tensors(
-    folder: Path, table: tuple[TensorSpec, ...], config: ModelConfig, seed: int, progress: Progress | None
-) -> None:
+def _random(config: ModelConfig, seed: int) -> Chunks:
+    return lambda spec, scales: random_chunks(spec, config, seed, scales=scales)
+
+
+def _write_tensors(folder: Path, table: tuple[TensorSpec, ...], chunks: Chunks, progress: Progress | None) -> None:
     done, total = 0, sum(spec.file_bytes for spec in table)
     for spec in table:
         with (folder / spec.file_name).open("wb", buffering=0) as file:
             for piece in spec.pieces():
-                for block in _blocks(piece, spec, config, seed):
+                for block in _blocks(piece, spec, chunks):
                     rest = block
                     while rest:
                         rest = rest[file.write(rest) :]
@@ -126,12 +174,12 @@ def _write_tensors(
         progress(done, total)
 
 
-def _blocks(piece: bytes | Payload, spec: TensorSpec, config: ModelConfig, seed: int) -> Iterator[memoryview]:
+def _blocks(piece: bytes | Payload, spec: TensorSpec, chunks: Chunks) -> Iterator[memoryview]:
     if isinstance(piece, bytes):
         yield memoryview(piece)
         return
-    for chunk in random_chunks(spec, config, seed, scales=piece.array == 1):
-        yield chunk.view("u1").data
+    for chunk in chunks(spec, piece.array == 1):
+        yield chunk.reshape(-1).view("u1").data
 
 
 def _swap(directory: Path, scratch: Path) -> None:

@@ -1,0 +1,236 @@
+"""Grok-1's architecture in plain float32 JAX, differentiable: what `bard` is trained with.
+
+This is a second implementation, written from the architecture. It shares no code with `grok1.network`, so agreement
+between the two is evidence for both. Parameters are a flat dict from the release's parameter paths, without the layer's
+number (`decoder_layer/moe/linear/w`), to float32 arrays; those of layers have a leading axis `[layers, ...]`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grok1.config import ModelConfig
+
+EMBEDDINGS = "language_model/in_out_embed/embeddings"
+FINAL_NORM = "language_model/rms_norm/scale"
+LAYER = "decoder_layer/"
+
+QUERY_BLOCK = 64
+"""Queries that attend at a time, to the keys up to the last of them: most of the masked logits are never computed."""
+
+Params = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A forward pass that differs from the architecture in one point, to show what such a mistake does.
+
+    Attributes:
+        gate: "gelu", or "silu" in its place.
+        norms: which of a layer's four norms are applied; the scale of the others is not used either.
+        cap: whether attention logits are capped.
+        output_multiplier: factor on the output multiplier of the config.
+        interleaved: whether the rotary embedding pairs neighbours instead of halves.
+        renormalized: whether the selected experts' probabilities are made to sum to 1.
+    """
+
+    gate: str = "gelu"
+    norms: tuple[bool, bool, bool, bool] = (True, True, True, True)
+    cap: bool = True
+    output_multiplier: float = 1.0
+    interleaved: bool = False
+    renormalized: bool = False
+
+
+FAITHFUL = Variant()
+
+
+class RouterStatistics(NamedTuple):
+    """What the routers did, over the tokens of a pass.
+
+    Attributes:
+        shares: fraction of the selections that went to each expert, float32 `[layers, experts]`.
+        balance_loss: load-balancing loss of Switch Transformers (Fedus et al., 2021), averaged over layers; 1 if even.
+        z_loss: mean squared log-partition of the routers (ST-MoE; Zoph et al., 2022).
+    """
+
+    shares: jax.Array
+    balance_loss: jax.Array
+    z_loss: jax.Array
+
+
+def init_params(config: ModelConfig, seed: int) -> Params:
+    """Random parameters that keep activations at unit size; the residual branches start small."""
+    rng = np.random.default_rng(seed)
+    layers, emb, experts, ffn = config.num_layers, config.emb_size, config.num_experts, config.ffn_size
+
+    def normal(*shape: int, std: float) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape, np.float32) * np.float32(std))
+
+    def matrices(*shape: int) -> jax.Array:
+        return normal(layers, *shape, std=shape[-2] ** -0.5)
+
+    params = {
+        EMBEDDINGS: normal(config.vocab_size, emb, std=1 / config.embedding_multiplier_scale),
+        FINAL_NORM: jnp.ones(emb),
+        LAYER + "multi_head_attention/query/w": matrices(emb, config.q_size),
+        LAYER + "multi_head_attention/key/w": matrices(emb, config.kv_size),
+        LAYER + "multi_head_attention/value/w": matrices(emb, config.kv_size),
+        LAYER + "multi_head_attention/linear/w": matrices(config.q_size, emb),
+        LAYER + "router/w": normal(layers, emb, experts, std=0.02),
+        LAYER + "moe/linear/w": matrices(experts, emb, ffn),
+        LAYER + "moe/linear_v/w": matrices(experts, emb, ffn),
+        LAYER + "moe/linear_1/w": matrices(experts, ffn, emb),
+    }
+    for number, scale in enumerate((1.0, (2 * layers) ** -0.5) * 2):
+        params[LAYER + norm_name(number)] = jnp.full((layers, emb), scale, jnp.float32)
+    return params
+
+
+def norm_name(number: int) -> str:
+    """Path in its layer of a norm's scale: before (0) and after (1) attention, before (2) and after (3) the experts."""
+    return "rms_norm/scale" if number == 0 else f"rms_norm_{number}/scale"
+
+
+def forward(
+    config: ModelConfig, params: Params, tokens: jax.Array, variant: Variant = FAITHFUL
+) -> tuple[jax.Array, RouterStatistics]:
+    """Logits for the token after each token.
+
+    Args:
+        config: the model's config.
+        params: float32 arrays, as `init_params` returns them.
+        tokens: int32 `[batch, seq]`.
+        variant: a deviation from the architecture.
+
+    Returns:
+        float32 `[batch, seq, vocab]`, and what the routers did.
+    """
+    eps = config.rms_norm_eps
+    cos, sin = rotary_angles(tokens.shape[1], config.key_size, config.rotary_base)
+    h = params[EMBEDDINGS][tokens] * config.embedding_multiplier_scale  # [batch, seq, emb]
+    routing = []
+    for weights in layer_params(params):
+
+        def norm(number: int, x: jax.Array, weights: Params = weights) -> jax.Array:
+            return rms_norm(x, weights[norm_name(number)], eps) if variant.norms[number] else x
+
+        h = h + norm(1, attention(config, weights, norm(0, h), cos, sin, variant))
+        rows = norm(2, h).reshape(-1, config.emb_size)  # [batch * seq, emb]
+        mixed, routed = mixture_of_experts(config, weights, rows, variant)
+        h = h + norm(3, mixed.reshape(h.shape))
+        routing.append(routed)
+    h = rms_norm(h, params[FINAL_NORM], eps)
+    logits = h @ params[EMBEDDINGS].T * (config.output_multiplier_scale * variant.output_multiplier)
+    shares, balance, z_loss = map(jnp.stack, zip(*routing, strict=True))
+    return logits, RouterStatistics(shares, jnp.mean(balance), jnp.mean(z_loss))
+
+
+def layer_params(params: Params) -> list[Params]:
+    """The parameters of each layer, by their path in the layer."""
+    stacks = {path.removeprefix(LAYER): jnp.unstack(stack) for path, stack in params.items() if path.startswith(LAYER)}
+    return [dict(zip(stacks, arrays, strict=True)) for arrays in zip(*stacks.values(), strict=True)]
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """RMSNorm over the last axis (Zhang & Sennrich, 2019)."""
+    return scale * x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def rotary_angles(length: int, key_size: int, base: float) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of the rotary embedding's angles, `[length, 1, key_size / 2]` each."""
+    frequencies = base ** -(np.arange(0, key_size, 2) / key_size)
+    angles = np.outer(np.arange(length), frequencies)[:, None]
+    return jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool) -> jax.Array:
+    """Rotary position embedding (Su et al., 2021) of `[batch, seq, heads, key]`.
+
+    Each value of the first half makes a pair with that of the second half; if `interleaved`, neighbours do.
+    """
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def attention(
+    config: ModelConfig, weights: Params, x: jax.Array, cos: jax.Array, sin: jax.Array, variant: Variant
+) -> jax.Array:
+    """Causal grouped-query attention with capped logits; `[batch, seq, emb]` in and out."""
+    batch, seq, _ = x.shape
+    kv_heads, key_size = config.num_kv_heads, config.key_size
+
+    def heads(name: str) -> jax.Array:
+        return (x @ weights[f"multi_head_attention/{name}/w"]).reshape(batch, seq, -1, key_size)
+
+    query = rotate(heads("query"), cos, sin, variant.interleaved).reshape(batch, seq, kv_heads, -1, key_size)
+    query = query.transpose(0, 2, 3, 1, 4)  # [batch, kv_heads, group, seq, key]; a group's heads share their keys
+    key = rotate(heads("key"), cos, sin, variant.interleaved).transpose(0, 2, 3, 1)  # [batch, kv_heads, key, seq]
+    value = heads("value").transpose(0, 2, 1, 3)  # [batch, kv_heads, seq, key]
+
+    attended = []
+    for start in range(0, seq, QUERY_BLOCK):
+        block = query[:, :, :, start : start + QUERY_BLOCK]
+        *lead, group, rows, _ = block.shape
+        end = start + rows
+        logits = block.reshape(*lead, group * rows, key_size) @ key[..., :end] * config.attn_output_multiplier
+        if variant.cap:
+            logits = config.attn_logit_cap * jnp.tanh(logits / config.attn_logit_cap)
+        causal = np.arange(end) <= np.arange(start, end)[:, None]
+        logits = jnp.where(causal, logits.reshape(*lead, group, rows, end), -jnp.inf)
+        probabilities = jax.nn.softmax(logits, axis=-1).reshape(*lead, group * rows, end)
+        attended.append((probabilities @ value[..., :end, :]).reshape(block.shape))
+    joined = jnp.concatenate(attended, axis=3).transpose(0, 3, 1, 2, 4)  # [batch, seq, kv_heads, group, key]
+    return joined.reshape(batch, seq, -1) @ weights["multi_head_attention/linear/w"]
+
+
+def mixture_of_experts(
+    config: ModelConfig, weights: Params, x: jax.Array, variant: Variant
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    """The mixture of experts, `[rows, emb]` in and out, and its part of `RouterStatistics`.
+
+    Every expert computes every row and the selected ones are weighted by their probabilities, the others by 0. For
+    matrices this small, that is as fast as sorting the rows by expert, and no row is ever dropped.
+    """
+    num_experts, emb, ffn = config.num_experts, config.emb_size, config.ffn_size
+    router_logits = x @ weights["router/w"]  # [rows, experts]
+    probabilities = jax.nn.softmax(router_logits, axis=-1)
+    _, indices = jax.lax.top_k(probabilities, config.num_selected_experts)
+    selected = jnp.sum(jax.nn.one_hot(indices, num_experts), axis=1)  # [rows, experts], 1 where selected
+
+    weighting = selected * probabilities
+    if variant.renormalized:
+        weighting = weighting / jnp.sum(weighting, axis=-1, keepdims=True)
+
+    def inner(name: str) -> jax.Array:
+        matrix = weights[f"moe/{name}/w"].transpose(1, 0, 2).reshape(emb, num_experts * ffn)
+        return (x @ matrix).reshape(-1, num_experts, ffn)  # [rows, experts, ffn]
+
+    gate = inner("linear")
+    gate = jax.nn.silu(gate) if variant.gate == "silu" else jax.nn.gelu(gate, approximate=True)
+    hidden = gate * inner("linear_v") * weighting[..., None]
+    mixed = hidden.reshape(-1, num_experts * ffn) @ weights["moe/linear_1/w"].reshape(num_experts * ffn, emb)
+
+    shares = jnp.mean(selected, axis=0) / config.num_selected_experts
+    balance = num_experts * jnp.sum(shares * jnp.mean(probabilities, axis=0))
+    z_loss = jnp.mean(jax.nn.logsumexp(router_logits, axis=-1) ** 2)
+    return mixed, (shares, balance, z_loss)
+
+
+def expert_shares(config: ModelConfig, params: Params, tokens: np.ndarray) -> np.ndarray:
+    """How often the routers select each expert on a text, as a fraction, float64 `[layers, experts]`.
+
+    Args:
+        config: the model's config.
+        params: its parameters.
+        tokens: int32 `[tokens]`, at least one full context; a rest shorter than the context is left out.
+    """
+    statistics = jax.jit(lambda batch: forward(config, params, batch)[1].shares)
+    count = max(1, len(tokens) // config.sequence_len)
+    batches = tokens[: count * config.sequence_len].reshape(count, -1)
+    return np.mean([np.asarray(statistics(jnp.asarray(row[None])), np.float64) for row in batches], axis=0)

@@ -1,0 +1,266 @@
+"""A training run: the optimizer, the loss, and a loop that can be interrupted and resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bard_training import corpus
+from bard_training.evaluate import bits_per_byte, token_logprobs
+from bard_training.model import EMBEDDINGS, Params, RouterStatistics, forward, init_params
+from grok1.config import ModelConfig
+from grok1.whole_file import whole_file
+
+MATRIX_RATE = 1.5e-2
+OTHER_RATE = 5e-3
+WEIGHT_DECAY = 0.1
+BALANCE_WEIGHT = 0.01
+Z_WEIGHT = 0.001
+
+State = tuple[Params, optax.OptState]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What determines the parameters that a run ends with.
+
+    Attributes:
+        config: the model.
+        steps: number of optimizer steps.
+        seed: seed of the initial parameters and of the order of the text.
+        batch_tokens: tokens of an optimizer step.
+        phases: fractions of the steps, and the length of their sequences. Short sequences are faster, and most of what
+            there is to learn is in them.
+    """
+
+    config: ModelConfig
+    steps: int = 4000
+    seed: int = 0
+    batch_tokens: int = 4096
+    phases: tuple[tuple[float, int], ...] = ((0.5, 128), (0.35, 256), (0.15, 512))
+
+    def batch_shapes(self) -> list[tuple[int, int]]:
+        """Sequences of each step and their length."""
+        boundaries = itertools.accumulate(fraction for fraction, _ in self.phases)
+        ends = [round(boundary * self.steps) for boundary in boundaries]
+        counts = [end - start for start, end in itertools.pairwise([0, *ends])]
+        return [
+            (max(1, self.batch_tokens // length), length)
+            for count, (_, length) in zip(counts, self.phases, strict=True)
+            for _ in range(count)
+        ]
+
+
+def optimizer(steps: int) -> optax.GradientTransformation:
+    """Muon for the matrices, each expert's by itself; AdamW for embeddings and routers, Adam for norms."""
+
+    def rate(peak: float) -> optax.Schedule:
+        warm_up = max(1, steps * 3 // 100)
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warm_up, max(steps, warm_up + 1), 0.02 * peak)
+
+    def label(path: tuple[Any, ...], _: jax.Array) -> str:
+        name = path[0].key
+        if "norm" in name:
+            return "norm"
+        return "adamw" if name == EMBEDDINGS or "router" in name else "matrix"
+
+    last_two = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    kinds = {
+        "matrix": optax.contrib.muon(
+            rate(MATRIX_RATE),
+            weight_decay=WEIGHT_DECAY,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda _: last_two, params),
+        ),
+        "adamw": optax.adamw(rate(OTHER_RATE), 0.9, 0.95, weight_decay=WEIGHT_DECAY),
+        "norm": optax.adam(rate(OTHER_RATE), 0.9, 0.95),
+    }
+    labels = functools.partial(jax.tree_util.tree_map_with_path, label)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.partition(kinds, labels))
+
+
+def loss(
+    config: ModelConfig, params: Params, tokens: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, RouterStatistics]]:
+    """Cross-entropy in nats a token plus the routers' losses; the cross-entropy alone, and what the routers did.
+
+    Args:
+        config: the model.
+        params: its parameters.
+        tokens: int32 `[batch, seq + 1]`.
+    """
+    logits, routers = forward(config, params, tokens[:, :-1])
+    predicted = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    cross_entropy = jnp.mean(jax.nn.logsumexp(logits, axis=-1) - predicted)
+    return cross_entropy + BALANCE_WEIGHT * routers.balance_loss + Z_WEIGHT * routers.z_loss, (cross_entropy, routers)
+
+
+def train_step(
+    config: ModelConfig, transformation: optax.GradientTransformation
+) -> Callable[[State, jax.Array], tuple[State, tuple[jax.Array, RouterStatistics]]]:
+    """The compiled optimizer step."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: State, tokens: jax.Array) -> tuple[State, tuple[jax.Array, RouterStatistics]]:
+        params, optimizer_state = state
+        gradients, told = jax.grad(functools.partial(loss, config), has_aux=True)(params, tokens)
+        updates, optimizer_state = transformation.update(gradients, optimizer_state, params)
+        return (optax.apply_updates(params, updates), optimizer_state), told
+
+    return step
+
+
+class ResumeError(Exception):
+    """A saved state that belongs to another run."""
+
+
+class DivergedError(Exception):
+    """A loss that is not finite."""
+
+
+class Run:
+    """A training run that saves its state in a folder and resumes from it.
+
+    Args:
+        folder: gets `state.npz` and `log.jsonl`.
+        recipe: what determines the result, with `tokens`.
+        tokens: the training text, int32 `[tokens]`.
+        measured: texts to measure along the way, by name: their tokens and the number of their bytes.
+
+    Attributes:
+        done: steps taken.
+        seconds: time spent training, in all sessions.
+        log: the measurements, in order.
+
+    Raises:
+        ResumeError: if the folder's state is of another recipe or text.
+    """
+
+    def __init__(
+        self, folder: Path, recipe: Recipe, tokens: np.ndarray, measured: dict[str, tuple[np.ndarray, int]]
+    ) -> None:
+        self.folder, self.recipe, self.tokens, self.measured = folder, recipe, tokens, measured
+        self.transformation = optimizer(recipe.steps)
+        self.log: list[dict[str, Any]] = []
+        self.done, self.seconds = 0, 0.0
+        self._losses: list[float] = []  # since the last measurement
+        params = init_params(recipe.config, recipe.seed)
+        self.state: State = (params, self.transformation.init(params))
+        if self._state_file.exists():
+            self._restore()
+
+    @property
+    def params(self) -> Params:
+        """The parameters as they are now."""
+        return self.state[0]
+
+    @property
+    def _state_file(self) -> Path:
+        return self.folder / "state.npz"
+
+    @property
+    def _fingerprint(self) -> str:
+        return f"{self.recipe} {hashlib.sha256(self.tokens.tobytes()).hexdigest()}"
+
+    def train(
+        self,
+        *,
+        save_every: int = 100,
+        measure_every: int = 200,
+        report: Callable[[Run], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> bool:
+        """Takes the remaining steps, or those until it is told to stop; saves the state at the end.
+
+        Args:
+            save_every: steps between two states that are saved.
+            measure_every: steps between two measurements.
+            report: called after each step.
+            stop: asked after each step.
+
+        Returns:
+            whether all steps have been taken.
+
+        Raises:
+            DivergedError: if a loss is not finite; the last saved state stays.
+            ValueError: if the text is shorter than two of the longest sequences.
+        """
+        step = train_step(self.recipe.config, self.transformation)
+        shapes = self.recipe.batch_shapes()
+        batches = {shape: corpus.batches(self.tokens, *shape, self.recipe.seed) for shape in dict.fromkeys(shapes)}
+        start = time.monotonic() - self.seconds
+        for number, shape in enumerate(shapes, start=1):
+            batch = next(batches[shape])
+            if number <= self.done:
+                continue
+            self.state, (cross_entropy, routers) = step(self.state, jnp.asarray(batch))
+            self._losses.append(float(cross_entropy))
+            if not math.isfinite(self._losses[-1]):
+                raise DivergedError(f"the loss of step {number} is {self._losses[-1]}")
+            self.done, self.seconds = number, time.monotonic() - start
+            last = number == len(shapes)
+            if number % measure_every == 0 or last:
+                self._measure(shape[1], routers)
+            stopping = stop is not None and stop()
+            if number % save_every == 0 or last or stopping:
+                self._save()
+            if report is not None:
+                report(self)
+            if stopping:
+                break
+        return self.done == len(shapes)
+
+    def _measure(self, context: int, routers: RouterStatistics) -> None:
+        entry: dict[str, Any] = {
+            "step": self.done,
+            "tokens": sum(batch * length for batch, length in self.recipe.batch_shapes()[: self.done]),
+            "seconds": round(self.seconds, 1),
+            "train_nats_per_token": float(np.mean(self._losses)),
+            "balance_loss": float(routers.balance_loss),
+            "smallest_expert_share": float(jnp.min(routers.shares)),
+            "largest_expert_share": float(jnp.max(routers.shares)),
+        }
+        for name, (tokens, num_bytes) in self.measured.items():
+            logprobs = token_logprobs(self.recipe.config, self.params, tokens, context)
+            entry[f"{name}_bits_per_byte"] = bits_per_byte(logprobs, num_bytes)
+        self.log.append(entry)
+        self._losses = []
+
+    def _save(self) -> None:
+        about = {
+            "fingerprint": self._fingerprint,
+            "done": self.done,
+            "seconds": self.seconds,
+            "log": self.log,
+            "losses": self._losses,
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(self._state_file, "wb") as file:
+            leaves = {f"leaf_{index}": np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(self.state))}
+            np.savez(file, about=np.asarray(json.dumps(about)), **leaves)
+        with whole_file(self.folder / "log.jsonl") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in self.log)
+
+    def _restore(self) -> None:
+        with np.load(self._state_file, allow_pickle=False) as stored:
+            about = json.loads(str(stored["about"]))
+            if about["fingerprint"] != self._fingerprint:
+                raise ResumeError(f"{self._state_file} belongs to a run with another recipe or text")
+            leaves, structure = jax.tree.flatten(self.state)
+            restored = [jnp.asarray(stored[f"leaf_{index}"]) for index in range(len(leaves))]
+        self.state = jax.tree.unflatten(structure, restored)
+        self.done, self.seconds = about["done"], about["seconds"]
+        self.log, self._losses = about["log"], about["losses"]
