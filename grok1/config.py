@@ -235,7 +235,7 @@ PRESETS: dict[str, ModelConfig] = {
 The release, some of its layers, random models of 20 million and 3.3 billion weights, and a small trained one.
 """
 
-TRAINED = {"bard": "data/bard.zip"}
+TRAINED = {"bard": "checkpoint/bard.zip"}
 """Presets with trained weights that come with the package: the path of each one's archive in it."""
 
 

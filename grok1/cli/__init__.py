@@ -61,9 +61,9 @@ def cli() -> None:
     Exit codes: 0 done, 1 failed with one line that says why, 2 wrong usage, 130 interrupted.
 
     \b
-    To see it work on a small model with random weights:
-      grok1 init demo --preset tiny
-      grok1 run -c demo "The answer is"
+    To try it without the release's weights, on a small model trained on Shakespeare:
+      grok1 init bard --preset bard
+      grok1 run -c bard "ROMEO."
     """
 
 

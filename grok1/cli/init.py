@@ -1,8 +1,9 @@
-"""`grok1 init`: writes a checkpoint of random weights, or a hollow one."""
+"""`grok1 init`: writes a checkpoint of a trained model, of random weights, or a hollow one."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.resources
 import shlex
 from pathlib import Path
 
@@ -11,19 +12,19 @@ from click.core import ParameterSource
 
 from grok1.cli.options import LAYERS, output_options
 from grok1.cli.terminal import Terminal, pass_terminal
-from grok1.config import PRESETS, ModelConfig
+from grok1.config import PRESETS, TRAINED, ModelConfig
 from grok1.config import preset as preset_config
 from grok1.json_text import json_line
 
 
-@click.command("init", short_help="Write a checkpoint of random weights.")
+@click.command("init", short_help="Write a small trained model, or random weights, as a checkpoint.")
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option(
     "--preset",
     required=True,
     type=click.Choice(list(PRESETS)),
-    help="Which model: tiny has 20 million weights and runs anywhere, bench-3b has 3.3 billion, grok-1 is as large "
-    "as the release (318 GB), grok-1-slice has 8 of its 64 layers.",
+    help="Model to write. bard has 5 million weights, trained on Shakespeare. The others have random weights: tiny 20 "
+    "million, bench-3b 3.3 billion, grok-1 as many as the release (318 GB), grok-1-slice 8 of its 64 layers.",
 )
 @LAYERS
 @click.option(
@@ -32,7 +33,7 @@ from grok1.json_text import json_line
     default=0,
     show_default=True,
     metavar="N",
-    help="Of the random weights: the same seed gives the same files.",
+    help="Seed of the random weights; the same seed gives the same files.",
 )
 @click.option(
     "--tokenizer",
@@ -62,39 +63,47 @@ def command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Write a checkpoint of random weights into DIR, in the format of the release.
+    """Write a checkpoint in the release's format into DIR: ckpt-0, config.json and tokenizer.model.
 
-    DIR gets ckpt-0, config.json and tokenizer.model. The text that such a model writes means nothing, but everything
-    else is as with the release: commands, files, memory and speed for the model's size. With --hollow there are no
-    weights at all, only what inspect and verify look at.
+    The preset bard is a small model with exactly Grok-1's architecture that was trained on Shakespeare. It comes with
+    grok1 and is the same on every machine. The other presets have random weights: their text means nothing, but
+    commands, files, memory and speed are those of a real model of that size. With --hollow no weights are written, only
+    what inspect and verify need.
 
     \b
-    grok1 init demo --preset tiny
-    grok1 run -c demo "The answer is"
+    grok1 init bard --preset bard
+    grok1 run -c bard "ROMEO."
 
     \b
     grok1 init hollow --preset grok-1 --hollow
     grok1 inspect hollow
     """
-    context = click.get_current_context()
-    if hollow and context.get_parameter_source("seed") is not ParameterSource.DEFAULT:
-        raise click.UsageError("--hollow and --seed are both given: hollow files have no random weights.")
+    _check_options(preset, hollow)
 
     from grok1.checkpoint.hollow import allocated_bytes
     from grok1.checkpoint.reader import find_checkpoint
-    from grok1.checkpoint.writer import write_checkpoint
+    from grok1.checkpoint.writer import unpack_checkpoint, write_checkpoint
 
     doing = "writing hollow files" if hollow else "writing weights"
-    config, tokenizer_model = _tokenizer(terminal, preset_config(preset, layers), tokenizer)
-    write_checkpoint(
-        directory,
-        config,
-        seed=seed,
-        force=force,
-        hollow=hollow,
-        tokenizer=tokenizer_model,
-        progress=lambda done, total: terminal.show_bytes(doing, done, total),
-    )
+
+    def show_progress(done: int, total: int) -> None:
+        terminal.show_bytes(doing, done, total)
+
+    config, trained = preset_config(preset, layers), preset in TRAINED
+    if trained:
+        with importlib.resources.as_file(importlib.resources.files("grok1").joinpath(TRAINED[preset])) as archive:
+            unpack_checkpoint(archive, directory, force=force, progress=show_progress)
+    else:
+        config, tokenizer_model = _tokenizer(terminal, config, tokenizer)
+        write_checkpoint(
+            directory,
+            config,
+            seed=seed,
+            force=force,
+            hollow=hollow,
+            tokenizer=tokenizer_model,
+            progress=show_progress,
+        )
     terminal.clear()
     written = [path for path in find_checkpoint(directory).iterdir() if path.is_file()]
     written += [path for name in ("config.json", "tokenizer.model") if (path := directory / name).is_file()]
@@ -105,7 +114,7 @@ def command(
                 {
                     "directory": str(directory),
                     "preset": preset,
-                    "seed": None if hollow else seed,
+                    "seed": None if hollow or trained else seed,
                     "hollow": hollow,
                     "files": len(written),
                     "bytes": size,
@@ -122,9 +131,25 @@ def command(
         terminal.note(f"They are hollow and take {on_disk / 1e6:,.1f} MB of disk.")
         terminal.note(f"Try: grok1 inspect {shlex.quote(str(directory))}")
         return
-    if tokenizer_model is None:
+    if not (directory / "tokenizer.model").is_file():
         terminal.note("No tokenizer was written: put the release's tokenizer.model, which comes with its code, there.")
-    terminal.note(f'Try: grok1 run -c {shlex.quote(str(directory))} "The answer is"')
+    prompt = "ROMEO." if trained else "The answer is"
+    terminal.note(f'Try: grok1 run -c {shlex.quote(str(directory))} "{prompt}"')
+
+
+def _check_options(preset: str, hollow: bool) -> None:
+    """Refuses options that would have no effect."""
+    context = click.get_current_context()
+
+    def given(*names: str) -> list[str]:
+        return [f"--{name}" for name in names if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
+
+    if preset in TRAINED and (unused := given("layers", "seed", "tokenizer", "hollow")):
+        raise click.UsageError(
+            f"{preset} is a trained model: leave out {' and '.join(unused)}, or choose another preset."
+        )
+    if hollow and given("seed"):
+        raise click.UsageError("--hollow and --seed are both given: hollow files have no random weights.")
 
 
 def _tokenizer(terminal: Terminal, config: ModelConfig, file: Path | None) -> tuple[ModelConfig, bytes | None]:

@@ -1,1 +1,1 @@
-"""Trains `bard`, the small model that comes with grok1, with an implementation of the architecture of its own."""
+"""Trains `bard`, the small model that ships with grok1, with a separate implementation of the architecture."""

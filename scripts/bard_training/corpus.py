@@ -17,10 +17,10 @@ DEV_PIECE_CHARACTERS = 16_000
 
 
 def split_text(text: str) -> tuple[str, str]:
-    """Keeps evenly spaced pieces of a text apart, cut at blank lines.
+    """Splits off a development set: evenly spaced pieces of the text, cut at blank lines.
 
     Returns:
-        the text to train on, and the development set that choices are made by (81 kB of the corpus).
+        the text to train on, and the development set.
     """
     train, dev, end = [], [], 0
     for number in range(DEV_PIECES):
@@ -39,9 +39,9 @@ def _after_blank_line(text: str, position: int) -> int:
 
 
 def train_tokenizer(text: str, vocab_size: int) -> bytes:
-    """Trains a SentencePiece unigram model in which every text survives a round trip.
+    """Trains a SentencePiece unigram model that encodes and decodes every text without loss.
 
-    Line ends are tokens of their own, and bytes stand for characters that the text does not have.
+    One and two line ends are single tokens; characters that do not occur in the text are encoded as bytes.
 
     Returns:
         the content of a `tokenizer.model`.
@@ -82,10 +82,9 @@ def encode(tokenizer: bytes, text: str) -> np.ndarray:
 
 
 def batches(tokens: np.ndarray, batch: int, length: int, seed: int) -> Iterator[np.ndarray]:
-    """Endless batches, int32 `[batch, length + 1]`: each epoch goes once through the text, in an order of its own.
+    """Endless batches, int32 `[batch, length + 1]`, of consecutive windows of a text in random order.
 
-    An epoch's windows follow each other without overlap (but for the token that is only predicted), from an offset of
-    its own.
+    Each epoch covers the text once. It has its own order, and its windows start at its own random offset.
     """
     count = (len(tokens) - 1) // length - 1  # the offset may take up to one window
     epoch, starts = 0, np.empty(0, np.int64)

@@ -58,8 +58,8 @@ def token_logprobs(
 ) -> np.ndarray:
     """Log-probability of each token but the first, in nats, float64 `[tokens - 1]`.
 
-    The text is read in windows of `context` tokens (an even number) that begin half of it apart. A token is scored in
-    the first window that reaches it, so that all but those of the first have at least half of the context before them.
+    The text is read in windows of `context` tokens (an even number), each half a context after the previous one. A
+    token is scored in the first window that contains it, so all after the first window have at least half a context.
     """
     parts = [
         np.asarray(_logprobs(config, params, windows, variant), np.float64)[:count]
@@ -72,7 +72,7 @@ def token_logprobs(
 def logit_distance(
     config: ModelConfig, params: Params, tokens: np.ndarray, context: int, mistaken: Params, variant: Variant
 ) -> float:
-    """Norm of the difference that a mistake makes to the logits of a text, over the norm of the right ones."""
+    """Relative error that a mistake causes in the logits of a text: norm of the difference over norm of the logits."""
     difference, norm = 0.0, 0.0
     for windows, _ in _batches(tokens, context):
         sums = _squares(config, params, windows, variant, mistaken)
@@ -81,12 +81,12 @@ def logit_distance(
 
 
 def bits_per_byte(logprobs: np.ndarray, num_bytes: int) -> float:
-    """Bits that the scored tokens take for each byte of their text."""
+    """Negative log-probability of the scored tokens, in bits per byte of the text."""
     return float(-np.sum(logprobs) / math.log(2) / num_bytes)
 
 
 def mistakes(params: Params, num_layers: int) -> Iterator[tuple[str, Params, Variant]]:
-    """What implementations of this architecture get wrong: a name, the parameters as misread, the forward pass."""
+    """Typical implementation mistakes: a name, the parameters after the mistake, and the forward pass with it."""
 
     def reordered(order: list[int]) -> Params:
         return {path: array[jnp.asarray(order)] if path.startswith(LAYER) else array for path, array in params.items()}
@@ -106,7 +106,6 @@ def mistakes(params: Params, num_layers: int) -> Iterator[tuple[str, Params, Var
         yield f"no norm {name}", params, Variant(norms=present)
     yield "attention logits not capped", params, Variant(cap=False)
     yield "rotary embedding of neighbours instead of halves", params, Variant(interleaved=True)
-    yield "probabilities of the selected experts normalised", params, Variant(renormalized=True)
     yield "output multiplier 10 % too large", params, Variant(output_multiplier=1.1)
     yield "output multiplier 10 % too small", params, Variant(output_multiplier=0.9)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from bard_training.model import EMBEDDINGS, LAYER, Params
+from bard_training.model import EMBEDDINGS, LAYER, Params, norm_name
 from grok1.checkpoint.layout import CHECKPOINT_DIR, TensorSpec
 from grok1.checkpoint.reader import Checkpoint
 from grok1.checkpoint.writer import write_checkpoint
@@ -20,15 +20,15 @@ BFLOAT16 = ml_dtypes.bfloat16
 
 
 def quantize(matrix: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds matrices to 8 bits as the release does: symmetric, a scale for each column of each group of rows.
+    """Quantises matrices to 8 bits as the release does: symmetric, one scale per column and group of rows.
 
     Args:
         matrix: float32 `[..., K, N]`, with K a multiple of `groups`.
         groups: groups of rows, G.
 
     Returns:
-        int8 values `[..., K, N]` from -127 to 127, and bfloat16 scales `[..., G, N]`. Values are rounded by the scales
-        as they are stored.
+        int8 values `[..., K, N]` from -127 to 127, and bfloat16 scales `[..., G, N]`. The values are quantised with the
+        rounded scales.
     """
     *lead, rows, columns = matrix.shape
     grouped = matrix.reshape(*lead, groups, rows // groups, columns)
@@ -39,17 +39,35 @@ def quantize(matrix: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def dequantize(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """The float32 matrices that `quantize` stands for."""
+    """Inverse of `quantize`, up to rounding: float32 `[..., K, N]`."""
     rows = values.shape[-2] // scales.shape[-2]
     return values.astype(np.float32) * np.repeat(scales.astype(np.float32), rows, axis=-2)
+
+
+def positive_norms(params: Params) -> Params:
+    """An equal model without negative scales in the norms after attention and after the experts.
+
+    Training moves some of these small scales across 0. RMSNorm is odd in each element, so that a scale's sign can be
+    moved to the column of the matrix that computes the element. In the release no scale is negative, and
+    `grok1 verify --content` warns of those that are.
+    """
+    changed = dict(params)
+    for norm, matrix in ((1, "multi_head_attention/linear/w"), (3, "moe/linear_1/w")):
+        scale = params[LAYER + norm_name(norm)]  # [layers, emb]
+        weights = params[LAYER + matrix]  # [layers, ..., emb]
+        sign = jnp.where(scale < 0, -1.0, 1.0)
+        changed[LAYER + norm_name(norm)] = scale * sign
+        changed[LAYER + matrix] = weights * sign.reshape(len(sign), *[1] * (weights.ndim - 2), -1)
+    return changed
 
 
 def write(directory: Path, config: ModelConfig, params: Params, tokenizer: bytes) -> None:
     """Writes a checkpoint, replacing one that is there.
 
-    Embeddings are rounded to bfloat16 although their files hold float32: the archive of the package gets smaller by a
-    tenth, and the model is the same on devices that hold them in bfloat16.
+    Embeddings are rounded to bfloat16 although their file holds float32: the archive becomes a tenth smaller, and
+    devices that keep embeddings in bfloat16 compute the same model.
     """
+    params = positive_norms(params)
 
     def chunks(spec: TensorSpec, scales: bool) -> Iterator[np.ndarray]:
         if spec.layer is None:
@@ -80,10 +98,10 @@ def read(directory: Path) -> tuple[ModelConfig, Params]:
 
 
 def pack(directory: Path, archive: Path) -> None:
-    """Packs a checkpoint into a compressed zip file, always with the same bytes."""
+    """Packs a checkpoint into a zip file; equal checkpoints give equal archives."""
     files = [directory / "config.json", directory / "tokenizer.model", *sorted((directory / CHECKPOINT_DIR).iterdir())]
     with zipfile.ZipFile(archive, "w") as packed:
         for path in files:
-            entry = zipfile.ZipInfo(path.relative_to(directory).as_posix())  # of 1980: no time of the clock
+            entry = zipfile.ZipInfo(path.relative_to(directory).as_posix())  # with a fixed date
             entry.external_attr = 0o644 << 16
             packed.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED, compresslevel=9)

@@ -1,4 +1,4 @@
-"""Grok-1's architecture in plain float32 JAX, differentiable: what `bard` is trained with.
+"""Grok-1's architecture in plain, differentiable float32 JAX, for training `bard`.
 
 This is a second implementation, written from the architecture. It shares no code with `grok1.network`, so agreement
 between the two is evidence for both. Parameters are a flat dict from the release's parameter paths, without the layer's
@@ -8,6 +8,7 @@ number (`decoder_layer/moe/linear/w`), to float32 arrays; those of layers have a
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ Params = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A forward pass that differs from the architecture in one point, to show what such a mistake does.
+    """Deviations of a forward pass from the architecture, to show the effect of typical mistakes.
 
     Attributes:
         gate: "gelu", or "silu" in its place.
@@ -36,7 +37,6 @@ class Variant:
         cap: whether attention logits are capped.
         output_multiplier: factor on the output multiplier of the config.
         interleaved: whether the rotary embedding pairs neighbours instead of halves.
-        renormalized: whether the selected experts' probabilities are made to sum to 1.
     """
 
     gate: str = "gelu"
@@ -44,14 +44,13 @@ class Variant:
     cap: bool = True
     output_multiplier: float = 1.0
     interleaved: bool = False
-    renormalized: bool = False
 
 
 FAITHFUL = Variant()
 
 
 class RouterStatistics(NamedTuple):
-    """What the routers did, over the tokens of a pass.
+    """Router statistics over the tokens of a forward pass.
 
     Attributes:
         shares: fraction of the selections that went to each expert, float32 `[layers, experts]`.
@@ -65,7 +64,7 @@ class RouterStatistics(NamedTuple):
 
 
 def init_params(config: ModelConfig, seed: int) -> Params:
-    """Random parameters that keep activations at unit size; the residual branches start small."""
+    """Random initial parameters: unit-variance activations, and small residual branches."""
     rng = np.random.default_rng(seed)
     layers, emb, experts, ffn = config.num_layers, config.emb_size, config.num_experts, config.ffn_size
 
@@ -98,7 +97,12 @@ def norm_name(number: int) -> str:
 
 
 def forward(
-    config: ModelConfig, params: Params, tokens: jax.Array, variant: Variant = FAITHFUL
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    variant: Variant = FAITHFUL,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, RouterStatistics]:
     """Logits for the token after each token.
 
@@ -107,23 +111,30 @@ def forward(
         params: float32 arrays, as `init_params` returns them.
         tokens: int32 `[batch, seq]`.
         variant: a deviation from the architecture.
+        dropout_rate: for training, fraction of the embeddings and of each residual branch's output that is set to 0.
+        dropout_key: seed of the dropout; required if the rate is not 0.
 
     Returns:
-        float32 `[batch, seq, vocab]`, and what the routers did.
+        float32 logits `[batch, seq, vocab]`, and router statistics.
     """
     eps = config.rms_norm_eps
     cos, sin = rotary_angles(tokens.shape[1], config.key_size, config.rotary_base)
-    h = params[EMBEDDINGS][tokens] * config.embedding_multiplier_scale  # [batch, seq, emb]
+    branches = itertools.count()
+
+    def dropped(x: jax.Array) -> jax.Array:
+        return x if dropout_key is None else dropout(x, dropout_rate, jax.random.fold_in(dropout_key, next(branches)))
+
+    h = dropped(params[EMBEDDINGS][tokens] * config.embedding_multiplier_scale)  # [batch, seq, emb]
     routing = []
     for weights in layer_params(params):
 
         def norm(number: int, x: jax.Array, weights: Params = weights) -> jax.Array:
             return rms_norm(x, weights[norm_name(number)], eps) if variant.norms[number] else x
 
-        h = h + norm(1, attention(config, weights, norm(0, h), cos, sin, variant))
+        h = h + dropped(norm(1, attention(config, weights, norm(0, h), cos, sin, variant)))
         rows = norm(2, h).reshape(-1, config.emb_size)  # [batch * seq, emb]
         mixed, routed = mixture_of_experts(config, weights, rows, variant)
-        h = h + norm(3, mixed.reshape(h.shape))
+        h = h + dropped(norm(3, mixed.reshape(h.shape)))
         routing.append(routed)
     h = rms_norm(h, params[FINAL_NORM], eps)
     logits = h @ params[EMBEDDINGS].T * (config.output_multiplier_scale * variant.output_multiplier)
@@ -135,6 +146,16 @@ def layer_params(params: Params) -> list[Params]:
     """The parameters of each layer, by their path in the layer."""
     stacks = {path.removeprefix(LAYER): jnp.unstack(stack) for path, stack in params.items() if path.startswith(LAYER)}
     return [dict(zip(stacks, arrays, strict=True)) for arrays in zip(*stacks.values(), strict=True)]
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    """Sets a random fraction of the values to 0 and scales the others to keep the mean (Srivastava et al., 2014).
+
+    The fraction is rounded to a multiple of 1/256, as a byte is drawn for each value.
+    """
+    threshold = round(rate * 256)
+    kept = jax.random.bits(key, x.shape, jnp.uint8) >= threshold
+    return jnp.where(kept, x * (256 / (256 - threshold)), 0.0)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -203,17 +224,13 @@ def mixture_of_experts(
     _, indices = jax.lax.top_k(probabilities, config.num_selected_experts)
     selected = jnp.sum(jax.nn.one_hot(indices, num_experts), axis=1)  # [rows, experts], 1 where selected
 
-    weighting = selected * probabilities
-    if variant.renormalized:
-        weighting = weighting / jnp.sum(weighting, axis=-1, keepdims=True)
-
     def inner(name: str) -> jax.Array:
         matrix = weights[f"moe/{name}/w"].transpose(1, 0, 2).reshape(emb, num_experts * ffn)
         return (x @ matrix).reshape(-1, num_experts, ffn)  # [rows, experts, ffn]
 
     gate = inner("linear")
     gate = jax.nn.silu(gate) if variant.gate == "silu" else jax.nn.gelu(gate, approximate=True)
-    hidden = gate * inner("linear_v") * weighting[..., None]
+    hidden = gate * inner("linear_v") * (selected * probabilities)[..., None]
     mixed = hidden.reshape(-1, num_experts * ffn) @ weights["moe/linear_1/w"].reshape(num_experts * ffn, emb)
 
     shares = jnp.mean(selected, axis=0) / config.num_selected_experts
@@ -223,12 +240,12 @@ def mixture_of_experts(
 
 
 def expert_shares(config: ModelConfig, params: Params, tokens: np.ndarray) -> np.ndarray:
-    """How often the routers select each expert on a text, as a fraction, float64 `[layers, experts]`.
+    """Fraction of the router's selections that each expert receives on a text, float64 `[layers, experts]`.
 
     Args:
         config: the model's config.
         params: its parameters.
-        tokens: int32 `[tokens]`, at least one full context; a rest shorter than the context is left out.
+        tokens: int32 `[tokens]`; tokens after the last full context are ignored.
     """
     statistics = jax.jit(lambda batch: forward(config, params, batch)[1].shares)
     count = max(1, len(tokens) // config.sequence_len)

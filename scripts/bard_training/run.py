@@ -20,7 +20,7 @@ import optax
 
 from bard_training import corpus
 from bard_training.evaluate import bits_per_byte, token_logprobs
-from bard_training.model import EMBEDDINGS, Params, RouterStatistics, forward, init_params
+from bard_training.model import EMBEDDINGS, FAITHFUL, Params, RouterStatistics, forward, init_params
 from grok1.config import ModelConfig
 from grok1.whole_file import whole_file
 
@@ -35,25 +35,27 @@ State = tuple[Params, optax.OptState]
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What determines the parameters that a run ends with.
+    """Everything that determines the trained parameters, apart from the text.
 
     Attributes:
         config: the model.
         steps: number of optimizer steps.
-        seed: seed of the initial parameters and of the order of the text.
+        seed: seed of the initial parameters, the order of the text and the dropout.
+        dropout: dropout rate.
         batch_tokens: tokens of an optimizer step.
-        phases: fractions of the steps, and the length of their sequences. Short sequences are faster, and most of what
-            there is to learn is in them.
+        phases: pairs of a fraction of the steps and the sequence length used in it. Training on short sequences first
+            is faster and costs little quality.
     """
 
     config: ModelConfig
-    steps: int = 4000
+    steps: int = 3000
     seed: int = 0
+    dropout: float = 0.1
     batch_tokens: int = 4096
-    phases: tuple[tuple[float, int], ...] = ((0.5, 128), (0.35, 256), (0.15, 512))
+    phases: tuple[tuple[float, int], ...] = ((0.4, 128), (0.4, 256), (0.2, 512))
 
     def batch_shapes(self) -> list[tuple[int, int]]:
-        """Sequences of each step and their length."""
+        """Shape (sequences, tokens per sequence) of each step's batch."""
         boundaries = itertools.accumulate(fraction for fraction, _ in self.phases)
         ends = [round(boundary * self.steps) for boundary in boundaries]
         counts = [end - start for start, end in itertools.pairwise([0, *ends])]
@@ -93,30 +95,37 @@ def optimizer(steps: int) -> optax.GradientTransformation:
 
 
 def loss(
-    config: ModelConfig, params: Params, tokens: jax.Array
+    config: ModelConfig, params: Params, tokens: jax.Array, dropout_rate: float, dropout_key: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, RouterStatistics]]:
-    """Cross-entropy in nats a token plus the routers' losses; the cross-entropy alone, and what the routers did.
+    """Training loss: cross-entropy in nats per token plus the auxiliary router losses.
 
     Args:
         config: the model.
         params: its parameters.
         tokens: int32 `[batch, seq + 1]`.
+        dropout_rate: as for `forward`.
+        dropout_key: as for `forward`.
+
+    Returns:
+        the loss, and the cross-entropy alone with the router statistics.
     """
-    logits, routers = forward(config, params, tokens[:, :-1])
+    logits, routers = forward(config, params, tokens[:, :-1], FAITHFUL, dropout_rate, dropout_key)
     predicted = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     cross_entropy = jnp.mean(jax.nn.logsumexp(logits, axis=-1) - predicted)
     return cross_entropy + BALANCE_WEIGHT * routers.balance_loss + Z_WEIGHT * routers.z_loss, (cross_entropy, routers)
 
 
-def train_step(
-    config: ModelConfig, transformation: optax.GradientTransformation
-) -> Callable[[State, jax.Array], tuple[State, tuple[jax.Array, RouterStatistics]]]:
-    """The compiled optimizer step."""
+@functools.cache
+def train_step(recipe: Recipe) -> Callable[[State, jax.Array, int], tuple[State, tuple[jax.Array, RouterStatistics]]]:
+    """The compiled optimizer step: donates the state; takes a batch of tokens and the number of the step."""
+    transformation = optimizer(recipe.steps)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: State, tokens: jax.Array) -> tuple[State, tuple[jax.Array, RouterStatistics]]:
+    def step(state: State, tokens: jax.Array, number: int) -> tuple[State, tuple[jax.Array, RouterStatistics]]:
         params, optimizer_state = state
-        gradients, told = jax.grad(functools.partial(loss, config), has_aux=True)(params, tokens)
+        key = jax.random.fold_in(jax.random.key(recipe.seed), number)
+        gradient = jax.grad(loss, argnums=1, has_aux=True)
+        gradients, told = gradient(recipe.config, params, tokens, recipe.dropout, key)
         updates, optimizer_state = transformation.update(gradients, optimizer_state, params)
         return (optax.apply_updates(params, updates), optimizer_state), told
 
@@ -142,7 +151,7 @@ class Run:
 
     Attributes:
         done: steps taken.
-        seconds: time spent training, in all sessions.
+        seconds: total training time, interrupted runs included.
         log: the measurements, in order.
 
     Raises:
@@ -153,18 +162,17 @@ class Run:
         self, folder: Path, recipe: Recipe, tokens: np.ndarray, measured: dict[str, tuple[np.ndarray, int]]
     ) -> None:
         self.folder, self.recipe, self.tokens, self.measured = folder, recipe, tokens, measured
-        self.transformation = optimizer(recipe.steps)
         self.log: list[dict[str, Any]] = []
         self.done, self.seconds = 0, 0.0
         self._losses: list[float] = []  # since the last measurement
         params = init_params(recipe.config, recipe.seed)
-        self.state: State = (params, self.transformation.init(params))
+        self.state: State = (params, optimizer(recipe.steps).init(params))
         if self._state_file.exists():
             self._restore()
 
     @property
     def params(self) -> Params:
-        """The parameters as they are now."""
+        """The current parameters."""
         return self.state[0]
 
     @property
@@ -183,22 +191,22 @@ class Run:
         report: Callable[[Run], None] | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> bool:
-        """Takes the remaining steps, or those until it is told to stop; saves the state at the end.
+        """Runs the remaining steps, or until `stop` returns true, and saves the state.
 
         Args:
             save_every: steps between two states that are saved.
             measure_every: steps between two measurements.
             report: called after each step.
-            stop: asked after each step.
+            stop: called after each step; true stops the run.
 
         Returns:
-            whether all steps have been taken.
+            whether all steps are done.
 
         Raises:
-            DivergedError: if a loss is not finite; the last saved state stays.
+            DivergedError: if a loss is not finite; the last saved state is kept.
             ValueError: if the text is shorter than two of the longest sequences.
         """
-        step = train_step(self.recipe.config, self.transformation)
+        step = train_step(self.recipe)
         shapes = self.recipe.batch_shapes()
         batches = {shape: corpus.batches(self.tokens, *shape, self.recipe.seed) for shape in dict.fromkeys(shapes)}
         start = time.monotonic() - self.seconds
@@ -206,7 +214,7 @@ class Run:
             batch = next(batches[shape])
             if number <= self.done:
                 continue
-            self.state, (cross_entropy, routers) = step(self.state, jnp.asarray(batch))
+            self.state, (cross_entropy, routers) = step(self.state, jnp.asarray(batch), number)
             self._losses.append(float(cross_entropy))
             if not math.isfinite(self._losses[-1]):
                 raise DivergedError(f"the loss of step {number} is {self._losses[-1]}")

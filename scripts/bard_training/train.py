@@ -52,7 +52,7 @@ EXCERPT_LOGITS = 16
     show_default=True,
     help="Seed of the initial weights and of the order of the text.",
 )
-@click.option("--restart", is_flag=True, help="Discard the saved state and begin again.")
+@click.option("--restart", is_flag=True, help="Discard the saved state and start over.")
 def main(text: Path | None, output: Path, heldout: Path | None, steps: int, seed: int, restart: bool) -> None:
     """Train bard on TEXT (default: ../shared/corpus/shakespeare.txt) and write it as a checkpoint.
 
@@ -89,7 +89,7 @@ def main(text: Path | None, output: Path, heldout: Path | None, steps: int, seed
         finished = _train(run, console)
     except ResumeError as error:
         raise click.ClickException(
-            f"{error}: repeat that run's text and options, choose another --output, or begin again with --restart"
+            f"{error}: repeat that run's text and options, choose another --output, or start over with --restart"
         ) from None
     except DivergedError as error:
         raise click.ClickException(f"{error}: choose another --seed") from None
@@ -110,7 +110,7 @@ def main(text: Path | None, output: Path, heldout: Path | None, steps: int, seed
 
 
 def _train(run: Run, console: Console) -> bool:
-    """Takes the remaining steps, with a bar on a terminal; SIGINT and SIGTERM stop after the running step."""
+    """Runs the remaining steps, with a progress bar on a terminal; SIGINT or SIGTERM stops after the current step."""
     stopping = False
 
     def stop(signum: int, frame: FrameType | None) -> None:
@@ -126,7 +126,7 @@ def _train(run: Run, console: Console) -> bool:
             def report(run: Run) -> None:
                 progress.update(task, completed=run.done)
                 if run.log and run.log[-1]["step"] == run.done:
-                    progress.console.print(_line(run.log[-1]), highlight=False)
+                    progress.console.print(_line(run.log[-1]), highlight=False, soft_wrap=True)
 
             return run.train(report=report, stop=lambda: stopping)
     finally:
@@ -141,7 +141,7 @@ def _line(entry: dict[str, Any]) -> str:
 
 
 def _report(run: Run, checkpoint: Path, measured: dict[str, tuple[np.ndarray, int]]) -> dict[str, Any]:
-    """What the run ended with, for float32 weights and for those of the checkpoint."""
+    """Figures of the finished run, for the float32 weights and for the checkpoint's."""
     config, quantized = export.read(checkpoint)
     archive = run.folder / "bard.zip"
     report: dict[str, Any] = {

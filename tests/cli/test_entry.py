@@ -1,3 +1,4 @@
+import importlib.resources
 import os
 import signal
 import subprocess
@@ -196,3 +197,46 @@ def test_init_refuses_unknown_presets_and_bad_tokenizers(grok1, tmp_path):
     assert result.code == 1
     assert "no SentencePiece model" in result.err
     assert not (tmp_path / "new").exists()
+
+
+def test_init_unpacks_the_trained_model(grok1, tmp_path):
+    folder = tmp_path / "bard"
+    (told,) = grok1("init", folder, "--preset", "bard", "--json").lines
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert (told["files"], told["bytes"]) == (len(files), sum(map(len, files.values())))
+    assert (told["preset"], told["seed"], told["parameters"]) == ("bard", None, init.PRESETS["bard"].num_parameters)
+    again = grok1("init", folder, "--preset", "bard")
+    assert (again.code, again.out) == (1, "")
+    assert "--force" in again.err
+    (folder / "config.json").write_text("changed")
+    assert grok1("init", folder, "--preset", "bard", "--force").code == 0
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
+    verified = grok1("verify", "--content", folder)
+    assert verified.code == 0, verified.err
+
+
+@pytest.mark.parametrize(
+    "options", [("--seed", "0"), ("--layers", "2"), ("--hollow",), ("--tokenizer", "x.model", "--seed", "1")]
+)
+def test_init_refuses_what_a_trained_model_has_no_use_for(grok1, tmp_path, options):
+    result = grok1("init", tmp_path / "bard", "--preset", "bard", *options)
+    assert (result.code, result.out) == (2, "")
+    assert "bard is a trained model: leave out --" in result.err
+    assert not (tmp_path / "bard").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "absent"])
+def test_init_with_a_damaged_archive_leaves_nothing(grok1, tmp_path, monkeypatch, damage):
+    archive = tmp_path / "damaged.zip"
+    package_file = importlib.resources.files("grok1").joinpath(init.TRAINED["bard"])
+    content = package_file.read_bytes()
+    if damage == "cut":
+        archive.write_bytes(content[: len(content) // 2])
+    elif damage == "other":
+        middle = len(content) // 2
+        archive.write_bytes(content[:middle] + bytes(64) + content[middle + 64 :])
+    monkeypatch.setitem(init.TRAINED, "bard", str(archive))
+    result = grok1("init", tmp_path / "bard", "--preset", "bard")
+    assert (result.code, result.out) == (1, "")
+    assert "install grok1 again" in result.err
+    assert not (tmp_path / "bard").exists()

@@ -1,0 +1,99 @@
+"""The trained model that comes with the package, against what its trainer computed with the same weights."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bard_training import export
+from bard_training.evaluate import mistakes
+from bard_training.model import forward
+
+from grok1.checkpoint.layout import tensor_table
+from grok1.checkpoint.reader import Checkpoint
+from grok1.config import PRESETS
+from grok1.model import Model
+from grok1.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[2]
+FLOAT32_ERROR = 1e-4  # norm of the difference over norm; 1e-6 is usual
+
+
+@pytest.fixture(scope="module")
+def excerpt():
+    with np.load(Path(__file__).with_name("excerpt.npz")) as stored:
+        return dict(stored)
+
+
+def test_the_archive_is_small_and_holds_the_preset(archive, bard):
+    assert archive.stat().st_size <= 8_000_000
+    assert Checkpoint.open(bard).config == PRESETS["bard"]
+    found = {path.name: path.stat().st_size for path in (bard / "ckpt-0").iterdir()}
+    assert found == {spec.file_name: spec.file_bytes for spec in tensor_table(PRESETS["bard"])}
+    assert sum(found.values()) <= 8_000_000
+
+
+def test_the_config_has_every_feature_of_the_release():
+    config = PRESETS["bard"]
+    assert (config.num_experts, config.num_selected_experts) == (8, 2)
+    assert 1 < config.num_kv_heads < config.num_q_heads
+    assert config.num_q_heads * config.key_size == config.emb_size  # llama.cpp needs that
+    assert config.num_layers > 10  # so that the order of the layers' files shows
+    assert all(size % 32 == 0 for size in (config.emb_size, config.ffn_size, config.kv_size))
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (1, 2), (2, 2)])
+def test_logits_are_the_trainers(bard, excerpt, make_engine, kernels, mesh, relative_error):
+    model = Model(make_engine(bard, mesh, kernels=kernels), None)
+    tokens, last = excerpt["tokens"], excerpt["last_logits"]
+    logits = model.logits(tokens)
+    assert relative_error(logits[-len(last) :], last) < FLOAT32_ERROR
+    found = [entry.logprob for entry in model.score(tokens.tolist()).logprobs]
+    np.testing.assert_allclose(found, excerpt["logprobs"], atol=1e-3)
+    assert abs(np.mean(found) - np.mean(excerpt["logprobs"])) < 1e-5
+
+
+def test_every_mistake_changes_the_logits_more_than_rounding(bard, excerpt, relative_error):
+    config, params = export.read(bard)
+    last = excerpt["last_logits"]
+    distances = {}
+    for name, misread, variant in mistakes(params, config.num_layers):
+        logits, _ = forward(config, misread, excerpt["tokens"][None], variant)
+        distances[name] = relative_error(np.asarray(logits[0, -len(last) :]), last)
+    assert distances.pop("none") < FLOAT32_ERROR
+    assert min(distances.values()) > 10 * FLOAT32_ERROR, distances
+
+
+def test_text_survives_the_tokenizer(bard):
+    tokenizer = Tokenizer.read(bard / "tokenizer.model")
+    assert tokenizer.vocab_size == PRESETS["bard"].vocab_size
+    for text in ("ROMEO.\nBut, soft!\n\nJULIET.\n  Ay me!", " two  spaces ", "naïve\tπ\r\n", "\n\n\n"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_greedy_text_is_a_play_and_does_not_depend_on_the_mesh(bard, make_engine):
+    tokenizer = Tokenizer.read(bard / "tokenizer.model")
+    texts = [
+        Model(make_engine(bard, mesh), tokenizer).complete("ROMEO.\n", greedy=True, max_tokens=40).text
+        for mesh in ((1, 1), (1, 2))
+    ]
+    assert texts[0] == texts[1]
+    words = {word.strip(",.;:!?") for word in texts[0].lower().split()}
+    assert words & {"i", "thou", "my", "the", "and", "you", "not"}
+
+
+@pytest.mark.slow
+def test_score_reports_the_documented_bits_per_byte(bard):
+    heldout = ROOT.parent / "shared" / "corpus" / "heldout.txt"
+    if not heldout.is_file():
+        pytest.skip("the held-out text is not available")
+    command = [sys.executable, "-m", "grok1", "score", "-c", bard, heldout, "--mesh", "1,1", "--json"]
+    done = subprocess.run(command, capture_output=True, check=True, cwd=ROOT)
+    score = json.loads(done.stdout)
+    documented = (ROOT / "docs" / "bard.md").read_text()
+    perplexity, bits = re.search(r"\| int8 \| ([\d.]+) \| ([\d.]+) \|", documented).groups()
+    assert (f"{score['perplexity']:.4f}", f"{score['bits_per_byte']:.4f}") == (perplexity, bits)
+    assert score["bits_per_byte"] <= 1.60
