@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes in all."""
 
 Chunks = Callable[[TensorSpec, bool], Iterable[np.ndarray]]
-"""The data of a tensor's values, or (True) of its scales: arrays that are written one after the other."""
+"""Gives a tensor's values, or its scales if the second argument is true, as arrays to write one after the other."""
 
 
 def write_checkpoint(

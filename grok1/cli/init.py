@@ -66,9 +66,9 @@ def command(
     """Write a checkpoint in the release's format into DIR: ckpt-0, config.json and tokenizer.model.
 
     The preset bard is a small model with exactly Grok-1's architecture that was trained on Shakespeare. It comes with
-    grok1 and is the same on every machine. The other presets have random weights: their text means nothing, but
-    commands, files, memory and speed are those of a real model of that size. With --hollow no weights are written, only
-    what inspect and verify need.
+    grok1, is the same on every machine, and does not accept --layers, --seed, --tokenizer or --hollow. The other
+    presets have random weights: the text they generate is meaningless, but commands, files, memory use and speed are
+    those of a real model of that size. With --hollow no weights are written, only what inspect and verify need.
 
     \b
     grok1 init bard --preset bard

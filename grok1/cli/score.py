@@ -74,8 +74,8 @@ def command(
     INPUT is a file, or "-" or nothing for what comes through a pipe. It is UTF-8 text, taken exactly as it is, with
     any newline at its end; or, if its name ends in .json or with --ids, a list of token ids. Logarithms are natural;
     the first token has none before it and so no log-probability. The perplexity is the exponential of the mean
-    negative log-probability. Bits per byte is the negative log-probability in bits divided by the number of UTF-8 bytes
-    of the scored tokens; it requires a tokenizer.
+    negative log-probability. Bits per byte is the total negative log-probability in bits divided by the number of UTF-8
+    bytes of the scored tokens; it requires a tokenizer.
 
     If INPUT is .jsonl (or .jsonl.gz), or --format says what its lines are, each line is a row: an object with "text",
     "token_ids", or "prompt" and "completion", of which only the completion is scored; or with --format txt a text. The

@@ -105,7 +105,7 @@ def mistakes(params: Params, num_layers: int) -> Iterator[tuple[str, Params, Var
         present = tuple(other != number for other in range(4))
         yield f"no norm {name}", params, Variant(norms=present)
     yield "attention logits not capped", params, Variant(cap=False)
-    yield "rotary embedding of neighbours instead of halves", params, Variant(interleaved=True)
+    yield "rotary embedding pairs neighbours instead of halves", params, Variant(interleaved=True)
     yield "output multiplier 10 % too large", params, Variant(output_multiplier=1.1)
     yield "output multiplier 10 % too small", params, Variant(output_multiplier=0.9)
 

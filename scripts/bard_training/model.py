@@ -22,7 +22,7 @@ FINAL_NORM = "language_model/rms_norm/scale"
 LAYER = "decoder_layer/"
 
 QUERY_BLOCK = 64
-"""Queries that attend at a time, to the keys up to the last of them: most of the masked logits are never computed."""
+"""Queries per attention block. A block sees only keys up to its last query, so most masked logits are not computed."""
 
 Params = dict[str, jax.Array]
 

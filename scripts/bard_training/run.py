@@ -266,7 +266,7 @@ class Run:
         with np.load(self._state_file, allow_pickle=False) as stored:
             about = json.loads(str(stored["about"]))
             if about["fingerprint"] != self._fingerprint:
-                raise ResumeError(f"{self._state_file} belongs to a run with another recipe or text")
+                raise ResumeError(f"{self._state_file} belongs to a run with other options or another text")
             leaves, structure = jax.tree.flatten(self.state)
             restored = [jnp.asarray(stored[f"leaf_{index}"]) for index in range(len(leaves))]
         self.state = jax.tree.unflatten(structure, restored)

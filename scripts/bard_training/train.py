@@ -36,7 +36,7 @@ EXCERPT_LOGITS = 16
     default=Path("bard"),
     show_default=True,
     metavar="DIR",
-    help="Folder of the checkpoint; its folder `training` gets the run's state, log, learning curve and report.",
+    help="Write the checkpoint to DIR, replacing any there, and the state, log, curve and report to DIR/training.",
 )
 @click.option(
     "--heldout",
@@ -50,11 +50,13 @@ EXCERPT_LOGITS = 16
     type=click.IntRange(min=0),
     default=Recipe.seed,
     show_default=True,
-    help="Seed of the initial weights and of the order of the text.",
+    help="Seed of the initial weights, the order of the text and the dropout.",
 )
 @click.option("--restart", is_flag=True, help="Discard the saved state and start over.")
 def main(text: Path | None, output: Path, heldout: Path | None, steps: int, seed: int, restart: bool) -> None:
-    """Train bard on TEXT (default: ../shared/corpus/shakespeare.txt) and write it as a checkpoint.
+    """Train bard on TEXT and write it as a checkpoint.
+
+    TEXT is a UTF-8 file (default: shared/corpus/shakespeare.txt in the folder that contains the repository).
 
     An interrupted run is resumed by the same command and ends with the same weights.
     """
@@ -80,8 +82,10 @@ def main(text: Path | None, output: Path, heldout: Path | None, steps: int, seed
     needed = 3 * config.sequence_len
     measured = {name: (corpus.encode(tokenizer, part), len(part.encode())) for name, part in measured_texts.items()}
     shortest = min(len(found) for found, _ in measured.values())
-    if len(tokens) < needed or shortest < 2:
+    if len(tokens) < needed:
         raise click.ClickException(f"{text} has {len(tokens)} tokens to train on, expected at least {needed}")
+    if shortest < 2:
+        raise click.ClickException("the development set or held-out text has fewer than 2 tokens: use a longer text")
     if restart:
         state.unlink(missing_ok=True)
     try:
@@ -92,7 +96,7 @@ def main(text: Path | None, output: Path, heldout: Path | None, steps: int, seed
             f"{error}: repeat that run's text and options, choose another --output, or start over with --restart"
         ) from None
     except DivergedError as error:
-        raise click.ClickException(f"{error}: choose another --seed") from None
+        raise click.ClickException(f"{error}: start over with --restart and another --seed") from None
     if not finished:
         click.echo(f"stopped after step {run.done} of {steps}; run the same command to resume", err=True)
         raise SystemExit(130)
