@@ -47,8 +47,8 @@ def find_checkpoint(path: Path) -> Path:
         raise CheckpointError(f"cannot look into {path} ({error.strerror}): check its permissions") from None
     raise CheckpointError(
         f"no checkpoint: {found}, expected a folder with {CHECKPOINT_DIR} or its tensor files; "
-        "download the release as checkpoints/README.md describes, or write a small trained model with "
-        "`grok1 init DIR --preset bard`"
+        "name one with -c DIR, download the release as checkpoints/README.md describes, or write a small trained model "
+        "with `grok1 init bard --preset bard` and name it with `-c bard`"
     )
 
 

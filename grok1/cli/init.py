@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from grok1.byte_size import format_bytes
 from grok1.cli.options import LAYERS, output_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.config import PRESETS, TRAINED, ModelConfig
@@ -124,11 +125,11 @@ def command(
             )
         )
     terminal.note(
-        f"Wrote {len(written)} files, {size / 1e9:,.3f} GB, {config.num_parameters:,} parameters, to {directory}."
+        f"Wrote {len(written)} files, {format_bytes(size)}, {config.num_parameters:,} parameters, to {directory}."
     )
     if hollow:
         on_disk = sum(allocated_bytes(path.stat()) for path in written)
-        terminal.note(f"They are hollow and take {on_disk / 1e6:,.1f} MB of disk.")
+        terminal.note(f"They are hollow and take {format_bytes(on_disk)} of disk.")
         terminal.note(f"Try: grok1 inspect {shlex.quote(str(directory))}")
         return
     if not (directory / "tokenizer.model").is_file():

@@ -83,7 +83,7 @@ def test_no_checkpoint_says_how_to_get_one(tmp_path, make):
         Checkpoint.open(path)
     assert str(path) in str(caught.value)
     assert "checkpoints/README.md" in str(caught.value)
-    assert "grok1 init DIR --preset bard" in str(caught.value)
+    assert "`grok1 init bard --preset bard` and name it with `-c bard`" in str(caught.value)
 
 
 def test_a_folder_that_only_sounds_like_tensors_is_none(tmp_path):
