@@ -94,6 +94,8 @@ def unpack_checkpoint(archive: Path, directory: Path, *, force: bool = False, pr
     try:
         with zipfile.ZipFile(archive) as packed:
             members = packed.infolist()
+            if not any(member.filename.startswith(f"{CHECKPOINT_DIR}/") for member in members):
+                raise zipfile.BadZipFile(f"it holds no {CHECKPOINT_DIR}")
             total = sum(member.file_size for member in members)
             with _new_checkpoint(directory, total, len(members), force) as new:
                 done = 0
@@ -102,7 +104,7 @@ def unpack_checkpoint(archive: Path, directory: Path, *, force: bool = False, pr
                     done += member.file_size
                     if progress is not None:
                         progress(done, total)
-    except (zipfile.BadZipFile, zlib.error, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot unpack {archive} ({error}): install grok1 again") from None
 
 

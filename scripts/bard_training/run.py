@@ -9,6 +9,8 @@ import itertools
 import json
 import math
 import time
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,7 +135,7 @@ def train_step(recipe: Recipe) -> Callable[[State, jax.Array, int], tuple[State,
 
 
 class ResumeError(Exception):
-    """A saved state that belongs to another run."""
+    """A saved state that is damaged or belongs to another run."""
 
 
 class DivergedError(Exception):
@@ -144,7 +146,7 @@ class Run:
     """A training run that saves its state in a folder and resumes from it.
 
     Args:
-        folder: gets `state.npz` and `log.jsonl`.
+        folder: an existing folder, which gets `state.npz` and `log.jsonl`.
         recipe: what determines the result, with `tokens`.
         tokens: the training text, int32 `[tokens]`.
         measured: texts to measure along the way, by name: their tokens and the number of their bytes.
@@ -155,7 +157,7 @@ class Run:
         log: the measurements, in order.
 
     Raises:
-        ResumeError: if the folder's state is of another recipe or text.
+        ResumeError: if the folder's state is damaged, or of another recipe or text.
     """
 
     def __init__(
@@ -255,7 +257,6 @@ class Run:
             "log": self.log,
             "losses": self._losses,
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
         with whole_file(self._state_file, "wb") as file:
             leaves = {f"leaf_{index}": np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(self.state))}
             np.savez(file, about=np.asarray(json.dumps(about)), **leaves)
@@ -263,12 +264,23 @@ class Run:
             file.writelines(json.dumps(entry) + "\n" for entry in self.log)
 
     def _restore(self) -> None:
-        with np.load(self._state_file, allow_pickle=False) as stored:
-            about = json.loads(str(stored["about"]))
-            if about["fingerprint"] != self._fingerprint:
-                raise ResumeError(f"{self._state_file} belongs to a run with other options or another text")
-            leaves, structure = jax.tree.flatten(self.state)
-            restored = [jnp.asarray(stored[f"leaf_{index}"]) for index in range(len(leaves))]
+        leaves, structure = jax.tree.flatten(self.state)
+        try:
+            with np.load(self._state_file, allow_pickle=False) as stored:
+                about = json.loads(str(stored["about"]))
+                restored = [jnp.asarray(stored[f"leaf_{index}"]) for index in range(len(leaves))]
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            EOFError,
+            zipfile.BadZipFile,
+            zlib.error,
+            NotImplementedError,
+        ) as error:
+            raise ResumeError(f"{self._state_file} is damaged ({error})") from None
+        if about["fingerprint"] != self._fingerprint:
+            raise ResumeError(f"{self._state_file} belongs to a run with other options or another text")
         self.state = jax.tree.unflatten(structure, restored)
         self.done, self.seconds = about["done"], about["seconds"]
         self.log, self._losses = about["log"], about["losses"]

@@ -20,6 +20,7 @@ from bard_training.evaluate import bits_per_byte, token_logprobs
 from bard_training.model import Params, expert_shares, forward
 from bard_training.run import DivergedError, Recipe, ResumeError, Run
 from grok1.config import PRESETS, ModelConfig
+from grok1.errors import Grok1Error
 from grok1.whole_file import whole_file
 
 CORPUS = Path(__file__).resolve().parents[3] / "shared" / "corpus"
@@ -47,7 +48,7 @@ EXCERPT_LOGITS = 16
 @click.option("--steps", type=click.IntRange(min=1), default=Recipe.steps, show_default=True, help="Optimizer steps.")
 @click.option(
     "--seed",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, 2**32 - 1),
     default=Recipe.seed,
     show_default=True,
     help="Seed of the initial weights, the order of the text and the dropout.",
@@ -60,6 +61,19 @@ def main(text: Path | None, output: Path, heldout: Path | None, steps: int, seed
 
     An interrupted run is resumed by the same command and ends with the same weights.
     """
+    try:
+        _train_and_export(text, output, heldout, steps, seed, restart)
+    except OSError as error:
+        raise click.ClickException(
+            f"cannot write {error.filename or output}: {error.strerror or error}; make room or choose another --output"
+        ) from None
+    except Grok1Error as error:
+        raise click.ClickException(str(error)) from None
+
+
+def _train_and_export(
+    text: Path | None, output: Path, heldout: Path | None, steps: int, seed: int, restart: bool
+) -> None:
     if text is None:
         text = CORPUS / "shakespeare.txt"
         if not text.is_file():
@@ -74,18 +88,22 @@ def main(text: Path | None, output: Path, heldout: Path | None, steps: int, seed
     with console.status("training the tokenizer"):
         try:
             tokenizer = corpus.train_tokenizer(training, config.vocab_size)
-        except RuntimeError as error:
+        except RuntimeError:  # its text names settings of the tokenizer's trainer that this command does not have
             raise click.ClickException(
-                f"{text} is too short for a tokenizer of {config.vocab_size} pieces ({error}): choose a longer text"
+                f"{text} is too short for a tokenizer of {config.vocab_size} pieces: choose a longer text"
             ) from None
         tokens = corpus.encode(tokenizer, training)
     needed = 3 * config.sequence_len
     measured = {name: (corpus.encode(tokenizer, part), len(part.encode())) for name, part in measured_texts.items()}
-    shortest = min(len(found) for found, _ in measured.values())
     if len(tokens) < needed:
-        raise click.ClickException(f"{text} has {len(tokens)} tokens to train on, expected at least {needed}")
-    if shortest < 2:
-        raise click.ClickException("the development set or held-out text has fewer than 2 tokens: use a longer text")
+        raise click.ClickException(
+            f"{text} has {len(tokens)} tokens to train on, expected at least {needed}: choose a longer text"
+        )
+    for name, (found, _) in measured.items():
+        if len(found) < 2:
+            source = heldout if name == "heldout" else f"the development set of {text}"
+            raise click.ClickException(f"{source} has {len(found)} tokens, expected at least 2: choose a longer text")
+    folder.mkdir(parents=True, exist_ok=True)
     if restart:
         state.unlink(missing_ok=True)
     try:

@@ -42,6 +42,12 @@ RECIPE = Recipe(CONFIG, steps=30, seed=1, batch_tokens=128, phases=((1.0, 16),))
 TEXT = "\n\n".join(f"SPEAKER {i % 7}.\nWhat {i * i} of it, that is {i % 13}?" for i in range(400))
 
 
+def made_up_text():
+    """Enough different words for a tokenizer of bard's size."""
+    words = [bytes(word).decode() for word in np.random.default_rng(0).integers(97, 123, (4000, 5), np.uint8)]
+    return "\n\n".join(" ".join(words[i : i + 10]) for i in range(0, 4000, 10)) * 3
+
+
 @pytest.fixture(scope="module")
 def tokens():
     return np.random.default_rng(0).integers(0, CONFIG.vocab_size, 3000).astype(np.int32)
@@ -74,6 +80,7 @@ def test_a_run_learns_and_a_resumed_one_ends_with_the_same_weights(tmp_path):
     measured = {"dev": (text[:300], 300)}
 
     def train(folder, report=None, stop=None):
+        folder.mkdir(exist_ok=True)
         run = Run(folder, RECIPE, text, measured)
         finished = run.train(save_every=8, measure_every=15, report=report, stop=stop)
         return run, finished
@@ -99,6 +106,11 @@ def test_a_run_learns_and_a_resumed_one_ends_with_the_same_weights(tmp_path):
     assert timeless[0] == timeless[1]
     with pytest.raises(ResumeError):
         Run(tmp_path / "cut", dataclasses.replace(RECIPE, seed=2), text, measured)
+    state = tmp_path / "cut" / "state.npz"
+    for damaged in (b"", b"junk", state.read_bytes()[:-2000]):
+        state.write_bytes(damaged)
+        with pytest.raises(ResumeError, match="is damaged"):
+            Run(tmp_path / "cut", RECIPE, text, measured)
 
 
 def test_sequences_become_longer_from_phase_to_phase():
@@ -225,12 +237,17 @@ def test_a_text_that_cannot_be_used(tmp_path, content, sentence):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_reported_before_training(tmp_path):
+    (tmp_path / "text.txt").write_text(made_up_text())
+    (tmp_path / "out").touch()
+    result = CliRunner().invoke(main, [str(tmp_path / "text.txt"), "-o", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert re.search("cannot write .*out.*: Not a directory; make room or choose another --output", result.output)
+
+
 @pytest.mark.slow
 def test_the_command_trains_resumes_and_writes_a_checkpoint(tmp_path):
-    words = np.random.default_rng(0).integers(97, 123, (4000, 5), np.uint8)
-    spelt = [bytes(word).decode() for word in words]
-    text = "\n\n".join(" ".join(spelt[i : i + 10]) for i in range(0, 4000, 10)) * 3
-    (tmp_path / "text.txt").write_text(text)
+    (tmp_path / "text.txt").write_text(made_up_text())
     command = [
         sys.executable,
         "-m",

@@ -225,7 +225,7 @@ def test_init_refuses_what_a_trained_model_has_no_use_for(grok1, tmp_path, optio
     assert not (tmp_path / "bard").exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "other", "absent"])
+@pytest.mark.parametrize("damage", ["cut", "other", "method", "empty", "absent"])
 def test_init_with_a_damaged_archive_leaves_nothing(grok1, tmp_path, monkeypatch, damage):
     archive = tmp_path / "damaged.zip"
     package_file = importlib.resources.files("grok1").joinpath(init.TRAINED["bard"])
@@ -235,6 +235,11 @@ def test_init_with_a_damaged_archive_leaves_nothing(grok1, tmp_path, monkeypatch
     elif damage == "other":
         middle = len(content) // 2
         archive.write_bytes(content[:middle] + bytes(64) + content[middle + 64 :])
+    elif damage == "method":  # a compression method that does not exist
+        entry = content.index(b"PK\x01\x02")
+        archive.write_bytes(content[: entry + 10] + b"\x7f\x00" + content[entry + 12 :])
+    elif damage == "empty":
+        archive.write_bytes(b"PK\x05\x06" + bytes(18))
     monkeypatch.setitem(init.TRAINED, "bard", str(archive))
     result = grok1("init", tmp_path / "bard", "--preset", "bard")
     assert (result.code, result.out) == (1, "")
