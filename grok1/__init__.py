@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from grok1.config import PRESETS, ModelConfig
-from grok1.engine.request import SamplingOptions, TokenLogprobs
+from grok1.request import SamplingOptions, TokenLogprobs
 from grok1.errors import (
     CheckpointError,
     ConfigError,

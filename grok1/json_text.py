@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from grok1.engine.request import TokenLogprobs
+from grok1.request import TokenLogprobs
 
 
 def json_line(value: object) -> str:

@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def _threads() -> int:
-    from grok1.threads import default_threads
+    from grok1.host.threads import default_threads
 
     return default_threads()
 

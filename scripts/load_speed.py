@@ -39,7 +39,7 @@ def load(folder: Path, mesh: tuple[int, int]) -> None:
     """Loads the checkpoint."""
     from grok1.checkpoint.load import load_parameters
     from grok1.checkpoint.reader import Checkpoint
-    from grok1.sharding import make_mesh
+    from grok1.params.sharding import make_mesh
 
     checkpoint = Checkpoint.open(folder)
     load_parameters(checkpoint, make_mesh(checkpoint.config, mesh))
@@ -49,7 +49,7 @@ def measure_here(what: str, folder: Path, mesh: tuple[int, int]) -> dict[str, fl
     """Seconds, JAX's start not counted, and the process's peak resident memory."""
     import jax
 
-    from grok1.memory import peak_resident_bytes
+    from grok1.host.memory import peak_resident_bytes
 
     jax.devices()
     import grok1.checkpoint.load  # noqa: F401

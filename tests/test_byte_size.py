@@ -1,6 +1,6 @@
 import pytest
 
-from grok1.byte_size import format_bytes, parse_bytes
+from grok1.host.sizes import format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 from grok1.config import ModelConfig
-from grok1.memory import MIN_LOAD_MEMORY
+from grok1.host.memory import MIN_LOAD_MEMORY
 
 CONFIG = ModelConfig(
     vocab_size=1024,
@@ -30,7 +30,7 @@ import resource, sys
 from pathlib import Path
 import jax
 from grok1.checkpoint import load, parts, reader
-from grok1.sharding import make_mesh
+from grok1.params.sharding import make_mesh
 
 folder, way, model = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 if way == "device":

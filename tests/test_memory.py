@@ -2,7 +2,7 @@ import concurrent.futures
 
 import pytest
 
-from grok1.memory import MemoryBudget, available_bytes
+from grok1.host.memory import MemoryBudget, available_bytes
 
 GIB = 1 << 30
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import reference
 
-from grok1.quantize import QuantizedWeight
+from grok1.params.weights import QuantizedWeight
 
 
 def random_weight(shape, groups, seed=0):

@@ -7,7 +7,7 @@ import pytest
 
 from grok1.config import PRESETS, ModelConfig
 from grok1.errors import MeshError
-from grok1.sharding import (
+from grok1.params.sharding import (
     counts,
     default_mesh_shape,
     hosts_of,

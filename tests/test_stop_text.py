@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from grok1.errors import RequestError
-from grok1.stop_text import StopMatcher
+from grok1.text.stop_sequences import StopMatcher
 
 texts = st.text("ab", max_size=24)
 stop_lists = st.lists(st.text("ab", min_size=1, max_size=5), max_size=4)

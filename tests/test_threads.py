@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from grok1 import threads
+from grok1.host import threads
 
 
 @pytest.fixture

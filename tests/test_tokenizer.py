@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from grok1.config import PRESETS, ModelConfig
 from grok1.errors import RequestError, TokenizerError
-from grok1.small_tokenizer import LARGEST, SMALLEST, train_small_tokenizer
-from grok1.tokenizer import Tokenizer
+from grok1.text.train_tokenizer import LARGEST, SMALLEST, train_small_tokenizer
+from grok1.text.tokenizer import Tokenizer
 
 RELEASE = Path(__file__).parents[1].parent / "shared" / "release" / "tokenizer.model"
 SMALL_BYTES = train_small_tokenizer(1024)
@@ -400,7 +400,7 @@ def test_the_small_tokenizer_has_the_release_s_ids_up_to_the_first_merge():
 
 def test_training_is_quiet_and_gives_the_same_bytes_in_every_process(tmp_path):
     code = (
-        "import hashlib; from grok1.small_tokenizer import train_small_tokenizer as train;"
+        "import hashlib; from grok1.text.train_tokenizer import train_small_tokenizer as train;"
         "print(hashlib.sha256(train(1024)).hexdigest())"
     )
     paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])

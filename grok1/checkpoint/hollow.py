@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from grok1.checkpoint.framing import Payload
-from grok1.checkpoint.layout import TensorSpec
+from grok1.checkpoint.pickled.framing import Payload
+from grok1.params.table import TensorSpec
 from grok1.errors import CheckpointError
 
 _BLOCK = 4096  # a filesystem allocates in these units, or in multiples

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from grok1.checkpoint.framing import BFLOAT16
-from grok1.checkpoint.layout import TensorSpec
+from grok1.checkpoint.pickled.framing import BFLOAT16
+from grok1.params.table import TensorSpec
 from grok1.config import ModelConfig
 
 EMBEDDED_NORM = 1.0

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from grok1.checkpoint.framing import Payload
+from grok1.checkpoint.pickled.framing import Payload
 from grok1.checkpoint.hollow import hollow_disk_bytes, write_hollow_tensors
-from grok1.checkpoint.layout import CHECKPOINT_DIR, TensorSpec, tensor_table
+from grok1.params.table import CHECKPOINT_DIR, TensorSpec, tensor_table
 from grok1.checkpoint.random_weights import random_chunks
 from grok1.checkpoint.reader import holds_tensor_files
 from grok1.config import ModelConfig

@@ -17,7 +17,7 @@ from grok1.cli.options import (
 )
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.cli.text_input import stdin_is_terminal
-from grok1.engine.request import SamplingOptions
+from grok1.request import SamplingOptions
 from grok1.json_text import json_line
 
 

@@ -11,7 +11,7 @@ from grok1.cli.file_job import FileJob
 from grok1.jobs.batch import complete_rows
 from grok1.jobs.results import Results
 from grok1.jobs.rows import Row, RowDefaults, read_rows
-from grok1.jobs.survey import Batching
+from grok1.jobs.validate import Batching
 
 if TYPE_CHECKING:
     from grok1.model import Model

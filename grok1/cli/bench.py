@@ -12,17 +12,17 @@ import click
 from click.core import ParameterSource
 
 import grok1
-from grok1.byte_size import format_bytes
+from grok1.host.sizes import format_bytes
 from grok1.cli.columns import columns
 from grok1.cli.loading import load_model, read_config, start_jax, tell_shortfall
 from grok1.cli.options import LAYERS, ModelChoice, Numbers, model_options, output_options
 from grok1.cli.terminal import OutputError, Terminal, pass_terminal
 from grok1.config import PRESETS, ModelConfig, default_dtype, preset
 from grok1.json_text import json_line
-from grok1.whole_file import whole_file
+from grok1.host.atomic_write import whole_file
 
 if TYPE_CHECKING:
-    from grok1.bench import Limits, Measurement
+    from grok1.diagnose.bench import Limits, Measurement
     from grok1.model import Model
 
 _PROMPT = 512  # tokens, unless the user says otherwise
@@ -109,7 +109,7 @@ def command(
     if only_devices:
         _refuse(*_OF_MEASURING, because="--devices measures nothing")
     if plot is not None:
-        from grok1.cli.roofline import require_matplotlib
+        from grok1.diagnose.roofline import require_matplotlib
 
         require_matplotlib()
         _require_place(plot)
@@ -126,8 +126,8 @@ def command(
         if layers is not None:
             name += f", {layers} layers"
 
-        from grok1 import memory
-        from grok1.bench import measure, measure_limits
+        from grok1.host import memory
+        from grok1.diagnose.bench import measure, measure_limits
 
         measured = []
         for tokens in prompt:
@@ -144,7 +144,7 @@ def command(
     else:
         terminal.write(_table(model, name, load_seconds, peak, limits, measured))
     if plot is not None:
-        from grok1.cli.roofline import draw_roofline
+        from grok1.diagnose.roofline import draw_roofline
 
         picture = draw_roofline(name, limits, measured, plot.suffix.lower()[1:])
         try:
@@ -176,9 +176,9 @@ def _measurable(
 ) -> tuple[int, ...]:
     """The lengths of prompts to measure. What cannot be measured is told before hundreds of gigabytes are loaded."""
     devices = start_jax(terminal, choice.threads)
-    from grok1.bench import check_measurable, longest_prompt
+    from grok1.diagnose.bench import check_measurable, longest_prompt
     from grok1.plan.verdict import require_room
-    from grok1.sharding import make_mesh
+    from grok1.params.sharding import make_mesh
 
     data, room = 1, None
     if choice.runtime is None:  # otherwise it takes all processes to tell, when they load
@@ -198,7 +198,7 @@ def _model(terminal: Terminal, choice: ModelChoice, preset_name: str | None, con
     from grok1.model import random_model
 
     if choice.runtime is not None:
-        from grok1.follow import tell_random
+        from grok1.model.worker import tell_random
 
         tell_random(choice.runtime, config, choice.mesh, choice.dtype, choice.kernels)
     model = random_model(
@@ -225,8 +225,8 @@ def _fields(
 ) -> dict[str, Any]:
     import jax
 
-    from grok1.bench import weight_bytes
-    from grok1.threads import thread_count
+    from grok1.diagnose.bench import weight_bytes
+    from grok1.host.threads import thread_count
 
     device = model.engine.mesh.devices.flat[0]
     reached = measured.decode_bytes_per_second
@@ -268,7 +268,7 @@ def _fields(
 def _table(
     model: Model, name: str, load_seconds: float, peak: int | None, limits: Limits, measured: Sequence[Measurement]
 ) -> str:
-    from grok1.bench import weight_bytes
+    from grok1.diagnose.bench import weight_bytes
 
     data, shards = model.mesh_shape
     on_devices = model.peak_device_bytes
@@ -309,10 +309,10 @@ def _tell_devices(terminal: Terminal, choice: ModelChoice, as_json: bool) -> Non
     devices = start_jax(terminal, choice.threads)
     import jax
 
-    from grok1 import memory
-    from grok1.kernels import kernels_in_use
+    from grok1.host import memory
+    from grok1.ops.kernels import kernels_in_use
     from grok1.ops import cpu
-    from grok1.threads import thread_count
+    from grok1.host.threads import thread_count
 
     terminal.clear()
     platform = devices[0].platform

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from grok1 import memory
+from grok1.host import memory
 from grok1.cli.terminal import Terminal
 from grok1.json_text import json_line, logprobs_objects
 

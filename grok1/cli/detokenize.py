@@ -36,7 +36,7 @@ def command(terminal: Terminal, ids: tuple[str, ...], choice: ModelChoice, as_js
         raise click.UsageError("there are no ids: give IDS, or pipe them in.")
 
     from grok1.cli.loading import read_tokenizer
-    from grok1.prompt import required
+    from grok1.text.prompt import required
 
     text = required(read_tokenizer(choice)).decode(numbers)
     terminal.write(json_line({"text": text}) if as_json else text + "\n")

@@ -116,7 +116,7 @@ def _follow(terminal: Terminal, runtime: Runtime, choice: ModelChoice) -> None:
     terminal.quiet = True
 
     _end_patiently(runtime)
-    from grok1.follow import follow
+    from grok1.model.worker import follow
 
     try:
         runtime.start(terminal.abort)

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 import click
 
-from grok1.checkpoint.fingerprint import fingerprint
+from grok1.checkpoint.audit.fingerprint import fingerprint
 from grok1.cli.options import ModelChoice
 from grok1.cli.terminal import Terminal
 from grok1.errors import JobError, TooSmallError
-from grok1.jobs.identity import check_same, versions
+from grok1.jobs.fingerprint import check_same, versions
 from grok1.jobs.journal import Journal
 from grok1.jobs.results import OrderedResults, Results
 from grok1.jobs.source import Source
-from grok1.jobs.survey import AnyRow, Batching, JobProgress, Survey
+from grok1.jobs.validate import AnyRow, Batching, JobProgress, Survey
 
 if TYPE_CHECKING:
     from grok1.checkpoint.reader import Checkpoint

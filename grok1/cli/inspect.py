@@ -14,7 +14,7 @@ from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.json_text import json_line
 
 if TYPE_CHECKING:
-    from grok1.checkpoint.inspect import Inspection, KindSummary, TensorEntry
+    from grok1.checkpoint.audit.inspect import Inspection, KindSummary, TensorEntry
 
 
 @click.command("inspect", short_help="Show what is in a checkpoint.")
@@ -41,7 +41,7 @@ def command(terminal: Terminal, directory: Path, tensors: bool, as_json: bool) -
     grok1 inspect --tensors demo
     grok1 inspect --tensors --json | jq -r 'select(.layer == 10) | .file'
     """
-    from grok1.checkpoint.inspect import inspect_checkpoint
+    from grok1.checkpoint.audit.inspect import inspect_checkpoint
     from grok1.checkpoint.reader import Checkpoint
 
     inspection = inspect_checkpoint(Checkpoint.open(directory))

@@ -19,8 +19,8 @@ import click
 import grok1
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.errors import MultihostError
-from grok1.threads import VARIABLE as THREADS_VARIABLE
-from grok1.threads import thread_count
+from grok1.host.threads import VARIABLE as THREADS_VARIABLE
+from grok1.host.threads import thread_count
 
 _COMMANDS = ("run", "batch", "score", "bench")
 _GRACE_SECONDS = 10.0  # for the others to end when process 0 has

@@ -13,13 +13,13 @@ from grok1.cli.terminal import Terminal
 from grok1.config import ModelConfig
 from grok1.errors import Grok1Error
 from grok1.plan.devices import GPU_MEMORY_FRACTION
-from grok1.threads import set_threads
+from grok1.host.threads import set_threads
 
 if TYPE_CHECKING:
     import jax
 
     from grok1.model import Model
-    from grok1.tokenizer import Tokenizer
+    from grok1.text.tokenizer import Tokenizer
 
 
 def read_config(choice: ModelChoice) -> ModelConfig:
@@ -44,7 +44,7 @@ def read_tokenizer(choice: ModelChoice, config: ModelConfig | None = None) -> To
     Raises:
         TokenizerError: if it cannot be read or has another vocabulary.
     """
-    from grok1.tokenizer import Tokenizer, find_tokenizer
+    from grok1.text.tokenizer import Tokenizer, find_tokenizer
 
     path = find_tokenizer(choice.checkpoint, choice.tokenizer)
     if path is None:
@@ -124,7 +124,7 @@ def load_model(choice: ModelChoice, terminal: Terminal) -> tuple[Model, float]:
     from grok1.model import load
 
     if choice.runtime is not None:
-        from grok1.follow import tell_load
+        from grok1.model.worker import tell_load
 
         tell_load(choice.runtime, choice.mesh, choice.dtype, choice.kernels)
     model = load(

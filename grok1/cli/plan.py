@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from grok1.byte_size import format_bytes
+from grok1.host.sizes import format_bytes
 from grok1.cli.columns import columns
 from grok1.cli.loading import prepare_jax, start_jax
 from grok1.cli.options import LAYERS, MESH, ByteSize, Numbers, output_options
@@ -196,7 +196,7 @@ def _estimate(
 ) -> Estimate:
     """The estimate for what the user asked, with the rest chosen."""
     from grok1.plan.estimate import Estimate, smallest_fit
-    from grok1.sharding import check_mesh_shape, default_mesh_shape
+    from grok1.params.sharding import check_mesh_shape, default_mesh_shape
 
     dtype = dtype or devices.kind.dtype
     if choose_count and mesh is None:

@@ -10,7 +10,7 @@ import click
 from grok1.cli.options import ModelChoice, model_options, output_options, sampling_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.cli.text_input import given_text
-from grok1.engine.request import SamplingOptions
+from grok1.request import SamplingOptions
 
 if TYPE_CHECKING:
     from grok1.cli.completions import CompletionPrinter
@@ -63,7 +63,7 @@ def command(
     text = given_text(prompt, prompt_file, argument_name="PROMPT", file_option="--prompt-file")
 
     from grok1.cli.loading import read_config, read_tokenizer
-    from grok1.prompt import Request, encode_prompt, required
+    from grok1.text.prompt import Request, encode_prompt, required
 
     # What can be wrong with the prompt is told before hundreds of gigabytes are loaded.
     config = read_config(choice)

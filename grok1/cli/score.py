@@ -12,12 +12,12 @@ from grok1.cli.options import ModelChoice, batch_size_option, job_options, model
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.cli.text_input import checked_argument, decoded, read_file, read_stdin, stdin_is_terminal
 from grok1.cli.tokenize import in_one_line
-from grok1.engine.request import MAX_LOGPROBS
+from grok1.request import MAX_LOGPROBS
 from grok1.json_text import finite, json_line, top_object
 
 if TYPE_CHECKING:
     from grok1.model import Score
-    from grok1.tokenizer import Tokenizer
+    from grok1.text.tokenizer import Tokenizer
 
 
 @click.command("score", short_help="Tell how likely the model finds a text, or a file of texts.")
@@ -139,7 +139,7 @@ def _score_text(
 ) -> None:
     """Scores one text and prints it."""
     from grok1.cli.loading import load_model, read_config, read_tokenizer
-    from grok1.prompt import encode_scored, window_stride
+    from grok1.text.prompt import encode_scored, window_stride
 
     config = read_config(choice)
     tokenizer = read_tokenizer(choice, config)  # ids can be scored without one

@@ -10,8 +10,8 @@ from grok1.cli.text_input import decoded
 from grok1.errors import JobError
 from grok1.jobs.results import Results
 from grok1.jobs.score import RESULT_VERSION, Corpus, ScoreRow, chunk_rows, read_score_rows, score_rows
-from grok1.jobs.survey import Batching
-from grok1.prompt import required, window_stride
+from grok1.jobs.validate import Batching
+from grok1.text.prompt import required, window_stride
 
 if TYPE_CHECKING:
     from grok1.model import Model

@@ -15,7 +15,7 @@ from prompt_toolkit.output import create_output
 
 from grok1.cli.completions import CompletionPrinter
 from grok1.errors import RequestError
-from grok1.prompt import Request
+from grok1.text.prompt import Request
 
 
 class PrivateHistory(FileHistory):

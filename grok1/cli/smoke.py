@@ -16,7 +16,7 @@ from grok1.errors import Grok1Error
 from grok1.json_text import json_line
 
 if TYPE_CHECKING:
-    from grok1.smoke import Check
+    from grok1.diagnose.smoke import Check
 
 
 class _ChecksFailed(Grok1Error):
@@ -44,7 +44,7 @@ def command(terminal: Terminal, keep: Path | None, as_json: bool) -> None:
 
     prepare_jax(terminal)
     terminal.show_status("starting")
-    from grok1.smoke import run_smoke
+    from grok1.diagnose.smoke import run_smoke
 
     failed = []
     with ExitStack() as stack:

@@ -47,7 +47,7 @@ def command(
         raise click.UsageError("--pieces and --json are both given: JSON has the pieces in any case.")
 
     from grok1.cli.loading import read_tokenizer
-    from grok1.prompt import required
+    from grok1.text.prompt import required
 
     tokenizer = required(read_tokenizer(choice))
     ids = tokenizer.encode(given)

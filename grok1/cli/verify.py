@@ -12,7 +12,7 @@ from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.json_text import json_line
 
 if TYPE_CHECKING:
-    from grok1.checkpoint.verify import Report
+    from grok1.checkpoint.audit.verify import Report
 
 
 @click.command("verify", short_help="Check that a checkpoint is whole and sane.")
@@ -73,7 +73,7 @@ def command(
         raise click.UsageError("--manifest and --write-manifest are both given: check against one first, then write.")
 
     from grok1.checkpoint.reader import faults_sentence
-    from grok1.checkpoint.verify import verify
+    from grok1.checkpoint.audit.verify import verify
     from grok1.errors import CheckpointError
 
     terminal.show_status("checking the structure")

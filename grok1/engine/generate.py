@@ -17,8 +17,8 @@ import numpy as np
 
 from grok1.engine.engine import BatchState, Engine, PromptPart
 from grok1.engine.occupancy import Occupancy
-from grok1.engine.prompt_slots import PromptSlots
-from grok1.engine.request import FinishReason, SamplingOptions, TokenLogprobs
+from grok1.engine.scheduler import PromptSlots
+from grok1.request import FinishReason, SamplingOptions, TokenLogprobs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from grok1.engine.request import SamplingOptions
+from grok1.request import SamplingOptions
 from grok1.ops.sampling import filter_logits
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from grok1.engine.engine import Engine, ScoredPart
 from grok1.engine.occupancy import Occupancy
-from grok1.engine.prompt_slots import PromptSlots
+from grok1.engine.scheduler import PromptSlots
 from grok1.engine.sampling import SampledTokens
 
 

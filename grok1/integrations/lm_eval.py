@@ -21,10 +21,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
-from grok1.engine.request import SamplingOptions
+from grok1.request import SamplingOptions
 from grok1.errors import RequestError
-from grok1.jobs.survey import common_beginning
-from grok1.prompt import Request
+from grok1.jobs.validate import common_beginning
+from grok1.text.prompt import Request
 
 if TYPE_CHECKING:
     from grok1.model import Model

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from grok1.jobs.results import Results, error_line
 from grok1.jobs.rows import Row
-from grok1.jobs.survey import Batching, JobProgress
+from grok1.jobs.validate import Batching, JobProgress
 from grok1.json_text import json_line, logprobs_objects
 
 if TYPE_CHECKING:
     from grok1.model import Completion, Model
-    from grok1.prompt import Request
+    from grok1.text.prompt import Request
 
 
 def complete_rows(

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from grok1.errors import JobError
-from grok1.whole_file import whole_file
+from grok1.host.atomic_write import whole_file
 
 _VERSION = 1
 _SYNC_SECONDS = 0.5

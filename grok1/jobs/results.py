@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from grok1.jobs.survey import SurveyedRow
+from grok1.jobs.validate import SurveyedRow
 from grok1.json_text import json_line
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from grok1.network.layers import quantized_parameter
 from grok1.network.shard import ModelShard
 from grok1.ops.gated_experts import gated_experts
-from grok1.quantize import PackedWeight, QuantizedWeight
+from grok1.params.weights import PackedWeight, QuantizedWeight
 
 
 class Router(hk.Module):

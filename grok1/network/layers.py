@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from grok1.config import ModelConfig
 from grok1.ops.backend import Backend
 from grok1.ops.quantized_matmul import quantized_matmul
-from grok1.quantize import PackedWeight, QuantizedWeight
+from grok1.params.weights import PackedWeight, QuantizedWeight
 
 
 def quantized_parameter(name: str, shape: tuple[int, ...], groups: int) -> QuantizedWeight | PackedWeight:

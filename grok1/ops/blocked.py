@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from grok1.quantize import QuantizedWeight
+from grok1.params.weights import QuantizedWeight
 
 # Up to this many rows of activations a block is multiplied as a sum of scaled weight rows, which XLA fuses with the
 # conversion; with more, a matrix product per block is faster.

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grok1.quantize import PANEL_COLUMNS, PackedWeight, packed_shape
+from grok1.params.weights import PANEL_COLUMNS, PackedWeight, packed_shape
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
 """Where the build puts what it compiles from `native/`."""

@@ -15,7 +15,7 @@ from grok1.ops.grouped_matmul import (
     grouped_matmuls,
     scatter_rows,
 )
-from grok1.quantize import PackedWeight, QuantizedWeight
+from grok1.params.weights import PackedWeight, QuantizedWeight
 
 Weight = QuantizedWeight | PackedWeight
 

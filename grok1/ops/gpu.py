@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from grok1.quantize import QuantizedWeight
+from grok1.params.weights import QuantizedWeight
 
 LEAST_ROWS = 16
 """Rows of the smallest product of a GPU's matrix units; fewer are padded."""

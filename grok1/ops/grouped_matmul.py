@@ -15,7 +15,7 @@ from jax import lax
 
 from grok1.ops import blocked, gpu, tpu
 from grok1.ops.backend import Backend
-from grok1.quantize import QuantizedWeight
+from grok1.params.weights import QuantizedWeight
 
 MOST_ROWS: dict[Backend, int] = {"gpu": gpu.MOST_ROWS, "tpu": tpu.MOST_ROWS}
 """Rows of a block of `block_products`."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from grok1.ops import blocked, cpu
 from grok1.ops.backend import Backend
 from grok1.ops.grouped_matmul import MOST_ROWS, block_products
-from grok1.quantize import PackedWeight, QuantizedWeight
+from grok1.params.weights import PackedWeight, QuantizedWeight
 
 Weight = QuantizedWeight | PackedWeight
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from grok1.quantize import QuantizedWeight
+from grok1.params.weights import QuantizedWeight
 
 LEAST_ROWS = 16
 """Rows of bfloat16 in a tile of memory; fewer are padded."""

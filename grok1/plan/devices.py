@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from grok1 import memory
+from grok1.host import memory
 from grok1.config import DTypeName, default_dtype
 from grok1.errors import DeviceKindError
 

@@ -24,7 +24,7 @@ from bard_training import corpus
 from bard_training.evaluate import bits_per_byte, token_logprobs
 from bard_training.model import EMBEDDINGS, FAITHFUL, Params, RouterStatistics, forward, init_params
 from grok1.config import ModelConfig
-from grok1.whole_file import whole_file
+from grok1.host.atomic_write import whole_file
 
 MATRIX_RATE = 1.5e-2
 OTHER_RATE = 5e-3

@@ -21,7 +21,7 @@ from bard_training.model import Params, expert_shares, forward
 from bard_training.run import DivergedError, Recipe, ResumeError, Run
 from grok1.config import PRESETS, ModelConfig
 from grok1.errors import Grok1Error
-from grok1.whole_file import whole_file
+from grok1.host.atomic_write import whole_file
 
 CORPUS = Path(__file__).resolve().parents[3] / "shared" / "corpus"
 EXCERPT_TOKENS = 256

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grok1.checkpoint.pickle_scan import scan
+from grok1.checkpoint.pickled.scan import scan
 from grok1.checkpoint.writer import write_checkpoint
 from grok1.config import ModelConfig
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grok1.checkpoint.framing import ArraySpec, Payload, file_pieces, pieces_size
-from grok1.checkpoint.layout import tensor_table
+from grok1.checkpoint.pickled.framing import ArraySpec, Payload, file_pieces, pieces_size
+from grok1.params.table import tensor_table
 from grok1.config import ModelConfig
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from grok1.checkpoint import hollow
-from grok1.checkpoint.layout import tensor_table
+from grok1.params.table import tensor_table
 from grok1.checkpoint.reader import Checkpoint
 from grok1.checkpoint.writer import write_checkpoint
 from grok1.config import PRESETS, ModelConfig

@@ -5,7 +5,7 @@ import pickletools
 
 import pytest
 
-from grok1.checkpoint.inspect import KINDS, inspect_checkpoint
+from grok1.checkpoint.audit.inspect import KINDS, inspect_checkpoint
 from grok1.checkpoint.reader import Checkpoint
 from grok1.checkpoint.writer import write_checkpoint
 from grok1.config import PRESETS

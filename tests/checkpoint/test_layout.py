@@ -1,7 +1,7 @@
 import csv
 import dataclasses
 
-from grok1.checkpoint.layout import tensor_table
+from grok1.params.table import tensor_table
 from grok1.config import PRESETS, ModelConfig
 
 

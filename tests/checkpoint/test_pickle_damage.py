@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grok1.checkpoint.pickle_scan import scan
+from grok1.checkpoint.pickled.scan import scan
 from grok1.errors import CheckpointError
 
 

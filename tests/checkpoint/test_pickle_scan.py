@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grok1.checkpoint.pickle_scan import StoredArray, scan
+from grok1.checkpoint.pickled.scan import StoredArray, scan
 from grok1.errors import CheckpointError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -314,5 +314,5 @@ def test_a_link_to_a_file_is_followed(tmp_path, small_array):
 
 
 def test_scanning_imports_no_jax():
-    program = "import sys, grok1.checkpoint.pickle_scan; sys.exit('jax' in sys.modules)"
+    program = "import sys, grok1.checkpoint.pickled.scan; sys.exit('jax' in sys.modules)"
     assert subprocess.run([os.sys.executable, "-c", program], check=False).returncode == 0

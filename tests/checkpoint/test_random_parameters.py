@@ -5,11 +5,11 @@ import pytest
 from built import require_kernels
 
 from grok1.checkpoint.load import load_parameters
-from grok1.checkpoint.parameters import abstract_parameters
-from grok1.checkpoint.random_parameters import random_parameters
+from grok1.params.tree import abstract_parameters
+from grok1.params.random import random_parameters
 from grok1.checkpoint.reader import Checkpoint
 from grok1.ops import cpu
-from grok1.sharding import make_mesh
+from grok1.params.sharding import make_mesh
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -8,12 +8,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grok1.checkpoint import content
-from grok1.checkpoint import manifest as manifests
-from grok1.checkpoint.framing import Payload
-from grok1.checkpoint.layout import tensor_table
-from grok1.checkpoint.manifest import read_manifest
-from grok1.checkpoint.verify import Report, verify
+from grok1.checkpoint.audit import content
+from grok1.checkpoint.audit import manifest as manifests
+from grok1.checkpoint.pickled.framing import Payload
+from grok1.params.table import tensor_table
+from grok1.checkpoint.audit.manifest import read_manifest
+from grok1.checkpoint.audit.verify import Report, verify
 from grok1.checkpoint.writer import write_checkpoint
 from grok1.config import PRESETS, ModelConfig
 from grok1.errors import CheckpointError

@@ -14,7 +14,7 @@ from grok1 import cli
 from grok1.checkpoint.writer import write_checkpoint
 from grok1.cli.terminal import Terminal
 from grok1.config import ModelConfig
-from grok1.small_tokenizer import train_small_tokenizer
+from grok1.text.train_tokenizer import train_small_tokenizer
 
 CONFIG = ModelConfig(
     vocab_size=512,

@@ -17,7 +17,7 @@ ARGUMENTS = ("--mesh", "1,1", "--batch-size", 3, "--seed", 5)
 REPORT_PEAK = """
 import sys
 from grok1.cli import main
-from grok1.memory import peak_resident_bytes
+from grok1.host.memory import peak_resident_bytes
 main()
 print(peak_resident_bytes(), file=sys.stderr)
 """

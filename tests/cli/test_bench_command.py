@@ -6,8 +6,8 @@ import re
 import jax
 import pytest
 
-from grok1 import bench
-from grok1.byte_size import format_bytes
+from grok1.diagnose import bench
+from grok1.host.sizes import format_bytes
 from grok1.cli import bench as command
 from grok1.config import ModelConfig
 from grok1.ops import cpu

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from grok1 import memory
+from grok1.host import memory
 from grok1.plan.devices import DEVICE_KINDS
 
 JSON_KEYS = {

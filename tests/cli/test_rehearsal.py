@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from grok1.checkpoint.reader import Checkpoint
-from grok1.tokenizer import Tokenizer
+from grok1.text.tokenizer import Tokenizer
 
 PROMPT = "The answer to life the universe and everything is of course"
 PROMPT_IDS = [422, 3033, 356, 1180, 333, 9072, 360, 2175, 391, 359, 1805]

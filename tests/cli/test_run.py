@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 
-from grok1.small_tokenizer import train_small_tokenizer
+from grok1.text.train_tokenizer import train_small_tokenizer
 
 KEYS = {
     "prompt",

@@ -8,7 +8,7 @@ import zlib
 
 import pytest
 
-from grok1.tokenizer import Tokenizer
+from grok1.text.tokenizer import Tokenizer
 
 ROWS = [
     {"text": "A text of its own."},

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from grok1 import smoke
+from grok1.diagnose import smoke
 from grok1.model import Model
 
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from grok1.tokenizer import Tokenizer
+from grok1.text.tokenizer import Tokenizer
 
 TEXT = "Ein Füßchen\n\tund 東京\n"  # the tokenizer has 東京 in bytes only
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from grok1.checkpoint.framing import Payload
-from grok1.checkpoint.layout import tensor_table
+from grok1.checkpoint.pickled.framing import Payload
+from grok1.params.table import tensor_table
 from grok1.config import PRESETS
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from grok1.engine.request import SamplingOptions
+from grok1.request import SamplingOptions
 from grok1.model import Model, Request
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from grok1.engine.engine import LANE_TOKENS, Engine
 from grok1.engine.generate import GenerationRequest, generate
-from grok1.engine.request import SamplingOptions
+from grok1.request import SamplingOptions
 
 
 @pytest.fixture(scope="module")

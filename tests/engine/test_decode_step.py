@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from grok1.config import ModelConfig
-from grok1.quantize import packed_shape
+from grok1.params.weights import packed_shape
 
 CONFIG = ModelConfig(
     vocab_size=64,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from grok1.config import ModelConfig
-from grok1.engine.request import SamplingOptions
+from grok1.request import SamplingOptions
 from grok1.model import Model, Request
 
 PROMPTS = [

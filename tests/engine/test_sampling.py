@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from grok1.engine.request import SamplingOptions
+from grok1.request import SamplingOptions
 from grok1.engine.sampling import SamplingState, sample, token_logprobs
 
 draw = functools.partial(jax.jit, static_argnums=3)(sample)

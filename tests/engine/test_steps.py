@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from grok1.engine.engine import Engine
-from grok1.engine.steps import Step, StepSender
+from grok1.engine.replay import Step, StepSender
 from grok1.model import Model
 
 ARRAYS = hnp.arrays(st.sampled_from([np.int32, np.bool_, np.float32, np.uint32]), hnp.array_shapes(min_dims=0))

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from grok1.engine.request import TokenLogprobs
+from grok1.request import TokenLogprobs
 from grok1.jobs.score import Corpus, RowScore, ScoreRow, result_line
-from grok1.prompt import Window
+from grok1.text.prompt import Window
 
 
 def line(logprobs, num_bytes):

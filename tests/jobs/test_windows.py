@@ -3,7 +3,7 @@
 import pytest
 
 from grok1.jobs.score import chunk_rows
-from grok1.prompt import windows
+from grok1.text.prompt import windows
 
 
 @pytest.mark.parametrize("length", [2, 9, 10, 11, 12, 25, 40, 41])

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from grok1.checkpoint.parameters import stored_leaves
+from grok1.params.tree import stored_leaves
 from grok1.checkpoint.reader import Checkpoint
 from grok1.model import Model
 
@@ -17,7 +17,7 @@ WORKER = """
 import json, sys
 from pathlib import Path
 import numpy as np
-from grok1.memory import DEFAULT_LOAD_MEMORY
+from grok1.host.memory import DEFAULT_LOAD_MEMORY
 from grok1.multihost.cluster import given_cluster
 from grok1.multihost.runtime import join
 
@@ -29,7 +29,7 @@ def end(sentence, code):
 
 runtime = join(given_cluster(f":{port}", int(count), int(process), None, 120), {})
 runtime.start(end)
-from grok1.follow import follow, tell_load
+from grok1.model.worker import follow, tell_load
 from grok1.model import load
 
 if not runtime.leads:

@@ -10,7 +10,7 @@ import pytest
 
 from grok1.checkpoint.writer import write_checkpoint
 from grok1.config import PRESETS
-from grok1.small_tokenizer import train_small_tokenizer
+from grok1.text.train_tokenizer import train_small_tokenizer
 
 PROMPTS = [f"Prompt number {i} is" for i in range(8)]
 TIMEOUT = 120

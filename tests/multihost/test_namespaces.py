@@ -9,7 +9,7 @@ import pytest
 
 from grok1.checkpoint.writer import write_checkpoint
 from grok1.config import PRESETS
-from grok1.small_tokenizer import train_small_tokenizer
+from grok1.text.train_tokenizer import train_small_tokenizer
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 PORT = 8476

@@ -11,7 +11,7 @@ import pytest
 from built import require_kernels
 
 from grok1.ops import cpu
-from grok1.quantize import PackedWeight, packed_shape
+from grok1.params.weights import PackedWeight, packed_shape
 
 require_kernels()
 

@@ -8,7 +8,7 @@ from built import require_kernels
 
 from grok1.ops import cpu
 from grok1.ops.gated_experts import definition, gated_experts
-from grok1.quantize import PackedWeight, QuantizedWeight, packed_shape
+from grok1.params.weights import PackedWeight, QuantizedWeight, packed_shape
 
 LAYERS, EXPERTS = 2, 4
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grok1.ops.grouped_matmul import definition, gather_rows, group_by_expert, grouped_matmul, scatter_rows
-from grok1.quantize import QuantizedWeight
+from grok1.params.weights import QuantizedWeight
 
 group = jax.jit(group_by_expert, static_argnums=(1, 2))
 

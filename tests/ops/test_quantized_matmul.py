@@ -7,7 +7,7 @@ import reference
 
 from grok1.ops import tpu
 from grok1.ops.quantized_matmul import definition, quantized_matmul, quantized_matmuls
-from grok1.quantize import QuantizedWeight
+from grok1.params.weights import QuantizedWeight
 
 jitted = jax.jit(quantized_matmul, static_argnames="backend")
 

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grok1.checkpoint.parameters import abstract_parameters
+from grok1.params.tree import abstract_parameters
 from grok1.config import PRESETS, ModelConfig
 from grok1.engine.engine import Engine
 from grok1.errors import CompileError, MeshError

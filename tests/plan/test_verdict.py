@@ -1,7 +1,7 @@
 import jax
 import pytest
 
-from grok1 import memory
+from grok1.host import memory
 from grok1.config import PRESETS
 from grok1.errors import TooSmallError
 from grok1.model import load

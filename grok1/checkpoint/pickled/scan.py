@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from grok1.checkpoint.framing import BFLOAT16, FLOAT32, INT8
-from grok1.checkpoint.pickle_source import MAX_STRING, PickleSource, ScanError, open_regular
-from grok1.checkpoint.pickle_symbols import (
+from grok1.checkpoint.pickled.framing import BFLOAT16, FLOAT32, INT8
+from grok1.checkpoint.pickled.source import MAX_STRING, PickleSource, ScanError, open_regular
+from grok1.checkpoint.pickled.symbols import (
     KNOWN_DTYPES,
     KNOWN_NAMES,
     ArraySymbol,

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grok1.checkpoint.framing import ArraySpec
-from grok1.checkpoint.layout import TensorSpec, tensor_table
-from grok1.checkpoint.pickle_scan import StoredArray, StoredTensor, scan
-from grok1.checkpoint.pickle_source import ScanError
+from grok1.checkpoint.pickled.framing import ArraySpec
+from grok1.params.table import TensorSpec, tensor_table
+from grok1.checkpoint.pickled.scan import StoredArray, StoredTensor, scan
+from grok1.checkpoint.pickled.source import ScanError
 from grok1.config import ModelConfig
 from grok1.errors import CheckpointError
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from grok1.control_groups import control_groups
+from grok1.host.control_groups import control_groups
 
 VARIABLE = "NPROC"
 """Names how many threads XLA's pool is to have."""

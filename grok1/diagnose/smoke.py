@@ -19,8 +19,8 @@ import numpy as np
 from grok1.checkpoint.reader import Checkpoint
 from grok1.checkpoint.writer import write_checkpoint
 from grok1.config import PRESETS
-from grok1.small_tokenizer import train_small_tokenizer
-from grok1.tokenizer import Tokenizer
+from grok1.text.train_tokenizer import train_small_tokenizer
+from grok1.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from grok1.model import Completion, Model
@@ -150,7 +150,7 @@ class _Path:
         return self._load("one", (1, 1), devices[:1])
 
     def load_sharded(self) -> str:
-        from grok1.sharding import default_mesh_shape
+        from grok1.params.sharding import default_mesh_shape
 
         devices = _started_jax().devices()
         shape = default_mesh_shape(self._checkpoint().config, len(devices))

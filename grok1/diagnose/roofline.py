@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from grok1.errors import Grok1Error
 
 if TYPE_CHECKING:
-    from grok1.bench import Limits, Measurement
+    from grok1.diagnose.bench import Limits, Measurement
 
 
 class PlotError(Grok1Error):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from grok1.checkpoint.framing import BFLOAT16, FLOAT32, INT8, QUANTIZED_CLASS
+from grok1.checkpoint.pickled.framing import BFLOAT16, FLOAT32, INT8, QUANTIZED_CLASS
 
 
 @dataclass(frozen=True)

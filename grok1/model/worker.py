@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grok1.config import ModelConfig
-from grok1.engine.steps import Step
+from grok1.engine.replay import Step
 from grok1.model import Model, load, random_model
 from grok1.multihost.runtime import Runtime
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from grok1.checkpoint.framing import BFLOAT16, FLOAT32, INT8, ArraySpec, Piece, file_pieces, pieces_size
+from grok1.checkpoint.pickled.framing import BFLOAT16, FLOAT32, INT8, ArraySpec, Piece, file_pieces, pieces_size
 from grok1.config import SCALE_GROUPS, ModelConfig
 
 CHECKPOINT_DIR = "ckpt-0"

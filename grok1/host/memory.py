@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from grok1.control_groups import control_groups
+from grok1.host.control_groups import control_groups
 
 DEFAULT_LOAD_MEMORY = 2_000_000_000
 """Bytes of host memory beyond the weights that loading takes at most."""

@@ -13,33 +13,33 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from grok1 import memory
-from grok1.checkpoint.fingerprint import difference, identity
+from grok1.host import memory
+from grok1.checkpoint.audit.fingerprint import difference, identity
 from grok1.checkpoint.load import load_parameters
-from grok1.checkpoint.parameters import abstract_parameters
-from grok1.checkpoint.random_parameters import random_parameters
+from grok1.params.tree import abstract_parameters
+from grok1.params.random import random_parameters
 from grok1.checkpoint.reader import Checkpoint
 from grok1.config import DTypeName, KernelsName, ModelConfig, default_dtype
 from grok1.engine.compilation_cache import enable_compilation_cache
 from grok1.engine.engine import Engine
 from grok1.engine.generate import GeneratedSequence, GenerationRequest, generate
 from grok1.engine.occupancy import Occupancy
-from grok1.engine.request import FinishReason, SamplingOptions, TokenLogprobs
+from grok1.request import FinishReason, SamplingOptions, TokenLogprobs
 from grok1.engine.score import ScoringRequest, score
-from grok1.engine.steps import StepSender
+from grok1.engine.replay import StepSender
 from grok1.errors import CheckpointError, MultihostError, RequestError
-from grok1.kernels import ChosenKernels, choose_kernels
+from grok1.ops.kernels import ChosenKernels, choose_kernels
 from grok1.multihost.runtime import Runtime
 from grok1.ops import cpu
 from grok1.plan.devices import Devices, present_devices
 from grok1.plan.estimate import Estimate
 from grok1.plan.verdict import room
-from grok1.prompt import Request as Request
-from grok1.prompt import check_token_ids, encode_prompt, encode_scored, required, window_stride, windows
-from grok1.sharding import counts, default_mesh_shape, hosts_of, make_mesh, own_devices
-from grok1.stop_text import StopMatcher
-from grok1.threads import thread_count
-from grok1.tokenizer import Tokenizer, find_tokenizer
+from grok1.text.prompt import Request as Request
+from grok1.text.prompt import check_token_ids, encode_prompt, encode_scored, required, window_stride, windows
+from grok1.params.sharding import counts, default_mesh_shape, hosts_of, make_mesh, own_devices
+from grok1.text.stop_sequences import StopMatcher
+from grok1.host.threads import thread_count
+from grok1.text.tokenizer import Tokenizer, find_tokenizer
 
 _BATCH_SIZE = {"cpu": 16}  # sequences that are continued at a time, unless the caller says otherwise
 _BATCH_SIZE_ACCELERATOR = 64
@@ -232,11 +232,11 @@ def load(
         kernels: "native" for the platform's own kernels, "xla" for what XLA makes of plain JAX; "auto" takes the first
             where they can be had.
         threads: how many the kernels for processors compute with; by default one for each physical core that the
-            process may use. XLA's own are set when JAX starts: see `grok1.threads`.
+            process may use. XLA's own are set when JAX starts: see `grok1.host.threads`.
         progress: is called while files are checked, weights loaded and programs compiled, also later by the model's
             methods, from whichever thread does the work.
         runtime: the processes that load it together, each the part of its own devices; every one of them calls this
-            with the same mesh, dtype and kernels. See `grok1.multihost` and `grok1.follow`.
+            with the same mesh, dtype and kernels. See `grok1.multihost` and `grok1.model.worker`.
 
     Raises:
         CheckpointError: if there is no checkpoint or it is damaged, or that of another process is another.
@@ -637,7 +637,7 @@ class Model:
             text: text, or token ids; at least 2 tokens.
             top_logprobs: how many of the likeliest tokens to report at each place, up to 20.
             stride: how far apart the windows are in which a text is read that is longer than the context; by default
-                half of the context. See `grok1.prompt.windows`.
+                half of the context. See `grok1.text.prompt.windows`.
 
         Raises:
             RequestError: if the text is too short, or `stride` is not 1 to `sequence_len`.

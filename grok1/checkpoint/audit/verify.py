@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from grok1.checkpoint.content import check_content, is_hollow
-from grok1.checkpoint.layout import CHECKPOINT_DIR
-from grok1.checkpoint.manifest import (
+from grok1.checkpoint.audit.content import check_content, is_hollow
+from grok1.params.table import CHECKPOINT_DIR
+from grok1.checkpoint.audit.manifest import (
     Entry,
     Journal,
     Target,
@@ -22,9 +22,9 @@ from grok1.checkpoint.manifest import (
     write_manifest,
 )
 from grok1.checkpoint.parallel import in_parallel
-from grok1.checkpoint.pickle_source import ScanError
+from grok1.checkpoint.pickled.source import ScanError
 from grok1.checkpoint.reader import find_checkpoint, stated_or_release
-from grok1.checkpoint.structure import FileFault, Structure, find_faults
+from grok1.checkpoint.audit.structure import FileFault, Structure, find_faults
 from grok1.config import PRESETS, ModelConfig
 from grok1.errors import CheckpointError
 

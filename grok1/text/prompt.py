@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from grok1.config import ModelConfig
-from grok1.engine.request import SamplingOptions
+from grok1.request import SamplingOptions
 from grok1.errors import RequestError, TokenizerError
-from grok1.tokenizer import Tokenizer
+from grok1.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
