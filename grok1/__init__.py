@@ -14,8 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from grok1.config import PRESETS, ModelConfig
-from grok1.request import SamplingOptions, TokenLogprobs
+from grok1.config import PRESETS, VERSION, ModelConfig
 from grok1.errors import (
     CheckpointError,
     ConfigError,
@@ -24,11 +23,12 @@ from grok1.errors import (
     RequestError,
     TokenizerError,
 )
+from grok1.request import SamplingOptions, TokenLogprobs
 
 if TYPE_CHECKING:
     from grok1.model import Completion, CompletionStream, Model, Progress, Request, Score, Timings, load
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _FROM_MODEL = ("Completion", "CompletionStream", "Model", "Progress", "Request", "Score", "Timings", "load")
 

@@ -14,6 +14,9 @@ from typing import Any, ClassVar, Literal
 
 from grok1.errors import ConfigError
 
+VERSION = "0.1.0"
+"""Version of grok1."""
+
 SCALE_GROUPS = 8
 """Row groups in the scales of a matrix whose input dimension the release split over its 8 devices."""
 

@@ -22,15 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import grok1
-from grok1.diagnose.bench import device_copy_rate, estimate_of, matrix_rate
 from grok1.config import ModelConfig, preset
+from grok1.diagnose.bench import device_copy_rate, estimate_of, matrix_rate
 from grok1.engine.engine import PromptPart
-from grok1.request import SamplingOptions
-from grok1.ops.kernels import kernels_in_use
+from grok1.host.atomic_write import whole_file
 from grok1.model import Model, random_model
 from grok1.ops import attention, gated_experts, quantized_matmul
+from grok1.ops.kernels import kernels_in_use
 from grok1.params.weights import QuantizedWeight
-from grok1.host.atomic_write import whole_file
+from grok1.request import SamplingOptions
 
 BFLOAT16_ERROR = 0.02  # of the largest value
 

@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from grok1.diagnose import bench
-from grok1.params.table import tensor_table
 from grok1.config import ModelConfig
+from grok1.diagnose import bench
 from grok1.errors import RequestError
 from grok1.model import random_model
+from grok1.params.table import tensor_table
 
 CONFIG = ModelConfig(
     vocab_size=96,

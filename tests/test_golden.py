@@ -9,10 +9,10 @@ import pytest
 import grok1
 from grok1.checkpoint.reader import Checkpoint
 from grok1.engine.engine import PromptPart
-from grok1.request import SamplingOptions
 from grok1.errors import MeshError
 from grok1.model import Model
 from grok1.params.sharding import make_mesh
+from grok1.request import SamplingOptions
 
 FLOAT32_ERROR = 1e-4  # about 2e-6 is usual
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1.request import MAX_SEED, SamplingOptions, TokenLogprobs
 from grok1.errors import RequestError, TokenizerError
 from grok1.model import Model, Request
+from grok1.request import MAX_SEED, SamplingOptions, TokenLogprobs
 
 PROMPT = "Hello"
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from grok1.config import PRESETS, ModelConfig
 from grok1.errors import RequestError, TokenizerError
-from grok1.text.train_tokenizer import LARGEST, SMALLEST, train_small_tokenizer
 from grok1.text.tokenizer import Tokenizer
+from grok1.text.train_tokenizer import LARGEST, SMALLEST, train_small_tokenizer
 
 RELEASE = Path(__file__).parents[1].parent / "shared" / "release" / "tokenizer.model"
 SMALL_BYTES = train_small_tokenizer(1024)

@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from grok1.checkpoint.pickled.framing import Payload
-from grok1.params.table import TensorSpec
+from grok1.checkpoint.pickled.framing import Payload, tensor_file_size, tensor_pieces
 from grok1.errors import CheckpointError
+from grok1.params.table import TensorSpec
 
 _BLOCK = 4096  # a filesystem allocates in these units, or in multiples
 _LARGE = 1 << 20  # a smaller file is no proof of whether the filesystem keeps holes
@@ -22,9 +22,9 @@ def allocated_bytes(status: os.stat_result) -> int:
 
 def hollow_disk_bytes(spec: TensorSpec) -> int:
     """The most bytes that the hollow file takes on the disk: its literal bytes, each run of them in blocks."""
-    literals = [piece for piece in spec.pieces() if not isinstance(piece, Payload)]
+    literals = [piece for piece in tensor_pieces(spec) if not isinstance(piece, Payload)]
     # A run may begin in one block and end in another.
-    return min(spec.file_bytes, sum(len(piece) + 2 * _BLOCK for piece in literals))
+    return min(tensor_file_size(spec), sum(len(piece) + 2 * _BLOCK for piece in literals))
 
 
 def write_hollow_tensors(
@@ -41,11 +41,11 @@ def write_hollow_tensors(
         CheckpointError: if the filesystem fills holes and has no room for all files so filled.
         OSError: if a file cannot be written.
     """
-    done, total = 0, sum(spec.file_bytes for spec in table)
+    done, total = 0, sum(tensor_file_size(spec) for spec in table)
     for spec in table:
         status = _write_hollow(folder / spec.file_name, spec)
-        done += spec.file_bytes
-        if spec.file_bytes >= _LARGE and allocated_bytes(status) > spec.file_bytes // 2:
+        done += tensor_file_size(spec)
+        if tensor_file_size(spec) >= _LARGE and allocated_bytes(status) > tensor_file_size(spec) // 2:
             _check_room_for_filled(folder, spec, allocated_bytes(status), total - done)
         if progress:
             progress(done, total)
@@ -53,7 +53,7 @@ def write_hollow_tensors(
 
 def _write_hollow(path: Path, spec: TensorSpec) -> os.stat_result:
     with path.open("wb") as file:
-        for piece in spec.pieces():
+        for piece in tensor_pieces(spec):
             if isinstance(piece, Payload):
                 file.seek(piece.nbytes, os.SEEK_CUR)
             else:

@@ -19,14 +19,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from grok1.host.sizes import format_bytes
 from grok1.checkpoint.byte_ranges import STAGING_BYTES
 from grok1.checkpoint.parallel import Advance, Progress, in_parallel
-from grok1.params.tree import StoredLeaf, parameter_tree, stored_leaves
 from grok1.checkpoint.parts import PackBox, Part, Place, local_parts
 from grok1.checkpoint.reader import Checkpoint
 from grok1.host.memory import DEFAULT_LOAD_MEMORY, MIN_LOAD_MEMORY, MemoryBudget, available_bytes
+from grok1.host.sizes import format_bytes
 from grok1.params.sharding import MODEL_AXIS
+from grok1.params.tree import StoredLeaf, parameter_tree, stored_leaves
 
 _READERS = 4
 _PIECE_BYTES = 64 << 20

@@ -14,8 +14,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from grok1.params.tree import StoredLeaf
 from grok1.params.sharding import MODEL_AXIS, own_devices
+from grok1.params.tree import StoredLeaf
 
 Place = tuple[slice, ...]
 """A box in a part, whose first axis is that of the layers if there is one."""

@@ -13,9 +13,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from grok1.checkpoint.pickled.framing import BFLOAT16
-from grok1.params.table import TensorSpec
 from grok1.config import ModelConfig
+from grok1.params.table import BFLOAT16, TensorSpec
 
 EMBEDDED_NORM = 1.0
 """Length of a token's embedding after the multiplier. As the logits come from the same matrix, a longer one

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from grok1.checkpoint.pickled.framing import Payload
 from grok1.checkpoint.hollow import hollow_disk_bytes, write_hollow_tensors
-from grok1.params.table import CHECKPOINT_DIR, TensorSpec, tensor_table
+from grok1.checkpoint.pickled.framing import Payload, tensor_file_size, tensor_pieces
 from grok1.checkpoint.random_weights import random_chunks
 from grok1.checkpoint.reader import holds_tensor_files
 from grok1.config import ModelConfig
 from grok1.errors import CheckpointError
+from grok1.params.table import CHECKPOINT_DIR, TensorSpec, tensor_table
 
 _CONFIG = "config.json"
 _TOKENIZER = "tokenizer.model"
@@ -67,7 +67,7 @@ def write_checkpoint(
     if seed < 0:
         raise CheckpointError(f"the seed is {seed}, expected 0 or more: choose another")
     table = tensor_table(config)
-    tensor_bytes = sum(hollow_disk_bytes(spec) if hollow else spec.file_bytes for spec in table)
+    tensor_bytes = sum(hollow_disk_bytes(spec) if hollow else tensor_file_size(spec) for spec in table)
     with _new_checkpoint(directory, tensor_bytes + len(tokenizer or b""), len(table), force) as new:
         (new / CHECKPOINT_DIR).mkdir()
         (new / _CONFIG).write_text(config.to_json(), encoding="utf-8")
@@ -161,10 +161,10 @@ def _random(config: ModelConfig, seed: int) -> Chunks:
 
 
 def _write_tensors(folder: Path, table: tuple[TensorSpec, ...], chunks: Chunks, progress: Progress | None) -> None:
-    done, total = 0, sum(spec.file_bytes for spec in table)
+    done, total = 0, sum(tensor_file_size(spec) for spec in table)
     for spec in table:
         with (folder / spec.file_name).open("wb", buffering=0) as file:
-            for piece in spec.pieces():
+            for piece in tensor_pieces(spec):
                 for block in _blocks(piece, spec, chunks):
                     rest = block
                     while rest:

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 
 import click
 
-import grok1
 from grok1.cli.terminal import Terminal
+from grok1.config import VERSION
 from grok1.errors import Grok1Error
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -52,7 +52,7 @@ class _LazyGroup(click.Group):
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(grok1.__version__, prog_name="grok1", message="%(prog)s %(version)s")
+@click.version_option(VERSION, prog_name="grok1", message="%(prog)s %(version)s")
 def cli() -> None:
     """Run the released Grok-1 model from the command line.
 

@@ -17,8 +17,8 @@ from grok1.cli.options import (
 )
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.cli.text_input import stdin_is_terminal
+from grok1.jobs.result_json import json_line
 from grok1.request import SamplingOptions
-from grok1.json_text import json_line
 
 
 @click.command("batch", short_help="Complete a file of prompts, resumably.")

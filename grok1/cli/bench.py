@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-import grok1
-from grok1.host.sizes import format_bytes
 from grok1.cli.columns import columns
 from grok1.cli.loading import load_model, read_config, start_jax, tell_shortfall
 from grok1.cli.options import LAYERS, ModelChoice, Numbers, model_options, output_options
 from grok1.cli.terminal import OutputError, Terminal, pass_terminal
-from grok1.config import PRESETS, ModelConfig, default_dtype, preset
-from grok1.json_text import json_line
+from grok1.config import PRESETS, VERSION, ModelConfig, default_dtype, preset
 from grok1.host.atomic_write import whole_file
+from grok1.host.sizes import format_bytes
+from grok1.jobs.result_json import json_line
 
 if TYPE_CHECKING:
     from grok1.diagnose.bench import Limits, Measurement
@@ -126,8 +125,8 @@ def command(
         if layers is not None:
             name += f", {layers} layers"
 
-        from grok1.host import memory
         from grok1.diagnose.bench import measure, measure_limits
+        from grok1.host import memory
 
         measured = []
         for tokens in prompt:
@@ -177,8 +176,8 @@ def _measurable(
     """The lengths of prompts to measure. What cannot be measured is told before hundreds of gigabytes are loaded."""
     devices = start_jax(terminal, choice.threads)
     from grok1.diagnose.bench import check_measurable, longest_prompt
-    from grok1.plan.verdict import require_room
     from grok1.params.sharding import make_mesh
+    from grok1.plan.verdict import require_room
 
     data, room = 1, None
     if choice.runtime is None:  # otherwise it takes all processes to tell, when they load
@@ -232,7 +231,7 @@ def _fields(
     reached = measured.decode_bytes_per_second
     return {
         "model": name,
-        "grok1_version": grok1.__version__,
+        "grok1_version": VERSION,
         "jax_version": jax.__version__,
         "platform": device.platform,
         "device_kind": device.device_kind,
@@ -310,9 +309,9 @@ def _tell_devices(terminal: Terminal, choice: ModelChoice, as_json: bool) -> Non
     import jax
 
     from grok1.host import memory
-    from grok1.ops.kernels import kernels_in_use
-    from grok1.ops import cpu
     from grok1.host.threads import thread_count
+    from grok1.ops import cpu
+    from grok1.ops.kernels import kernels_in_use
 
     terminal.clear()
     platform = devices[0].platform

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from grok1.host import memory
 from grok1.cli.terminal import Terminal
-from grok1.json_text import json_line, logprobs_objects
+from grok1.host import memory
+from grok1.jobs.result_json import json_line, logprobs_objects
 
 if TYPE_CHECKING:
     from grok1.model import Completion, Model, Request

@@ -10,7 +10,7 @@ from grok1.cli.options import ModelChoice, output_options, tokenizer_choice_opti
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.cli.text_input import decoded, read_stdin, stdin_is_terminal
 from grok1.errors import RequestError
-from grok1.json_text import json_line
+from grok1.jobs.result_json import json_line
 
 
 @click.command("detokenize", short_help="Turn token ids into text.")

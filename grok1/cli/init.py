@@ -15,7 +15,7 @@ from grok1.cli.options import LAYERS, output_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.config import PRESETS, TRAINED, ModelConfig
 from grok1.config import preset as preset_config
-from grok1.json_text import json_line
+from grok1.jobs.result_json import json_line
 
 
 @click.command("init", short_help="Write a small trained model, or random weights, as a checkpoint.")

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import click
 
-import grok1
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.errors import MultihostError
 from grok1.host.threads import VARIABLE as THREADS_VARIABLE
@@ -58,7 +57,7 @@ def command(terminal: Terminal, num_processes: int, port: int | None, command_li
         raise click.UsageError(f"{name!r} is not run by several processes: give one of {', '.join(_COMMANDS)}.")
     address = f"127.0.0.1:{port or _free_port()}"
     shares = _shares(os.environ, num_processes)
-    path = os.pathsep.join(filter(None, [str(Path(grok1.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
     processes: list[subprocess.Popen[bytes]] = []
     code = 1
     try:

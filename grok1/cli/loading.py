@@ -12,8 +12,8 @@ from grok1.cli.options import ModelChoice
 from grok1.cli.terminal import Terminal
 from grok1.config import ModelConfig
 from grok1.errors import Grok1Error
-from grok1.plan.devices import GPU_MEMORY_FRACTION
 from grok1.host.threads import set_threads
+from grok1.plan.devices import GPU_MEMORY_FRACTION
 
 if TYPE_CHECKING:
     import jax

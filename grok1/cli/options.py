@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import click
 from click.core import ParameterSource
 
-from grok1.host.sizes import format_bytes, parse_bytes
 from grok1.cli.terminal import Terminal
 from grok1.config import KernelsName
-from grok1.request import MAX_LOGPROBS, MAX_SEED, SamplingOptions
 from grok1.errors import RequestError
 from grok1.host.memory import DEFAULT_LOAD_MEMORY, MIN_LOAD_MEMORY
+from grok1.host.sizes import format_bytes, parse_bytes
 from grok1.multihost.cluster import START_TIMEOUT
+from grok1.request import MAX_LOGPROBS, MAX_SEED, SamplingOptions
 
 if TYPE_CHECKING:
     from grok1.multihost.runtime import Runtime

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from grok1.host.sizes import format_bytes
 from grok1.cli.columns import columns
 from grok1.cli.loading import prepare_jax, start_jax
 from grok1.cli.options import LAYERS, MESH, ByteSize, Numbers, output_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.config import PRESETS, ModelConfig, preset
-from grok1.json_text import json_line
+from grok1.host.sizes import format_bytes
+from grok1.jobs.result_json import json_line
 from grok1.plan.devices import DEVICE_KINDS
 
 if TYPE_CHECKING:
@@ -195,8 +195,8 @@ def _estimate(
     choose_count: bool,
 ) -> Estimate:
     """The estimate for what the user asked, with the rest chosen."""
-    from grok1.plan.estimate import Estimate, smallest_fit
     from grok1.params.sharding import check_mesh_shape, default_mesh_shape
+    from grok1.plan.estimate import Estimate, smallest_fit
 
     dtype = dtype or devices.kind.dtype
     if choose_count and mesh is None:

@@ -12,8 +12,8 @@ from grok1.cli.options import ModelChoice, batch_size_option, job_options, model
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.cli.text_input import checked_argument, decoded, read_file, read_stdin, stdin_is_terminal
 from grok1.cli.tokenize import in_one_line
+from grok1.jobs.result_json import finite, json_line, top_object
 from grok1.request import MAX_LOGPROBS
-from grok1.json_text import finite, json_line, top_object
 
 if TYPE_CHECKING:
     from grok1.model import Score

@@ -13,7 +13,7 @@ import click
 from grok1.cli.options import output_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.errors import Grok1Error
-from grok1.json_text import json_line
+from grok1.jobs.result_json import json_line
 
 if TYPE_CHECKING:
     from grok1.diagnose.smoke import Check

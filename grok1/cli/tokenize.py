@@ -9,7 +9,7 @@ import click
 from grok1.cli.options import ModelChoice, output_options, tokenizer_choice_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.cli.text_input import given_text
-from grok1.json_text import json_line
+from grok1.jobs.result_json import json_line
 
 
 @click.command("tokenize", short_help="Turn text into token ids.")

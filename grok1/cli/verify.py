@@ -9,7 +9,7 @@ import click
 
 from grok1.cli.options import output_options
 from grok1.cli.terminal import Terminal, pass_terminal
-from grok1.json_text import json_line
+from grok1.jobs.result_json import json_line
 
 if TYPE_CHECKING:
     from grok1.checkpoint.audit.verify import Report
@@ -72,8 +72,8 @@ def command(
     if manifest is not None and new_manifest is not None:
         raise click.UsageError("--manifest and --write-manifest are both given: check against one first, then write.")
 
-    from grok1.checkpoint.reader import faults_sentence
     from grok1.checkpoint.audit.verify import verify
+    from grok1.checkpoint.reader import faults_sentence
     from grok1.errors import CheckpointError
 
     terminal.show_status("checking the structure")

@@ -15,16 +15,16 @@ import numpy as np
 
 from grok1.config import ModelConfig
 from grok1.engine.engine import BatchState, Engine, PromptPart
-from grok1.request import SamplingOptions
 from grok1.engine.sampling import SampledTokens
 from grok1.errors import RequestError
 from grok1.host.memory import available_bytes
+from grok1.host.threads import thread_count
 from grok1.model import Model
 from grok1.ops import cpu
+from grok1.params.weights import PackedWeight, packed_shape
 from grok1.plan.devices import present_devices
 from grok1.plan.estimate import Estimate
-from grok1.params.weights import PackedWeight, packed_shape
-from grok1.host.threads import thread_count
+from grok1.request import SamplingOptions
 
 _WARM_STEPS = 2  # of decoding, before those that count
 _PREFILLS = 3  # whose median counts, as far as they take no more than:

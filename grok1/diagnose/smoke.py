@@ -19,8 +19,8 @@ import numpy as np
 from grok1.checkpoint.reader import Checkpoint
 from grok1.checkpoint.writer import write_checkpoint
 from grok1.config import PRESETS
-from grok1.text.train_tokenizer import train_small_tokenizer
 from grok1.text.tokenizer import Tokenizer
+from grok1.text.train_tokenizer import train_small_tokenizer
 
 if TYPE_CHECKING:
     from grok1.model import Completion, Model

@@ -21,13 +21,13 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grok1.config import ModelConfig
-from grok1.request import MAX_LOGPROBS, SamplingOptions
-from grok1.engine.sampling import SampledTokens, SamplingState, sample, token_logprobs
 from grok1.engine.replay import Step, StepSender
+from grok1.engine.sampling import SampledTokens, SamplingState, sample, token_logprobs
 from grok1.network import KVCache, ModelShard, network
 from grok1.ops.backend import Backend
-from grok1.params.weights import PackedWeight
 from grok1.params.sharding import DATA_AXIS, MODEL_AXIS, own_devices
+from grok1.params.weights import PackedWeight
+from grok1.request import MAX_LOGPROBS, SamplingOptions
 
 MAX_CHUNK = 512
 """The most tokens that a step reads on a data row of processors."""

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from grok1.request import SamplingOptions
 from grok1.ops.sampling import filter_logits
+from grok1.request import SamplingOptions
 
 
 @jax.tree_util.register_dataclass

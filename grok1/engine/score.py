@@ -11,8 +11,8 @@ import numpy as np
 
 from grok1.engine.engine import Engine, ScoredPart
 from grok1.engine.occupancy import Occupancy
-from grok1.engine.scheduler import PromptSlots
 from grok1.engine.sampling import SampledTokens
+from grok1.engine.scheduler import PromptSlots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""The machine that runs the program: memory, threads, control groups, files, sizes."""

@@ -21,9 +21,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
-from grok1.request import SamplingOptions
 from grok1.errors import RequestError
 from grok1.jobs.validate import common_beginning
+from grok1.request import SamplingOptions
 from grok1.text.prompt import Request
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from grok1.jobs.result_json import json_line, logprobs_objects
 from grok1.jobs.results import Results, error_line
 from grok1.jobs.rows import Row
 from grok1.jobs.validate import Batching, JobProgress
-from grok1.json_text import json_line, logprobs_objects
 
 if TYPE_CHECKING:
     from grok1.model import Completion, Model

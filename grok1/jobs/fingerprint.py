@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import grok1
+from grok1.config import VERSION
 from grok1.errors import JobError
 
 _NAMES = {
@@ -27,7 +27,7 @@ _IF_ABSENT = {"result_version": 1}  # what a journal that lacks the key was begu
 
 def versions() -> dict[str, str]:
     """The programs that the last bit of a result may depend on."""
-    return {"grok1": grok1.__version__, "jax": importlib.metadata.version("jax")}
+    return {"grok1": VERSION, "jax": importlib.metadata.version("jax")}
 
 
 def check_same(journal: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

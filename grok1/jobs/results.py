@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from grok1.jobs.result_json import json_line
 from grok1.jobs.validate import SurveyedRow
-from grok1.json_text import json_line
 
 
 class Results(Protocol):

@@ -13,9 +13,9 @@ import pydantic
 from pydantic_core import PydanticCustomError, from_json
 
 from grok1.config import ModelConfig
-from grok1.request import MAX_SEED, SamplingOptions
 from grok1.errors import RequestError
 from grok1.jobs.source import MAX_LINE_BYTES, Line, Source
+from grok1.request import MAX_SEED, SamplingOptions
 from grok1.text.prompt import Request, encode_prompt
 from grok1.text.tokenizer import Tokenizer
 

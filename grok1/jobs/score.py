@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pydantic
 
 from grok1.config import ModelConfig
-from grok1.request import TokenLogprobs
 from grok1.errors import RequestError
+from grok1.jobs.result_json import finite, json_line, top_object
 from grok1.jobs.results import Results, error_line
 from grok1.jobs.rows import (
     BadRow,
@@ -28,7 +28,7 @@ from grok1.jobs.rows import (
 )
 from grok1.jobs.source import Source
 from grok1.jobs.validate import Batching, JobProgress, common_beginning
-from grok1.json_text import finite, json_line, top_object
+from grok1.request import TokenLogprobs
 from grok1.text.prompt import Window, check_token_ids, required, windows
 from grok1.text.tokenizer import Tokenizer
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import grok1
+from grok1.config import VERSION
 from grok1.errors import MultihostError
 from grok1.multihost import coordinator as coordinator_program
 from grok1.multihost.cluster import Cluster
@@ -335,7 +335,7 @@ def join(
 
 def _versions() -> dict[str, str]:
     packages = {"JAX": "jax", "jaxlib": "jaxlib"}
-    return {"grok1": grok1.__version__} | {name: importlib.metadata.version(it) for name, it in packages.items()}
+    return {"grok1": VERSION} | {name: importlib.metadata.version(it) for name, it in packages.items()}
 
 
 def _machine() -> str:

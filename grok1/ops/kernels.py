@@ -11,13 +11,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from grok1.params.tree import stored_leaves
 from grok1.config import KernelsName, ModelConfig
 from grok1.errors import KernelsError
 from grok1.ops import cpu, gpu
 from grok1.ops.backend import Backend
-from grok1.params.weights import MOST_GROUP_ROWS
 from grok1.params.sharding import MODEL_AXIS, own_devices
+from grok1.params.tree import stored_leaves
+from grok1.params.weights import MOST_GROUP_ROWS
 
 ENVIRONMENT_VARIABLE = "GROK1_KERNELS"
 """Names the kernels that "auto" stands for."""

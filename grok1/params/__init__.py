@@ -1,0 +1,1 @@
+"""The parameters: their table, weight formats, division over a mesh, tree, random values."""

@@ -8,15 +8,33 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
-from grok1.checkpoint.pickled.framing import BFLOAT16, FLOAT32, INT8, ArraySpec, Piece, file_pieces, pieces_size
 from grok1.config import SCALE_GROUPS, ModelConfig
 
 CHECKPOINT_DIR = "ckpt-0"
 """Name of the folder of tensor files."""
 
+FLOAT32 = np.dtype(np.float32)
+INT8 = np.dtype(np.int8)
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
 _LAYER = re.compile(r"(?<=/decoder_layer)_(\d+)(?=/)")
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """Dtype (float32, int8 or bfloat16) and shape of an array in a file."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array's data."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -82,15 +100,6 @@ class TensorSpec:
     def array_bytes(self) -> int:
         """Bytes of the weights and their scales."""
         return self.array.nbytes + (self.scales.nbytes if self.scales else 0)
-
-    def pieces(self) -> list[Piece]:
-        """The file as the release has it: literal bytes, and where the arrays' data go."""
-        return file_pieces(self.array, self.scales)
-
-    @property
-    def file_bytes(self) -> int:
-        """Size of the file as the release has it."""
-        return pieces_size(self.pieces())
 
 
 @functools.lru_cache(maxsize=16)

@@ -15,10 +15,10 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grok1.params.table import TensorSpec, tensor_table
 from grok1.config import ModelConfig
-from grok1.params.weights import PackedWeight, QuantizedWeight, packed_shape
 from grok1.params.sharding import MODEL_AXIS, AxisSplit, partition_spec, scales_split, shard_range, weight_split
+from grok1.params.table import TensorSpec, tensor_table
+from grok1.params.weights import PackedWeight, QuantizedWeight, packed_shape
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,14 +19,14 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from grok1.params.tree import abstract_parameters
 from grok1.config import ModelConfig
 from grok1.engine.engine import Engine
 from grok1.errors import CompileError, MeshError
 from grok1.ops.backend import Backend
+from grok1.params.sharding import make_mesh
+from grok1.params.tree import abstract_parameters
 from grok1.plan.collectives import Collectives, collectives
 from grok1.plan.devices import DEVICE_KINDS
-from grok1.params.sharding import make_mesh
 
 _SQUARE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")

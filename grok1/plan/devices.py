@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from grok1.host import memory
 from grok1.config import DTypeName, default_dtype
 from grok1.errors import DeviceKindError
+from grok1.host import memory
 
 GPU_MEMORY_FRACTION = 0.92
 """How much of a GPU's memory `grok1` lets JAX take; the rest is for the driver, collectives and kernels."""

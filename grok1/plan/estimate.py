@@ -14,12 +14,12 @@ from functools import cached_property
 
 import numpy as np
 
-from grok1.params.tree import StoredLeaf, stored_leaves
 from grok1.config import ModelConfig
 from grok1.engine.engine import most_tokens
 from grok1.network import ModelShard
-from grok1.plan.devices import Devices
 from grok1.params.sharding import mesh_places, possible_model_shards
+from grok1.params.tree import StoredLeaf, stored_leaves
+from grok1.plan.devices import Devices
 
 _MOST_SHARDS = 256  # that a search for a mesh looks at
 

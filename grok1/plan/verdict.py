@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from grok1.host.sizes import format_bytes
 from grok1.config import ModelConfig
 from grok1.errors import TooSmallError
+from grok1.host.sizes import format_bytes
 from grok1.plan.devices import present_devices
 from grok1.plan.estimate import Estimate, next_fit, widest_split
 

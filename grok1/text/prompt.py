@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from grok1.config import ModelConfig
-from grok1.request import SamplingOptions
 from grok1.errors import RequestError, TokenizerError
+from grok1.request import SamplingOptions
 from grok1.text.tokenizer import Tokenizer
 
 

@@ -89,7 +89,7 @@ def train_small_tokenizer(vocab_size: int) -> bytes:
 
 def _training_text(vocab_size: int) -> list[str]:
     """Lines with no more distinct characters than fit, and with enough distinct words for the merges."""
-    corpus = importlib.resources.files("grok1").joinpath("data", "corpus.txt").read_text("utf-8")
+    corpus = importlib.resources.files("grok1").joinpath("text", "corpus.txt").read_text("utf-8")
     counts = Counter(corpus)
     # Half of what is not fixed may be single characters; the rest of them is spelt in bytes.
     common = sorted(counts, key=lambda character: (-counts[character], character))

@@ -15,6 +15,7 @@ from grok1.params.table import CHECKPOINT_DIR, TensorSpec
 from grok1.checkpoint.reader import Checkpoint
 from grok1.checkpoint.writer import write_checkpoint
 from grok1.config import ModelConfig
+from grok1.params.table import CHECKPOINT_DIR, TensorSpec
 
 BFLOAT16 = ml_dtypes.bfloat16
 

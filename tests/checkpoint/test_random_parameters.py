@@ -5,11 +5,11 @@ import pytest
 from built import require_kernels
 
 from grok1.checkpoint.load import load_parameters
-from grok1.params.tree import abstract_parameters
-from grok1.params.random import random_parameters
 from grok1.checkpoint.reader import Checkpoint
 from grok1.ops import cpu
+from grok1.params.random import random_parameters
 from grok1.params.sharding import make_mesh
+from grok1.params.tree import abstract_parameters
 
 
 @pytest.mark.parametrize("packed", [False, True])

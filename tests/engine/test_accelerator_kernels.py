@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from grok1.request import SamplingOptions
 from grok1.model import Model, Request
+from grok1.request import SamplingOptions
 
 
 @pytest.mark.parametrize(("backend", "mesh"), [("gpu", (2, 2)), ("tpu", (1, 1))], ids=str)

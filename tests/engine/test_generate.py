@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from grok1.config import ModelConfig
-from grok1.request import SamplingOptions
 from grok1.model import Model, Request
+from grok1.request import SamplingOptions
 
 PROMPTS = [
     [int(token) for token in np.random.default_rng(i).integers(3, 64, length)]

@@ -5,9 +5,9 @@ import re
 import numpy as np
 import pytest
 
-from grok1.params.tree import abstract_parameters
 from grok1.engine.engine import Engine, PromptPart
 from grok1.params.sharding import make_mesh
+from grok1.params.tree import abstract_parameters
 
 
 def _computation(program):

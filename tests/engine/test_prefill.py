@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from grok1.engine.engine import LANE_TOKENS, PromptPart
-from grok1.request import SamplingOptions
 from grok1.model import Model
+from grok1.request import SamplingOptions
 
 LENGTHS = [1, 2, 15, 16, 17, 32, 33, 100, 255, 256, 257, 511, 512, 513, 1024, 1040, 1099]
 

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from grok1.request import SamplingOptions
 from grok1.engine.sampling import SamplingState, sample, token_logprobs
+from grok1.request import SamplingOptions
 
 draw = functools.partial(jax.jit, static_argnums=3)(sample)
 DRAWS = 20000

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from grok1.text.train_tokenizer import train_small_tokenizer
 from grok1.text.tokenizer import Tokenizer
+from grok1.text.train_tokenizer import train_small_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 

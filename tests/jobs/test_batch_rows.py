@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from grok1.config import ModelConfig
-from grok1.request import SamplingOptions
 from grok1.errors import JobError
 from grok1.jobs.batch import complete_rows
 from grok1.jobs.results import OrderedResults
@@ -15,8 +14,9 @@ from grok1.jobs.rows import RowDefaults, read_rows
 from grok1.jobs.source import Source
 from grok1.jobs.validate import Batching, JobProgress, Survey
 from grok1.model import Model
-from grok1.text.train_tokenizer import train_small_tokenizer
+from grok1.request import SamplingOptions
 from grok1.text.tokenizer import Tokenizer
+from grok1.text.train_tokenizer import train_small_tokenizer
 
 CONFIG = ModelConfig(
     vocab_size=512,

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from grok1.request import TokenLogprobs
 from grok1.jobs.score import Corpus, RowScore, ScoreRow, result_line
+from grok1.request import TokenLogprobs
 from grok1.text.prompt import Window
 
 

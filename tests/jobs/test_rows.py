@@ -8,10 +8,10 @@ import json
 import pytest
 
 from grok1.config import PRESETS
-from grok1.request import SamplingOptions
 from grok1.errors import JobError, TokenizerError
 from grok1.jobs.rows import RowDefaults, read_rows, row_seed
 from grok1.jobs.source import MAX_LINE_BYTES, Source
+from grok1.request import SamplingOptions
 
 CONFIG = PRESETS["tiny"]
 

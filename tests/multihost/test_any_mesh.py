@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from grok1.params.tree import stored_leaves
 from grok1.checkpoint.reader import Checkpoint
 from grok1.model import Model
+from grok1.params.tree import stored_leaves
 
 MESHES = [(1, 1), (1, 2), (1, 4), (1, 8), (2, 4), (4, 2), (8, 1), (2, 8)]
 FLOAT32_ERROR = 1e-4

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grok1.params.table import tensor_table
 from grok1.checkpoint.load import load_parameters
-from grok1.params.tree import abstract_parameters
 from grok1.checkpoint.reader import Checkpoint
 from grok1.config import ModelConfig
 from grok1.network import KVCache, ModelShard, network
 from grok1.params.sharding import make_mesh
+from grok1.params.table import tensor_table
+from grok1.params.tree import abstract_parameters
 
 CONFIG = ModelConfig(
     vocab_size=32,

@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grok1.params.tree import abstract_parameters
 from grok1.config import PRESETS, ModelConfig
 from grok1.engine.engine import Engine
 from grok1.errors import CompileError, MeshError
+from grok1.params.tree import abstract_parameters
 from grok1.plan.collectives import Collectives
 from grok1.plan.compiled import (
     compile_steps,

@@ -10,16 +10,16 @@ import jax
 import numpy as np
 import pytest
 
-from grok1.host import memory
-from grok1.params.table import tensor_table
 from grok1.checkpoint.load import load_parameters
 from grok1.checkpoint.reader import Checkpoint
 from grok1.config import PRESETS
 from grok1.engine.engine import Engine
 from grok1.errors import DeviceKindError
+from grok1.host import memory
+from grok1.params.sharding import make_mesh, possible_model_shards
+from grok1.params.table import tensor_table
 from grok1.plan.devices import DEVICE_KINDS, DeviceKind, Devices, named_devices, present_devices
 from grok1.plan.estimate import Estimate, next_fit, smallest_fit, widest_split
-from grok1.params.sharding import make_mesh, possible_model_shards
 
 RELEASE = PRESETS["grok-1"]
 TINY = PRESETS["tiny"]

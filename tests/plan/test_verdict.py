@@ -1,9 +1,9 @@
 import jax
 import pytest
 
-from grok1.host import memory
 from grok1.config import PRESETS
 from grok1.errors import TooSmallError
+from grok1.host import memory
 from grok1.model import load
 from grok1.plan.devices import DeviceKind, Devices
 from grok1.plan.estimate import Estimate

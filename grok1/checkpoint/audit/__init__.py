@@ -1,0 +1,1 @@
+"""Checks of a checkpoint: structure, content, hashes; and what it holds."""

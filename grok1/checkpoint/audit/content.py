@@ -14,10 +14,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from grok1.params.table import TensorSpec
 from grok1.checkpoint.parallel import Advance
 from grok1.checkpoint.pickled.scan import StoredArray, StoredTensor
 from grok1.checkpoint.pickled.source import ScanError, open_regular
+from grok1.params.table import TensorSpec
 
 _CHUNK = 4 << 20  # bytes that each thread holds
 _SAMPLE = 64 << 10  # values of each chunk that go into the histogram

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from grok1.checkpoint.hollow import allocated_bytes
-from grok1.params.table import TensorSpec
 from grok1.checkpoint.reader import Checkpoint
 from grok1.config import ModelConfig
 from grok1.errors import CheckpointError
+from grok1.params.table import TensorSpec
 
 KINDS = ("embedding", "experts", "attention", "norms", "router")
 """What a tensor is for, in the order of the summary."""

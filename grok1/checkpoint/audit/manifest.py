@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from grok1.params.table import CHECKPOINT_DIR
 from grok1.checkpoint.parallel import Advance, Progress, in_parallel
 from grok1.checkpoint.pickled.source import ScanError, open_regular
 from grok1.errors import CheckpointError
 from grok1.host.atomic_write import whole_file
+from grok1.params.table import CHECKPOINT_DIR
 
 _BLOCK = 4 << 20  # bytes hashed at a time
 _MAX_MANIFEST = 16 << 20  # bytes: a hundred times the release's

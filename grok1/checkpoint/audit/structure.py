@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grok1.checkpoint.pickled.framing import ArraySpec
-from grok1.params.table import TensorSpec, tensor_table
+from grok1.checkpoint.pickled.framing import tensor_file_size
 from grok1.checkpoint.pickled.scan import StoredArray, StoredTensor, scan
 from grok1.checkpoint.pickled.source import ScanError
 from grok1.config import ModelConfig
 from grok1.errors import CheckpointError
+from grok1.params.table import ArraySpec, TensorSpec, tensor_table
 
 _FILE_PREFIX = "tensor"  # only such files belong to a checkpoint; others in its folder are not looked at
 
@@ -121,10 +121,11 @@ def _size_clause(path: Path, spec: TensorSpec) -> str:
         size = path.stat().st_size
     except OSError:
         return ""
-    if not path.is_file() or size == spec.file_bytes:
+    expected = tensor_file_size(spec)
+    if not path.is_file() or size == expected:
         return ""
-    difference, word = abs(size - spec.file_bytes), "cut" if size < spec.file_bytes else "too long"
-    return f"; it is {word} by {difference:,} byte{'s' * (difference != 1)} ({size:,}, expected {spec.file_bytes:,})"
+    difference, word = abs(size - expected), "cut" if size < expected else "too long"
+    return f"; it is {word} by {difference:,} byte{'s' * (difference != 1)} ({size:,}, expected {expected:,})"
 
 
 def _describe(array: StoredArray | ArraySpec | None) -> str:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from grok1.checkpoint.audit.content import check_content, is_hollow
-from grok1.params.table import CHECKPOINT_DIR
 from grok1.checkpoint.audit.manifest import (
     Entry,
     Journal,
@@ -21,12 +20,14 @@ from grok1.checkpoint.audit.manifest import (
     read_manifest,
     write_manifest,
 )
+from grok1.checkpoint.audit.structure import FileFault, Structure, find_faults
 from grok1.checkpoint.parallel import in_parallel
+from grok1.checkpoint.pickled.framing import tensor_file_size
 from grok1.checkpoint.pickled.source import ScanError
 from grok1.checkpoint.reader import find_checkpoint, stated_or_release
-from grok1.checkpoint.audit.structure import FileFault, Structure, find_faults
 from grok1.config import PRESETS, ModelConfig
 from grok1.errors import CheckpointError
+from grok1.params.table import CHECKPOINT_DIR
 
 _RELEASE = "xai-org/grok-1"
 _COMPANIONS = ("config.json", "tokenizer.model")  # of the files beside the tensors, those that a model needs
@@ -146,7 +147,7 @@ def _check_content(report: Report, structure: Structure, progress: StageProgress
         with contextlib.suppress(ScanError, OSError):  # `check_content` will say what it is
             if is_hollow(report.directory / spec.file_name, structure.tensors[spec.index]):
                 hollow.append(spec)
-    hollow_bytes = sum(spec.file_bytes for spec in hollow)
+    hollow_bytes = sum(tensor_file_size(spec) for spec in hollow)
     if hollow and hollow_bytes * 2 > structure.total_bytes:
         report.faults.append(
             FileFault(

@@ -8,23 +8,19 @@ compare both.
 
 from __future__ import annotations
 
-import math
 import pickle
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
+
+from grok1.params.table import BFLOAT16, FLOAT32, INT8, ArraySpec, TensorSpec
 
 RELEASE_NUMPY_MODULE = "numpy.core.multiarray"
 """Where NumPy 1 says that its array constructor lives; NumPy 2 says `numpy._core.multiarray`."""
 
 QUANTIZED_CLASS = ("__main__", "QuantizedWeight8bit")
 """Module and name of the class that holds a quantised weight in the release's files."""
-
-FLOAT32 = np.dtype(np.float32)
-INT8 = np.dtype(np.int8)
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 _FRAME_TARGET = 64 * 1024  # a frame is closed at the first object after this many bytes
 _FRAME_MIN = 4  # a shorter frame is written without its header
@@ -39,19 +35,6 @@ _DTYPE_STATE: dict[np.dtype[Any], tuple[str, int, int, int]] = {
     BFLOAT16: ("<", 2, 2, 64),
 }
 _DTYPE_NAME = {FLOAT32: "f4", INT8: "i1"}
-
-
-@dataclass(frozen=True)
-class ArraySpec:
-    """Dtype (float32, int8 or bfloat16) and shape of an array in a file."""
-
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the array's data."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -91,6 +74,16 @@ def file_pieces(
     else:
         pickler.save_quantized(array, scales)
     return pickler.finish()
+
+
+def tensor_pieces(spec: TensorSpec) -> list[Piece]:
+    """A parameter's file as the release has it: literal bytes, and where the arrays' data go."""
+    return file_pieces(spec.array, spec.scales)
+
+
+def tensor_file_size(spec: TensorSpec) -> int:
+    """Size of a parameter's file as the release has it."""
+    return pieces_size(tensor_pieces(spec))
 
 
 def pieces_size(pieces: list[Piece]) -> int:

@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from grok1.checkpoint.pickled.framing import BFLOAT16, FLOAT32, INT8
 from grok1.checkpoint.pickled.source import MAX_STRING, PickleSource, ScanError, open_regular
 from grok1.checkpoint.pickled.symbols import (
     KNOWN_DTYPES,
@@ -28,6 +27,7 @@ from grok1.checkpoint.pickled.symbols import (
     StoredArray,
     describe,
 )
+from grok1.params.table import BFLOAT16, FLOAT32, INT8
 
 __all__ = ["ScanError", "StoredArray", "StoredTensor", "scan"]
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from grok1.checkpoint.pickled.framing import BFLOAT16, FLOAT32, INT8, QUANTIZED_CLASS
+from grok1.checkpoint.pickled.framing import QUANTIZED_CLASS
+from grok1.params.table import BFLOAT16, FLOAT32, INT8
 
 
 @dataclass(frozen=True)
