@@ -16,8 +16,8 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCES = Path("grok1/ops/native")
-LIBRARY = Path("grok1/ops/_kernels.so")
+SOURCES = Path("grok1/ops/cpu/native")
+LIBRARY = Path("grok1/ops/cpu/_kernels.so")
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-w")
 _LINK_FLAGS = {"Darwin": ("-undefined", "dynamic_lookup")}
@@ -49,7 +49,7 @@ _ARCHITECTURES = {"arm64": "aarch64"}
 
 
 class KernelsHook(BuildHookInterface):
-    """Puts the compiled kernels beside `grok1/ops/cpu.py`, or leaves them out and says so."""
+    """Puts the compiled kernels beside `grok1/ops/cpu/kernels.py`, or leaves them out and says so."""
 
     PLUGIN_NAME = "custom"
 

@@ -21,7 +21,7 @@ find_python() {
 
 ensure_environment() {
     local stamp="$VENV/.installed" wanted python
-    wanted=$(cat requirements.lock pyproject.toml hatch_build.py grok1/ops/native/* | cksum)
+    wanted=$(cat requirements.lock pyproject.toml hatch_build.py grok1/ops/cpu/native/* | cksum)
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
         return 0
     fi

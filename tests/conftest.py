@@ -27,7 +27,7 @@ from grok1.checkpoint.writer import write_checkpoint
 from grok1.config import PRESETS, ModelConfig
 from grok1.engine.engine import Engine
 from grok1.model import Model
-from grok1.ops import cpu
+from grok1.ops.cpu import kernels as cpu
 from grok1.ops.kernels import choose_kernels
 from grok1.params.sharding import make_mesh
 

@@ -10,7 +10,8 @@ import pytest
 
 from grok1.config import PRESETS
 from grok1.errors import KernelsError
-from grok1.ops import cpu, gpu
+from grok1.ops.cpu import kernels as cpu
+from grok1.ops.gpu import kernels as gpu
 from grok1.ops.kernels import choose_kernels, kernels_in_use
 
 RELEASE = PRESETS["grok-1"]

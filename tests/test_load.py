@@ -16,7 +16,7 @@ from grok1.checkpoint.reader import Checkpoint
 from grok1.config import ModelConfig
 from grok1.errors import CheckpointError
 from grok1.host.memory import MIN_LOAD_MEMORY, MemoryBudget
-from grok1.ops import cpu
+from grok1.ops.cpu import kernels as cpu
 from grok1.params.sharding import make_mesh
 from grok1.params.tree import stored_leaves
 from grok1.params.weights import PackedWeight, QuantizedWeight

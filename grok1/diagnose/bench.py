@@ -20,7 +20,7 @@ from grok1.errors import RequestError
 from grok1.host.memory import available_bytes
 from grok1.host.threads import thread_count
 from grok1.model import Model
-from grok1.ops import cpu
+from grok1.ops.cpu import kernels as cpu
 from grok1.params.weights import PackedWeight, packed_shape
 from grok1.plan.devices import present_devices
 from grok1.plan.estimate import Estimate

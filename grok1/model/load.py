@@ -24,7 +24,7 @@ from grok1.host import memory
 from grok1.host.threads import thread_count
 from grok1.model.model import Model
 from grok1.multihost.runtime import Runtime
-from grok1.ops import cpu
+from grok1.ops.cpu import kernels as cpu
 from grok1.ops.kernels import ChosenKernels, choose_kernels
 from grok1.params.random import random_parameters
 from grok1.params.sharding import counts, default_mesh_shape, hosts_of, make_mesh, own_devices

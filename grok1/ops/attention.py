@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from grok1.ops import cpu, gpu
 from grok1.ops.backend import Backend
+from grok1.ops.cpu import kernels as cpu
+from grok1.ops.gpu import kernels as gpu
 
 _BLOCK = 256  # cache positions that one turn of the loop reads
 

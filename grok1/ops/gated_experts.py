@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from grok1.ops import cpu
 from grok1.ops.backend import Backend
+from grok1.ops.cpu import kernels as cpu
 from grok1.ops.grouped_matmul import (
     block_products,
     gather_rows,

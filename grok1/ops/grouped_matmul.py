@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from grok1.ops import blocked, gpu, tpu
 from grok1.ops.backend import Backend
+from grok1.ops.gpu import kernels as gpu
+from grok1.ops.tpu import kernels as tpu
+from grok1.ops.xla import blocked
 from grok1.params.weights import QuantizedWeight
 
 MOST_ROWS: dict[Backend, int] = {"gpu": gpu.MOST_ROWS, "tpu": tpu.MOST_ROWS}

@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 
 from grok1.config import KernelsName, ModelConfig
 from grok1.errors import KernelsError
-from grok1.ops import cpu, gpu
 from grok1.ops.backend import Backend
+from grok1.ops.cpu import kernels as cpu
+from grok1.ops.gpu import kernels as gpu
 from grok1.params.sharding import MODEL_AXIS, own_devices
 from grok1.params.tree import stored_leaves
 from grok1.params.weights import MOST_GROUP_ROWS

@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from grok1.ops import cpu
 from grok1.ops.backend import Backend
-from grok1.ops.blocked import product_precision
+from grok1.ops.cpu import kernels as cpu
+from grok1.ops.xla.blocked import product_precision
 
 _NATIVE_ROWS = 16  # up to which reading the matrix takes longer than multiplying, where XLA uses one thread
 

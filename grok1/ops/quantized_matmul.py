@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from grok1.ops import blocked, cpu
 from grok1.ops.backend import Backend
+from grok1.ops.cpu import kernels as cpu
 from grok1.ops.grouped_matmul import MOST_ROWS, block_products
+from grok1.ops.xla import blocked
 from grok1.params.weights import PackedWeight, QuantizedWeight
 
 Weight = QuantizedWeight | PackedWeight

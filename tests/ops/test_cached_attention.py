@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grok1.ops import cpu
 from grok1.ops.attention import cached_attention, definition
+from grok1.ops.cpu import kernels as cpu
 
 CAP = 30.0
 

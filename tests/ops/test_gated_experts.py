@@ -6,7 +6,7 @@ import pytest
 import reference
 from built import require_kernels
 
-from grok1.ops import cpu
+from grok1.ops.cpu import kernels as cpu
 from grok1.ops.gated_experts import definition, gated_experts
 from grok1.params.weights import PackedWeight, QuantizedWeight, packed_shape
 

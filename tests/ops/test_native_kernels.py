@@ -59,7 +59,7 @@ def test_threads_do_not_race(tmp_path):
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler is there")
-    native, program = ROOT / "grok1/ops/native", tmp_path / "check"
+    native, program = ROOT / "grok1/ops/cpu/native", tmp_path / "check"
     sources = [native / "parallel.cc", ROOT / "tests/native/check_pool.cc"]
     flags = ("-std=c++17", "-O1", "-g", "-pthread", f"-I{native}")
     sanitized = subprocess.run([compiler, *flags, "-fsanitize=thread", *sources, "-o", program], check=False)

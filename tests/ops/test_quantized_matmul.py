@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import reference
 
-from grok1.ops import tpu
 from grok1.ops.quantized_matmul import definition, quantized_matmul, quantized_matmuls
+from grok1.ops.tpu import kernels as tpu
 from grok1.params.weights import QuantizedWeight
 
 jitted = jax.jit(quantized_matmul, static_argnames="backend")

@@ -1,0 +1,1 @@
+"""Operations as XLA compiles them from plain JAX."""
