@@ -29,7 +29,7 @@ from grok1.host.atomic_write import whole_file
 from grok1.model import Model, random_model
 from grok1.ops import attention, gated_experts, quantized_matmul
 from grok1.ops.kernels import kernels_in_use
-from grok1.params.weights import QuantizedWeight
+from grok1.params.weights import QuantizedMatrix
 from grok1.request import SamplingOptions
 
 BFLOAT16_ERROR = 0.02  # of the largest value
@@ -95,11 +95,11 @@ def _table(head: list, rows: list[list]) -> list[str]:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def random_stack(key: jax.Array, shape: tuple[int, ...], groups: int) -> QuantizedWeight:
+def random_stack(key: jax.Array, shape: tuple[int, ...], groups: int) -> QuantizedMatrix:
     """A stack of int8 matrices with scales that keep products near 1."""
     weight = jax.random.randint(key, shape, -127, 128, jnp.int8)
     scales = jnp.full((*shape[:-2], groups, shape[-1]), 1 / 73 / shape[-2] ** 0.5, jnp.bfloat16)
-    return QuantizedWeight(weight, scales)
+    return QuantizedMatrix(weight, scales)
 
 
 def check_operations(report: Report, config: ModelConfig, backend: str, rows: list[int], limits: Limits) -> None:
@@ -169,16 +169,16 @@ def check_attention(report: Report, config: ModelConfig, backends: tuple[str, ..
 
 def by_rows(
     x: jax.Array,
-    gate: QuantizedWeight,
-    value: QuantizedWeight,
-    project: QuantizedWeight,
+    gate: QuantizedMatrix,
+    value: QuantizedMatrix,
+    project: QuantizedMatrix,
     sent: jax.Array,
     factors: jax.Array,
 ) -> jax.Array:
     """The experts in float32, matrix after matrix, so that few are dequantised at a time."""
 
-    def matrix(stack: QuantizedWeight, expert: jax.Array) -> jax.Array:
-        return QuantizedWeight(stack.weight[0, expert], stack.scales[0, expert]).dequantize()
+    def matrix(stack: QuantizedMatrix, expert: jax.Array) -> jax.Array:
+        return stack[0, expert].dequantize()
 
     def add(expert: jax.Array, total: jax.Array) -> jax.Array:
         share = jnp.sum(jnp.where(sent == expert, factors, 0), axis=1)[:, None]

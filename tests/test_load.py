@@ -19,7 +19,7 @@ from grok1.host.memory import MIN_LOAD_MEMORY, MemoryBudget
 from grok1.ops.cpu import kernels as cpu
 from grok1.params.sharding import make_mesh
 from grok1.params.tree import stored_leaves
-from grok1.params.weights import PackedWeight, QuantizedWeight
+from grok1.params.weights import QuantizedMatrix
 
 CONFIG = ModelConfig(
     vocab_size=32,
@@ -96,8 +96,8 @@ def leaves(params):
     for module, parameters in params.items():
         for name, value in parameters.items():
             path = f"{module}/{name}"
-            if isinstance(value, QuantizedWeight):
-                yield path, False, value.weight
+            if isinstance(value, QuantizedMatrix):
+                yield path, False, value.values
                 yield path, True, value.scales
             else:
                 yield path, False, value
@@ -130,10 +130,10 @@ def test_each_device_holds_its_slices(shape, dtype, checkpoint, stacks):
 
 def unpacked_parts(leaf):
     """A packed weight's (device, values) on each device."""
-    for panels, scales in zip(leaf.panels.addressable_shards, leaf.scales.addressable_shards, strict=True):
+    for panels, scales in zip(leaf.values.addressable_shards, leaf.scales.addressable_shards, strict=True):
         assert panels.device == scales.device
-        part = PackedWeight(np.asarray(panels.data), np.asarray(scales.data), leaf.group_rows)
-        yield panels.device, part.unpack().weight
+        part = dataclasses.replace(leaf, values=np.asarray(panels.data), scales=np.asarray(scales.data))
+        yield panels.device, part.unpack().values
 
 
 @pytest.mark.parametrize("load_memory", [MIN_LOAD_MEMORY, 1000])
@@ -151,7 +151,7 @@ def test_packed_weights_are_the_same_on_each_device(shape, load_memory, checkpoi
     for module, parameters in params.items():
         for name, leaf in parameters.items():
             path = f"{module}/{name}"
-            if isinstance(leaf, PackedWeight):
+            if isinstance(leaf, QuantizedMatrix):
                 packed += 1
                 for device, values in unpacked_parts(leaf):
                     expected = part_of_shard(path, stacks[path][0], False, places[device][1], shape[1])

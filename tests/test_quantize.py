@@ -5,20 +5,20 @@ import numpy as np
 import pytest
 import reference
 
-from grok1.params.weights import QuantizedWeight
+from grok1.params.weights import QuantizedMatrix
 
 
 def random_weight(shape, groups, seed=0):
     rng = np.random.default_rng(seed)
     weight = rng.integers(-127, 128, shape).astype(np.int8)
     scales = rng.uniform(0.5, 2, (*shape[:-2], groups, shape[-1])).astype(ml_dtypes.bfloat16)
-    return QuantizedWeight(jnp.asarray(weight), jnp.asarray(scales))
+    return QuantizedMatrix(jnp.asarray(weight), jnp.asarray(scales))
 
 
 @pytest.mark.parametrize(("shape", "groups"), [((8, 3), 1), ((8, 3), 8), ((24, 5), 8), ((2, 3, 16, 4), 8), ((1, 1), 1)])
 def test_dequantize_scales_each_group_of_rows(shape, groups):
     weight = random_weight(shape, groups)
-    expected = reference.dequantised(np.asarray(weight.weight), np.asarray(weight.scales))
+    expected = reference.dequantised(np.asarray(weight.values), np.asarray(weight.scales))
     np.testing.assert_allclose(weight.dequantize(), expected, rtol=1e-6)
     assert weight.dequantize(jnp.bfloat16).dtype == jnp.bfloat16
     assert (weight.shape, weight.dtype, weight.groups) == (shape, jnp.int8, groups)
@@ -26,7 +26,7 @@ def test_dequantize_scales_each_group_of_rows(shape, groups):
 
 def test_it_is_one_pytree():
     weight = random_weight((2, 8, 3), 8)
-    doubled = jax.jit(lambda w: QuantizedWeight(w.weight, w.scales * 2))(weight)
-    np.testing.assert_array_equal(doubled.weight, weight.weight)
+    doubled = jax.jit(lambda w: QuantizedMatrix(w.values, w.scales * 2))(weight)
+    np.testing.assert_array_equal(doubled.values, weight.values)
     np.testing.assert_array_equal(doubled.scales.astype(jnp.float32), 2 * weight.scales.astype(jnp.float32))
     assert len(jax.tree.leaves(weight)) == 2

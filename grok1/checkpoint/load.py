@@ -55,8 +55,7 @@ def load_parameters(
         pack: how to pack quantised weights, for a mesh of CPU devices; by default they stay as they are in the files.
 
     Returns:
-        the parameter tree: Haiku modules with arrays and `QuantizedWeight`s or `PackedWeight`s, placed by the partition
-        rules.
+        the parameter tree: Haiku modules with arrays and `QuantizedMatrix`es, placed by the partition rules.
 
     Raises:
         CheckpointError: if a file cannot be read.

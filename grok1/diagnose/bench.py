@@ -21,7 +21,7 @@ from grok1.host.memory import available_bytes
 from grok1.host.threads import thread_count
 from grok1.model import Model
 from grok1.ops.cpu import kernels as cpu
-from grok1.params.weights import PackedWeight, packed_shape
+from grok1.params.weights import Panels, QuantizedMatrix, panels_shape
 from grok1.plan.devices import present_devices
 from grok1.plan.estimate import Estimate
 from grok1.request import SamplingOptions
@@ -312,8 +312,8 @@ def _on_device(device: jax.Device) -> jax.Array:
 def _packed_rate() -> float:
     """Of the native kernels: many rows, and a matrix that stays in the caches."""
     size, rows = _MATRIX_SIZE, 512
-    panels = jnp.ones(packed_shape((1, size, size), 1), jnp.uint8)
-    weight = PackedWeight(panels, jnp.ones((1, 1, size), jnp.bfloat16), size)
+    panels = jnp.ones(panels_shape((1, size, size), 1), jnp.uint8)
+    weight = QuantizedMatrix(panels, jnp.ones((1, 1, size), jnp.bfloat16), layout=Panels(size))
     product = jax.jit(cpu.multiply)
     x, index = jnp.ones((rows, size)), jnp.zeros(rows, jnp.int32)
     return _best_rate(lambda: product(x, weight, index).block_until_ready(), 2.0 * rows * size**2)

@@ -26,7 +26,7 @@ from grok1.engine.sampling import SampledTokens, SamplingState, sample, token_lo
 from grok1.network import KVCache, ModelShard, network
 from grok1.ops.backend import Backend
 from grok1.params.sharding import DATA_AXIS, MODEL_AXIS, own_devices
-from grok1.params.weights import PackedWeight
+from grok1.params.weights import QuantizedMatrix
 from grok1.request import MAX_LOGPROBS, SamplingOptions
 
 MAX_CHUNK = 512
@@ -204,8 +204,8 @@ class Engine:
         self._platform = mesh.devices.flat[0].platform
         self.params = params
         self._param_specs = jax.tree.map(lambda array: array.sharding.spec, params)
-        leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, PackedWeight))
-        if any(isinstance(leaf, PackedWeight) for leaf in leaves):
+        leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QuantizedMatrix))
+        if any(isinstance(leaf, QuantizedMatrix) and leaf.layout is not None for leaf in leaves):
             backend = "cpu"
         self._shard = ModelShard(config, mesh.shape[MODEL_AXIS], MODEL_AXIS, jnp.dtype(dtype), backend)
         self._network = network(self._shard)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from grok1.network.layers import quantized_parameter
 from grok1.network.shard import ModelShard
 from grok1.ops.gated_experts import gated_experts
-from grok1.params.weights import PackedWeight, QuantizedWeight
+from grok1.params.weights import QuantizedMatrix
 
 
 class Router(hk.Module):
@@ -41,7 +41,7 @@ class ExpertLinear(hk.Module):
         self.shape = (shard.config.num_layers, shard.config.num_experts, input_size, output_size)
         self.groups = groups
 
-    def __call__(self) -> QuantizedWeight | PackedWeight:
+    def __call__(self) -> QuantizedMatrix:
         """`[layers, experts, input, output]`."""
         return quantized_parameter("w", self.shape, self.groups)
 

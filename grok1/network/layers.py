@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from grok1.config import ModelConfig
 from grok1.ops.backend import Backend
 from grok1.ops.quantized_matmul import quantized_matmul
-from grok1.params.weights import PackedWeight, QuantizedWeight
+from grok1.params.weights import QuantizedMatrix
 
 
-def quantized_parameter(name: str, shape: tuple[int, ...], groups: int) -> QuantizedWeight | PackedWeight:
+def quantized_parameter(name: str, shape: tuple[int, ...], groups: int) -> QuantizedMatrix:
     """The current module's quantised parameter.
 
     Args:
@@ -23,12 +23,12 @@ def quantized_parameter(name: str, shape: tuple[int, ...], groups: int) -> Quant
         groups: number of scale groups, G.
     """
 
-    def initialise(shape: tuple[int, ...], dtype: jnp.dtype) -> QuantizedWeight:
+    def initialise(shape: tuple[int, ...], dtype: jnp.dtype) -> QuantizedMatrix:
         scales = (*shape[:-2], groups, shape[-1])
-        return QuantizedWeight(jnp.zeros(shape, dtype), jnp.ones(scales, jnp.bfloat16))
+        return QuantizedMatrix(jnp.zeros(shape, dtype), jnp.ones(scales, jnp.bfloat16))
 
     # Haiku only asks a parameter for its shape; its annotations know arrays alone.
-    return cast(QuantizedWeight | PackedWeight, hk.get_parameter(name, shape, jnp.int8, init=cast(Any, initialise)))
+    return cast(QuantizedMatrix, hk.get_parameter(name, shape, jnp.int8, init=cast(Any, initialise)))
 
 
 class QuantizedLinear(hk.Module):
@@ -41,7 +41,7 @@ class QuantizedLinear(hk.Module):
         self.backend = backend
 
     @property
-    def w(self) -> QuantizedWeight | PackedWeight:
+    def w(self) -> QuantizedMatrix:
         """`[layers, input, output]`."""
         return quantized_parameter("w", self.shape, self.groups)
 

@@ -15,9 +15,7 @@ from grok1.ops.grouped_matmul import (
     grouped_matmuls,
     scatter_rows,
 )
-from grok1.params.weights import PackedWeight, QuantizedWeight
-
-Weight = QuantizedWeight | PackedWeight
+from grok1.params.weights import QuantizedMatrix
 
 # Up to so many rows go through an accelerator's smallest product anyway, for one expert as for another.
 _FEW_ROWS = 16
@@ -25,9 +23,9 @@ _FEW_ROWS = 16
 
 def gated_experts(
     x: jax.Array,
-    gate: Weight,
-    value: Weight,
-    project: Weight,
+    gate: QuantizedMatrix,
+    value: QuantizedMatrix,
+    project: QuantizedMatrix,
     layer: jax.Array | int,
     experts: jax.Array,
     factors: jax.Array,
@@ -50,13 +48,14 @@ def gated_experts(
     Returns:
         float32 `[rows, N]`.
     """
-    if isinstance(gate, PackedWeight) and isinstance(value, PackedWeight) and isinstance(project, PackedWeight):
+    in_panels = [weight.layout is not None for weight in (gate, value, project)]
+    if all(in_panels):
         num_experts = gate.shape[1]
         chosen = experts.reshape(-1)
         place = jnp.where(chosen < num_experts, layer * num_experts + chosen, -1)
         hidden = cpu.multiply_gated(x, gate, value, place).astype(x.dtype)
         return _weighted_sum(cpu.multiply(hidden, project, place), factors)
-    if isinstance(gate, PackedWeight) or isinstance(value, PackedWeight) or isinstance(project, PackedWeight):
+    if any(in_panels):
         raise TypeError("some of the experts' weights are packed and some are not")
     if backend in ("gpu", "tpu") and x.shape[0] <= _FEW_ROWS:
         return _few_rows(x, gate, value, project, layer, experts, factors, backend)
@@ -77,9 +76,9 @@ def _weighted_sum(outputs: jax.Array, factors: jax.Array) -> jax.Array:
 
 def _few_rows(
     x: jax.Array,
-    gate: QuantizedWeight,
-    value: QuantizedWeight,
-    project: QuantizedWeight,
+    gate: QuantizedMatrix,
+    value: QuantizedMatrix,
+    project: QuantizedMatrix,
     layer: jax.Array | int,
     experts: jax.Array,
     factors: jax.Array,
@@ -104,16 +103,16 @@ def _few_rows(
 
 def definition(
     x: jax.Array,
-    gate: Weight,
-    value: Weight,
-    project: Weight,
+    gate: QuantizedMatrix,
+    value: QuantizedMatrix,
+    project: QuantizedMatrix,
     layer: jax.Array | int,
     experts: jax.Array,
     factors: jax.Array,
 ) -> jax.Array:
     """What `gated_experts` computes, by all experts for every row."""
 
-    def matrices(weight: Weight) -> jax.Array:
+    def matrices(weight: QuantizedMatrix) -> jax.Array:
         return weight.dequantize()[layer]  # [experts, K, N]
 
     x = x.astype(jnp.float32)

@@ -17,7 +17,7 @@ from grok1.ops.backend import Backend
 from grok1.ops.gpu import kernels as gpu
 from grok1.ops.tpu import kernels as tpu
 from grok1.ops.xla import blocked
-from grok1.params.weights import QuantizedWeight
+from grok1.params.weights import QuantizedMatrix
 
 MOST_ROWS: dict[Backend, int] = {"gpu": gpu.MOST_ROWS, "tpu": tpu.MOST_ROWS}
 """Rows of a block of `block_products`."""
@@ -102,7 +102,7 @@ def gather_rows(y: jax.Array, blocks: ExpertBlocks) -> jax.Array:
 
 
 def grouped_matmul(
-    x: jax.Array, weight: QuantizedWeight, layer: jax.Array | int, blocks: ExpertBlocks, backend: Backend = "xla"
+    x: jax.Array, weight: QuantizedMatrix, layer: jax.Array | int, blocks: ExpertBlocks, backend: Backend = "xla"
 ) -> jax.Array:
     """Each block's rows times the matrix of the block's expert.
 
@@ -121,7 +121,7 @@ def grouped_matmul(
 
 def grouped_matmuls(
     x: jax.Array,
-    weights: Sequence[QuantizedWeight],
+    weights: Sequence[QuantizedMatrix],
     layer: jax.Array | int,
     blocks: ExpertBlocks,
     backend: Backend = "xla",
@@ -137,7 +137,7 @@ def grouped_matmuls(
 
 def block_products(
     x: jax.Array,
-    weights: Sequence[QuantizedWeight],
+    weights: Sequence[QuantizedMatrix],
     layer: jax.Array | int,
     expert: jax.Array,
     active: jax.Array,
@@ -166,7 +166,7 @@ def block_products(
 
 
 def _block_products(
-    x: jax.Array, weight: QuantizedWeight, layer: jax.Array | int, expert: jax.Array, active: jax.Array
+    x: jax.Array, weight: QuantizedMatrix, layer: jax.Array | int, expert: jax.Array, active: jax.Array
 ) -> jax.Array:
     def one_block(i: jax.Array, y: jax.Array) -> jax.Array:
         rows = x[0] if x.shape[0] == 1 else x[i]
@@ -176,7 +176,7 @@ def _block_products(
     return lax.fori_loop(0, blocks, one_block, jnp.zeros((blocks, x.shape[1], weight.shape[-1]), jnp.float32))
 
 
-def _grouped_matmul(x: jax.Array, weight: QuantizedWeight, layer: jax.Array | int, blocks: ExpertBlocks) -> jax.Array:
+def _grouped_matmul(x: jax.Array, weight: QuantizedMatrix, layer: jax.Array | int, blocks: ExpertBlocks) -> jax.Array:
     size = blocks.block_rows
 
     def one_block(i: jax.Array, y: jax.Array) -> jax.Array:
@@ -188,9 +188,9 @@ def _grouped_matmul(x: jax.Array, weight: QuantizedWeight, layer: jax.Array | in
     return lax.fori_loop(0, blocks.used, one_block, y)
 
 
-def definition(x: jax.Array, weight: QuantizedWeight, layer: jax.Array | int, expert: jax.Array) -> jax.Array:
+def definition(x: jax.Array, weight: QuantizedMatrix, layer: jax.Array | int, expert: jax.Array) -> jax.Array:
     """What scattering, `grouped_matmul` and gathering compute together, for rows `[rows, K]` with their experts."""
-    matrices = QuantizedWeight(weight.weight[layer], weight.scales[layer]).dequantize()  # [experts, K, N]
+    matrices = weight[layer].dequantize()  # [experts, K, N]
     every = jnp.einsum("mk,ekn->men", x.astype(jnp.float32), matrices, precision="highest")
     chosen = jax.nn.one_hot(expert, matrices.shape[0], dtype=jnp.float32)
     return jnp.einsum("men,me->mn", every, chosen, precision="highest")

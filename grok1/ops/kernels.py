@@ -18,7 +18,7 @@ from grok1.ops.cpu import kernels as cpu
 from grok1.ops.gpu import kernels as gpu
 from grok1.params.sharding import MODEL_AXIS, own_devices
 from grok1.params.tree import stored_leaves
-from grok1.params.weights import MOST_GROUP_ROWS
+from grok1.params.weights import MAX_GROUP_ROWS
 
 ENVIRONMENT_VARIABLE = "GROK1_KERNELS"
 """Names the kernels that "auto" stands for."""
@@ -119,8 +119,8 @@ def _why_not_for(config: ModelConfig, shards: int, platform: str) -> str | None:
     leaves = [leaf for leaf in stored_leaves(config, packed=True) if leaf.packed]
     if platform == "cpu":
         rows = max(leaf.scale_groups(leaf.file_shape[-2])[1] for leaf in leaves)
-        if rows > MOST_GROUP_ROWS:
-            return f"a scale group has {rows:,} rows and they take {MOST_GROUP_ROWS:,} at most"
+        if rows > MAX_GROUP_ROWS:
+            return f"a scale group has {rows:,} rows and they take {MAX_GROUP_ROWS:,} at most"
     if platform == "gpu":
         for leaf in stored_leaves(config):
             size = math.prod(leaf.local_shape(shards))

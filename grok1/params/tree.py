@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grok1.config import ModelConfig
 from grok1.params.sharding import MODEL_AXIS, AxisSplit, partition_spec, scales_split, shard_range, weight_split
 from grok1.params.table import TensorSpec, tensor_table
-from grok1.params.weights import PackedWeight, QuantizedWeight, packed_shape
+from grok1.params.weights import Panels, QuantizedMatrix, panels_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class StoredLeaf:
         file_dtype: dtype of the array in each file.
         dtype: dtype in memory.
         split: how the array is divided over the model shards.
-        packed: whether it is packed in memory, as the panels of a `PackedWeight`.
+        packed: whether it is packed in memory, in panels.
     """
 
     module: str
@@ -80,7 +80,7 @@ class StoredLeaf:
     def memory_shape(self, key: tuple[slice, ...]) -> tuple[int, ...]:
         """Shape in memory of a part of each file's array, all layers of it."""
         shape = (*((len(self.specs),) if self.stacked else ()), *(part.stop - part.start for part in key))
-        return packed_shape(shape, self.scale_groups(shape[-2])[0]) if self.packed else shape
+        return panels_shape(shape, self.scale_groups(shape[-2])[0]) if self.packed else shape
 
     def local_shape(self, shards: int) -> tuple[int, ...]:
         """Shape of what a model shard holds in memory."""
@@ -157,9 +157,9 @@ def parameter_tree(leaves: tuple[StoredLeaf, ...], values: list[Any], shards: in
         elif weight_leaf.packed:
             rows = weight_leaf.file_key(shards, 0)[-2]
             _, group_rows = weight_leaf.scale_groups(rows.stop - rows.start)
-            parameters[leaf.name] = PackedWeight(parameters[leaf.name], value, group_rows)
+            parameters[leaf.name] = QuantizedMatrix(parameters[leaf.name], value, layout=Panels(group_rows))
         else:
-            parameters[leaf.name] = QuantizedWeight(parameters[leaf.name], value)
+            parameters[leaf.name] = QuantizedMatrix(parameters[leaf.name], value)
     return dict(tree)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from grok1.config import ModelConfig
-from grok1.params.weights import packed_shape
+from grok1.params.weights import panels_shape
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -47,7 +47,7 @@ def test_the_cache_is_updated_in_place(step):
 def test_weights_stay_bytes(step, kernels):
     program, _ = step
     shape = (CONFIG.num_layers, CONFIG.num_experts, CONFIG.emb_size, CONFIG.ffn_size)
-    kind, stored = ("u8", packed_shape(shape, 1)) if kernels == "native" else ("s8", shape)
+    kind, stored = ("u8", panels_shape(shape, 1)) if kernels == "native" else ("s8", shape)
     stack = ",".join(str(size) for size in stored)
     text = program.as_text()
     assert f"{kind}[{stack}]" in text

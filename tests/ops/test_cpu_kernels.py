@@ -11,7 +11,7 @@ import pytest
 from built import require_kernels
 
 from grok1.ops.cpu import kernels as cpu
-from grok1.params.weights import PackedWeight, packed_shape
+from grok1.params.weights import Panels, QuantizedMatrix, panels_shape
 
 require_kernels()
 
@@ -28,7 +28,7 @@ SHAPES = [  # inner, columns, groups, matrices
 
 def pack(weight, groups):
     """Packs matrices `[matrices, inner, columns]` value by value; what stands beside them is junk."""
-    packed = np.random.default_rng(9).integers(0, 256, packed_shape(weight.shape, groups), dtype=np.uint8)
+    packed = np.random.default_rng(9).integers(0, 256, panels_shape(weight.shape, groups), dtype=np.uint8)
     group_rows = weight.shape[1] // groups
     quads = -(-group_rows // 4)
     for m, k, n in np.ndindex(weight.shape):
@@ -44,7 +44,8 @@ def random_weight(inner, columns, groups, matrices):
     weight = rng.integers(-128, 128, (matrices, inner, columns), dtype=np.int8)
     scales = jnp.asarray(rng.uniform(0.5, 2, (matrices, groups, columns)) / 100, jnp.bfloat16)
     exact = weight * np.repeat(np.asarray(scales, np.float64), inner // groups, axis=1)
-    return PackedWeight(jnp.asarray(pack(weight, groups)), scales, inner // groups), weight, exact
+    panels = jnp.asarray(pack(weight, groups))
+    return QuantizedMatrix(panels, scales, layout=Panels(inner // groups)), weight, exact
 
 
 @pytest.fixture(params=cpu.kernel_names())
@@ -60,7 +61,7 @@ multiply_gated = jax.jit(cpu.multiply_gated, static_argnames="kernels")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_unpacking_gives_what_was_packed(shape):
     packed, weight, exact = random_weight(*shape)
-    np.testing.assert_array_equal(packed.unpack().weight, weight)
+    np.testing.assert_array_equal(packed.unpack().values, weight)
     np.testing.assert_allclose(packed.dequantize(), exact, rtol=1e-6)
     assert (packed.shape, packed.dtype, packed.groups) == (weight.shape, jnp.int8, shape[2])
 
@@ -71,7 +72,7 @@ def test_boxes_of_any_size_are_packed(shape):
     packed, weight, _ = random_weight(*shape)
     rng = np.random.default_rng(0)
     for _ in range(4):
-        found = np.zeros(packed.panels.shape, np.uint8)
+        found = np.zeros(packed.values.shape, np.uint8)
         rows = sorted({0, inner, *rng.integers(0, inner + 1, 3).tolist()})
         places = sorted({0, columns, *rng.integers(0, columns + 1, 2).tolist()})
         for m in range(matrices):
@@ -79,7 +80,7 @@ def test_boxes_of_any_size_are_packed(shape):
                 for left, right in itertools.pairwise(places):
                     box = weight[m, top:bottom, left:right]
                     cpu.pack_box(box, found[m], top, left, groups, inner // groups)
-        unpacked = PackedWeight(jnp.asarray(found), packed.scales, packed.group_rows).unpack().weight
+        unpacked = QuantizedMatrix(jnp.asarray(found), packed.scales, layout=packed.layout).unpack().values
         np.testing.assert_array_equal(unpacked, weight)
         is_value = pack(np.zeros_like(weight), groups) == pack(np.full_like(weight, 1), groups)
         assert not found[is_value].any()  # nothing was written beside the matrix
@@ -135,7 +136,7 @@ def test_gated_product(rows, kernels):
     gate, _, exact_gate = random_weight(100, 70, 4, 3)
     rng = np.random.default_rng(rows)
     other = rng.integers(-128, 128, (3, 100, 70), dtype=np.int8)
-    value = PackedWeight(jnp.asarray(pack(other, 4)), gate.scales, 25)
+    value = QuantizedMatrix(jnp.asarray(pack(other, 4)), gate.scales, layout=Panels(25))
     exact_value = other * np.repeat(np.asarray(gate.scales, np.float64), 25, axis=1)
     x = rng.standard_normal((rows, 100)).astype(np.float32)
     index = rng.integers(-1, 3, 2 * rows)
@@ -165,8 +166,8 @@ def test_a_row_gives_the_same_bits_in_any_company(kernels):
 
 def test_extreme_weights_do_not_overflow(kernels):
     for value in (-128, 127):
-        packed = np.full(packed_shape((1, 32768, 64), 1), value + 128, np.uint8)
-        weight = PackedWeight(jnp.asarray(packed), jnp.ones((1, 1, 64), jnp.bfloat16), 32768)
+        packed = np.full(panels_shape((1, 32768, 64), 1), value + 128, np.uint8)
+        weight = QuantizedMatrix(jnp.asarray(packed), jnp.ones((1, 1, 64), jnp.bfloat16), layout=Panels(32768))
         for sign in (-1, 1):
             x = np.full((3, 32768), sign * 3.0, np.float32)
             found = multiply(x, weight, np.zeros(3, int), kernels=kernels)
@@ -211,7 +212,7 @@ def test_product_with_a_table(rows, inner, entries, dtype, kernels):
 )
 def test_shapes_that_do_not_fit_are_refused(inputs, inner, group_rows):
     weight, _, _ = random_weight(100, 70, 4, 3)
-    broken = PackedWeight(weight.panels, weight.scales, group_rows)
+    broken = QuantizedMatrix(weight.values, weight.scales, layout=Panels(group_rows))
     with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
         jax.block_until_ready(cpu.multiply(jnp.zeros((inputs, inner)), broken, jnp.zeros(2, int)))
 

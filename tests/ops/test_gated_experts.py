@@ -8,7 +8,7 @@ from built import require_kernels
 
 from grok1.ops.cpu import kernels as cpu
 from grok1.ops.gated_experts import definition, gated_experts
-from grok1.params.weights import PackedWeight, QuantizedWeight, packed_shape
+from grok1.params.weights import Panels, QuantizedMatrix, panels_shape
 
 LAYERS, EXPERTS = 2, 4
 
@@ -16,22 +16,22 @@ LAYERS, EXPERTS = 2, 4
 def random_weight(rng, inner, columns, groups):
     weight = rng.integers(-127, 128, (LAYERS, EXPERTS, inner, columns)).astype(np.int8)
     scales = (rng.uniform(0.5, 2, (LAYERS, EXPERTS, groups, columns)) / 127 / inner**0.5).astype(ml_dtypes.bfloat16)
-    return QuantizedWeight(jnp.asarray(weight), jnp.asarray(scales))
+    return QuantizedMatrix(jnp.asarray(weight), jnp.asarray(scales))
 
 
 def pack(weight):
     require_kernels()
-    panels = np.zeros(packed_shape(weight.shape, weight.groups), np.uint8)
+    panels = np.zeros(panels_shape(weight.shape, weight.groups), np.uint8)
     group_rows = weight.shape[-2] // weight.groups
     for index in np.ndindex(*weight.shape[:-2]):
-        cpu.pack_box(np.asarray(weight.weight[index]), panels[index], 0, 0, weight.groups, group_rows)
-    return PackedWeight(jnp.asarray(panels), weight.scales, group_rows)
+        cpu.pack_box(np.asarray(weight.values[index]), panels[index], 0, 0, weight.groups, group_rows)
+    return QuantizedMatrix(jnp.asarray(panels), weight.scales, layout=Panels(group_rows))
 
 
 def exact(x, weights, layer, experts, factors):
     """In float64, expert by expert; rows that go nowhere give 0."""
     gate, value, project = (
-        reference.dequantised(np.asarray(w.weight[layer]), np.asarray(w.scales[layer])) for w in weights
+        reference.dequantised(np.asarray(w.values[layer]), np.asarray(w.scales[layer])) for w in weights
     )
     out = np.zeros((len(x), project.shape[-1]))
     for row, place in np.ndindex(experts.shape):

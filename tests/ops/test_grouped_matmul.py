@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grok1.ops.grouped_matmul import definition, gather_rows, group_by_expert, grouped_matmul, scatter_rows
-from grok1.params.weights import QuantizedWeight
+from grok1.params.weights import QuantizedMatrix
 
 group = jax.jit(group_by_expert, static_argnums=(1, 2))
 
@@ -73,7 +73,7 @@ def test_each_row_is_multiplied_by_the_matrix_of_its_expert(rows, inner, columns
     rng = np.random.default_rng(rows)
     weight = rng.integers(-127, 128, (2, num_experts, inner, columns)).astype(np.int8)
     scales = rng.uniform(0.5, 2, (2, num_experts, groups, columns)).astype(ml_dtypes.bfloat16)
-    quantized = QuantizedWeight(jnp.asarray(weight), jnp.asarray(scales))
+    quantized = QuantizedMatrix(jnp.asarray(weight), jnp.asarray(scales))
     x = rng.standard_normal((rows, inner)).astype(dtype)
     matrices = reference.dequantised(weight[1], scales[1])
 

@@ -7,7 +7,7 @@ import reference
 
 from grok1.ops.quantized_matmul import definition, quantized_matmul, quantized_matmuls
 from grok1.ops.tpu import kernels as tpu
-from grok1.params.weights import QuantizedWeight
+from grok1.params.weights import QuantizedMatrix
 
 jitted = jax.jit(quantized_matmul, static_argnames="backend")
 
@@ -41,7 +41,7 @@ def random_case(rows, inner, columns, groups, lead, dtype=np.float32, seed=0):
 @pytest.mark.parametrize("backend", ["xla", "gpu"])
 def test_product_with_a_matrix_of_a_stack(rows, inner, columns, groups, dtype, backend):
     x, weight, scales = random_case(rows, inner, columns, groups, (3,), dtype)
-    quantized = QuantizedWeight(jnp.asarray(weight), jnp.asarray(scales))
+    quantized = QuantizedMatrix(jnp.asarray(weight), jnp.asarray(scales))
     found = jitted(jnp.asarray(x), quantized, (1,), backend=backend)
     assert found.dtype == jnp.float32
     matrix = reference.dequantised(weight[1], scales[1])
@@ -57,7 +57,7 @@ def test_product_with_a_matrix_of_a_stack(rows, inner, columns, groups, dtype, b
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_product_in_tiles_of_a_tpu(rows, inner, columns, groups, dtype):
     x, weight, scales = random_case(rows, inner, columns, groups, (3,), dtype)
-    quantized = QuantizedWeight(jnp.asarray(weight), jnp.asarray(scales))
+    quantized = QuantizedMatrix(jnp.asarray(weight), jnp.asarray(scales))
     assert tpu.can_multiply(quantized)
     found = jitted(jnp.asarray(x), quantized, (1,), backend="tpu")
     matrix = reference.dequantised(weight[1], scales[1])
@@ -67,7 +67,7 @@ def test_product_in_tiles_of_a_tpu(rows, inner, columns, groups, dtype):
 
 def test_matrices_that_are_no_whole_tiles_of_a_tpu():
     x, weight, scales = random_case(3, 120, 130, 8, (2,))
-    quantized = QuantizedWeight(jnp.asarray(weight), jnp.asarray(scales))
+    quantized = QuantizedMatrix(jnp.asarray(weight), jnp.asarray(scales))
     assert not tpu.can_multiply(quantized)
     found = jitted(x, quantized, (1,), backend="tpu")
     np.testing.assert_allclose(found, definition(x, quantized, (1,)), rtol=1e-4, atol=1e-3)
@@ -78,7 +78,7 @@ def test_several_stacks_at_once(backend):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((5, 256)).astype(np.float32)
     stacks = [random_case(5, 256, columns, 1, (2,), seed=columns)[1:] for columns in (384, 128, 130)]
-    quantized = [QuantizedWeight(jnp.asarray(weight), jnp.asarray(scales)) for weight, scales in stacks]
+    quantized = [QuantizedMatrix(jnp.asarray(weight), jnp.asarray(scales)) for weight, scales in stacks]
     found = jax.jit(quantized_matmuls, static_argnums=3)(x, quantized, (1,), backend)
     for product, (weight, scales) in zip(found, stacks, strict=True):
         np.testing.assert_allclose(product, x @ reference.dequantised(weight[1], scales[1]), rtol=1e-4, atol=1e-2)
@@ -86,7 +86,7 @@ def test_several_stacks_at_once(backend):
 
 def test_index_may_be_traced_and_of_several_axes():
     x, weight, scales = random_case(4, 48, 10, 8, (2, 3))
-    quantized = QuantizedWeight(jnp.asarray(weight), jnp.asarray(scales))
+    quantized = QuantizedMatrix(jnp.asarray(weight), jnp.asarray(scales))
     for layer in range(2):
         for expert in range(3):
             found = jitted(x, quantized, (jnp.int32(layer), jnp.int32(expert)))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grok1.params.weights import PANEL_COLUMNS, PackedWeight, packed_shape
+from grok1.params.weights import PANEL_COLUMNS, QuantizedMatrix, panels_shape
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
 """Where the build puts what it compiles from `native/`."""
@@ -108,7 +108,7 @@ def pack_box(
     rows, columns = box.shape
     most_columns = packed.shape[0] * PANEL_COLUMNS
     inside = 0 <= first_row <= groups * group_rows - rows and 0 <= first_column <= most_columns - columns
-    whole = packed.shape == packed_shape((groups * group_rows, most_columns), groups) and packed.flags.c_contiguous
+    whole = packed.shape == panels_shape((groups * group_rows, most_columns), groups) and packed.flags.c_contiguous
     if not inside or not whole or box.strides[1] != 1:
         raise ValueError(f"a box of {box.shape} at {first_row}, {first_column} does not go into panels {packed.shape}")
     library.Grok1Pack(
@@ -116,14 +116,14 @@ def pack_box(
     )
 
 
-def multiply(x: jax.Array, weight: PackedWeight, index: jax.Array, kernels: str = "") -> jax.Array:
+def multiply(x: jax.Array, weight: QuantizedMatrix, index: jax.Array, kernels: str = "") -> jax.Array:
     """Rows of `x` times matrices out of a stack.
 
     A matrix is read once for all of its rows. What a row gives depends on nothing beside it.
 
     Args:
         x: float `[M, K]`.
-        weight: a stack `[..., K, N]`.
+        weight: a stack `[..., K, N]` in panels.
         index: int32 `[R]`, R a multiple of M: for each row of the result the place of its matrix in the stack, counted
             over all leading axes; negative gives 0. Row r multiplies row `r // (R // M)` of `x`.
         kernels: one of `kernel_names()`; by default the fastest.
@@ -134,16 +134,16 @@ def multiply(x: jax.Array, weight: PackedWeight, index: jax.Array, kernels: str 
     product = _kernel("grok1_multiply", jax.ShapeDtypeStruct((*index.shape, weight.shape[-1]), jnp.float32))
     return product(
         x.astype(jnp.float32),
-        weight.panels,
+        weight.values,
         weight.scales,
         index.astype(jnp.int32),
-        group_rows=np.int64(weight.group_rows),
+        group_rows=_group_rows(weight),
         kernels=kernels,
     )
 
 
 def multiply_gated(
-    x: jax.Array, gate: PackedWeight, value: PackedWeight, index: jax.Array, kernels: str = ""
+    x: jax.Array, gate: QuantizedMatrix, value: QuantizedMatrix, index: jax.Array, kernels: str = ""
 ) -> jax.Array:
     """`gelu(x @ gate) * (x @ value)`, with the tanh approximation of GELU; both stacks of one shape.
 
@@ -152,12 +152,12 @@ def multiply_gated(
     product = _kernel("grok1_gated", jax.ShapeDtypeStruct((*index.shape, gate.shape[-1]), jnp.float32))
     return product(
         x.astype(jnp.float32),
-        gate.panels,
+        gate.values,
         gate.scales,
-        value.panels,
+        value.values,
         value.scales,
         index.astype(jnp.int32),
-        group_rows=np.int64(gate.group_rows),
+        group_rows=_group_rows(gate),
         kernels=kernels,
     )
 
@@ -205,7 +205,13 @@ def attention(
     )
 
 
-def place_in_stack(weight: PackedWeight, index: tuple[jax.Array | int, ...]) -> jax.Array:
+def _group_rows(weight: QuantizedMatrix) -> np.int64:
+    if weight.layout is None:
+        raise TypeError("the CPU kernels multiply matrices in panels, and these are in the release's order")
+    return np.int64(weight.layout.group_rows)
+
+
+def place_in_stack(weight: QuantizedMatrix, index: tuple[jax.Array | int, ...]) -> jax.Array:
     """The place of a matrix in a stack, counted over all leading axes, from its index on each of them."""
     place = jnp.zeros((), jnp.int32)
     for size, axis in zip(weight.shape, index, strict=False):

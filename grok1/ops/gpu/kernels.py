@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from grok1.params.weights import QuantizedWeight
+from grok1.params.weights import QuantizedMatrix
 
 LEAST_ROWS = 16
 """Rows of the smallest product of a GPU's matrix units; fewer are padded."""
@@ -137,10 +137,10 @@ def _trial() -> jax.Array:
     """How far the kernels are from plain JAX on small operands, as a part of the result's size."""
     size = 128
     ramp = jnp.arange(size * size, dtype=jnp.int32).reshape(size, size)
-    weight = QuantizedWeight((ramp % 251 - 125).astype(jnp.int8)[None, None], jnp.ones((1, 1, 1, size), jnp.bfloat16))
+    weight = QuantizedMatrix((ramp % 251 - 125).astype(jnp.int8)[None, None], jnp.ones((1, 1, 1, size), jnp.bfloat16))
     x = (ramp[:LEAST_ROWS] % 17 - 8).astype(jnp.bfloat16)
     product = multiply(x[None], [weight], 0, jnp.zeros(1, jnp.int32), jnp.ones(1, bool))[0][0]
-    plain = jnp.dot(x.astype(jnp.float32), weight.weight[0, 0].astype(jnp.float32), precision="highest")
+    plain = jnp.dot(x.astype(jnp.float32), weight.values[0, 0].astype(jnp.float32), precision="highest")
     cache = jnp.sin(ramp.astype(jnp.float32)).astype(jnp.bfloat16)[None, None, None]
     query = jnp.ones((1, 1, 1, size), jnp.float32)
     attended = attention(query, cache, cache, 0, jnp.full((1, 1), size - 1), None, multiplier=0.1, cap=30.0)
@@ -155,7 +155,7 @@ def _trial() -> jax.Array:
 
 def multiply(
     x: jax.Array,
-    weights: Sequence[QuantizedWeight],
+    weights: Sequence[QuantizedMatrix],
     layer: jax.Array | int,
     expert: jax.Array,
     active: jax.Array,
@@ -194,7 +194,7 @@ def multiply(
         expert.astype(jnp.int32),
         active.astype(jnp.int32),
         x,
-        *(array for weight in weights for array in (weight.weight, weight.scales)),
+        *(array for weight in weights for array in (weight.values, weight.scales)),
     )
     return [sums[0] if parts.count == 1 else jnp.sum(sums, axis=0) for sums in partial_sums]
 

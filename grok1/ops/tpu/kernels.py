@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from grok1.params.weights import QuantizedWeight
+from grok1.params.weights import QuantizedMatrix
 
 LEAST_ROWS = 16
 """Rows of bfloat16 in a tile of memory; fewer are padded."""
@@ -29,7 +29,7 @@ _MOST_INNER = 2048
 _MOST_COLUMNS = 2048
 
 
-def can_multiply(weight: QuantizedWeight) -> bool:
+def can_multiply(weight: QuantizedMatrix) -> bool:
     """Whether a stack's matrices divide into whole tiles."""
     return _tile(weight.shape, weight.groups) is not None
 
@@ -51,7 +51,7 @@ def _largest_divisor(size: int, most: int) -> int:
 
 
 def multiply(
-    x: jax.Array, weight: QuantizedWeight, layer: jax.Array | int, expert: jax.Array, active: jax.Array
+    x: jax.Array, weight: QuantizedMatrix, layer: jax.Array | int, expert: jax.Array, active: jax.Array
 ) -> jax.Array:
     """Blocks of rows times the matrices of their experts.
 
@@ -130,7 +130,7 @@ def multiply(
     )
     interpreted = pl.pallas_call(kernel, interpret=True, **options)  # type: ignore[arg-type]
     numbers = [array.astype(jnp.int32) for array in (jnp.asarray(layer).reshape(1), expert, held, active)]
-    return lax.platform_dependent(*numbers, x, weight.weight, scales, cpu=interpreted, default=compiled)
+    return lax.platform_dependent(*numbers, x, weight.values, scales, cpu=interpreted, default=compiled)
 
 
 def _scale_row(layer: Any, expert: Any, part: Any, *, experts: int, groups: int, parts_of_group: int) -> Any:

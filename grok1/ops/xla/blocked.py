@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from grok1.params.weights import QuantizedWeight
+from grok1.params.weights import QuantizedMatrix
 
 # Up to this many rows of activations a block is multiplied as a sum of scaled weight rows, which XLA fuses with the
 # conversion; with more, a matrix product per block is faster.
@@ -34,7 +34,7 @@ def _fused_block(inner: int, columns: int) -> int:
     return 32 if columns >= 4096 else 64
 
 
-def multiply(x: jax.Array, weight: QuantizedWeight, index: tuple[jax.Array | int, ...]) -> jax.Array:
+def multiply(x: jax.Array, weight: QuantizedMatrix, index: tuple[jax.Array | int, ...]) -> jax.Array:
     """`x @ weight[index]`, in float32.
 
     Args:
@@ -57,7 +57,7 @@ def multiply(x: jax.Array, weight: QuantizedWeight, index: tuple[jax.Array | int
 
 
 def _multiply(
-    x: jax.Array, weight: QuantizedWeight, index: tuple[jax.Array | int, ...], *, block: int, fused: bool
+    x: jax.Array, weight: QuantizedMatrix, index: tuple[jax.Array | int, ...], *, block: int, fused: bool
 ) -> jax.Array:
     *_, inner, columns = weight.shape
     group_rows = inner // weight.groups
@@ -65,7 +65,7 @@ def _multiply(
     lead = len(index)
 
     def slice_rows(start: jax.Array | int, size: int) -> jax.Array:
-        rows = lax.dynamic_slice(weight.weight, (*index, start, 0), (*(1,) * lead, size, columns))
+        rows = lax.dynamic_slice(weight.values, (*index, start, 0), (*(1,) * lead, size, columns))
         return rows.reshape(size, columns)
 
     def block_product(start: jax.Array | int, size: int, total: jax.Array) -> jax.Array:
