@@ -11,14 +11,14 @@ import reference
 from built import require_kernels
 
 from grok1.checkpoint import byte_ranges, load
-from grok1.checkpoint.parts import HostPart, local_parts
 from grok1.checkpoint.reader import Checkpoint
+from grok1.checkpoint.shards import HostShard, local_shards
 from grok1.config import ModelConfig
 from grok1.errors import CheckpointError
 from grok1.host.memory import MIN_LOAD_MEMORY, MemoryBudget
 from grok1.ops.cpu import kernels as cpu
 from grok1.params.sharding import make_mesh
-from grok1.params.tree import stored_leaves
+from grok1.params.tree import parameter_arrays
 from grok1.params.weights import QuantizedMatrix
 
 CONFIG = ModelConfig(
@@ -162,7 +162,7 @@ def test_packed_weights_are_the_same_on_each_device(shape, load_memory, checkpoi
 @pytest.fixture
 def as_accelerators(monkeypatch):
     """Loads to CPU devices as if they had memory of their own."""
-    monkeypatch.setattr(load, "local_parts", lambda leaf, mesh, *_: local_parts(leaf, mesh, False))
+    monkeypatch.setattr(load, "local_shards", lambda array, mesh, *_: local_shards(array, mesh, False))
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((2, 2), ml_dtypes.bfloat16), ((1, 16), np.float32)])
@@ -178,7 +178,7 @@ def test_filling_arrays_on_the_devices_gives_the_same(shape, dtype, checkpoint, 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 8), (4, 2)])
 def test_little_memory_cuts_pieces_and_is_never_exceeded(shape, on_host, checkpoint, stacks, monkeypatch):
     monkeypatch.setattr(load, "MIN_LOAD_MEMORY", 0)
-    monkeypatch.setattr(load, "local_parts", lambda leaf, mesh, *_: local_parts(leaf, mesh, on_host))
+    monkeypatch.setattr(load, "local_shards", lambda array, mesh, *_: local_shards(array, mesh, on_host))
     monkeypatch.setattr(load, "STAGING_BYTES", 64)
     monkeypatch.setattr(byte_ranges, "STAGING_BYTES", 64)
     held = []
@@ -227,13 +227,13 @@ def test_a_shard_of_the_release_reads_its_own_bytes_and_no_others(shards, hollow
     """One layer's; as a process does that has the devices of that shard alone."""
     checkpoint = Checkpoint.open(hollow_release)
     chosen = [
-        dataclasses.replace(leaf, specs=tuple(spec for spec in leaf.specs if spec.layer == 5))
-        for leaf in stored_leaves(checkpoint.config)
-        if leaf.stacked
+        dataclasses.replace(array, files=tuple(file for file in array.files if file.layer == 5))
+        for array in parameter_arrays(checkpoint.config)
+        if array.spec.stacked
     ]
-    held = [[HostPart(leaf, leaf.file_key(shards, 3), 1, [])] for leaf in chosen]
+    held = [[HostShard(array, array.file_key(shards, 3), 1, [])] for array in chosen]
     before = _bytes_read_by_process()
-    load.read_parts(checkpoint, chosen, held)
+    load.fill_shards(checkpoint, chosen, held)
     after = _bytes_read_by_process()
     experts = 3 * 8 * 6144 * 32768 // shards
     queries_and_output = 2 * 6144 * 6144 // shards

@@ -29,13 +29,13 @@ LOAD = f"""
 import resource, sys
 from pathlib import Path
 import jax
-from grok1.checkpoint import load, parts, reader
+from grok1.checkpoint import load, reader, shards
 from grok1.params.sharding import make_mesh
 
 folder, way, model = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 if way == "device":
-    make_local_parts = parts.local_parts
-    load.local_parts = lambda leaf, mesh, *_: make_local_parts(leaf, mesh, False)
+    make_local_shards = shards.local_shards
+    load.local_shards = lambda array, mesh, *_: make_local_shards(array, mesh, False)
 checkpoint = reader.Checkpoint.open(folder)
 mesh = make_mesh(checkpoint.config, (1, model))
 

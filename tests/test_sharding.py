@@ -12,7 +12,7 @@ from grok1.params.sharding import (
     default_mesh_shape,
     hosts_of,
     make_mesh,
-    mesh_places,
+    mesh_device_order,
     possible_model_shards,
     shard_range,
 )
@@ -119,7 +119,7 @@ def test_shards_hold_neighbouring_parts_that_cover_the_axis(units, length, shard
     ],
 )
 def test_model_shards_stay_on_a_host_as_long_as_it_has_devices(shape, hosts, rows):
-    places = mesh_places(shape, [ord(host) for host in hosts])
+    places = mesh_device_order(shape, [ord(host) for host in hosts])
     assert len(set(places)) == len(places) == shape[0] * shape[1]
     assert places[0] == 0
     found = ["".join(hosts[place] for place in places[i * shape[1] : (i + 1) * shape[1]]) for i in range(shape[0])]
@@ -127,7 +127,7 @@ def test_model_shards_stay_on_a_host_as_long_as_it_has_devices(shape, hosts, row
 
 
 def test_on_one_host_a_mesh_takes_its_devices_in_their_order():
-    assert mesh_places((2, 3), [0] * 8) == [0, 1, 2, 3, 4, 5]
+    assert mesh_device_order((2, 3), [0] * 8) == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from grok1.checkpoint.pickled.framing import Payload, tensor_file_size, tensor_pieces
 from grok1.errors import CheckpointError
-from grok1.params.table import TensorSpec
+from grok1.params.table import TensorFile
 
 _BLOCK = 4096  # a filesystem allocates in these units, or in multiples
 _LARGE = 1 << 20  # a smaller file is no proof of whether the filesystem keeps holes
@@ -20,7 +20,7 @@ def allocated_bytes(status: os.stat_result) -> int:
     return status.st_blocks * 512  # POSIX systems count blocks of 512 bytes, whatever the filesystem's are
 
 
-def hollow_disk_bytes(spec: TensorSpec) -> int:
+def hollow_disk_bytes(spec: TensorFile) -> int:
     """The most bytes that the hollow file takes on the disk: its literal bytes, each run of them in blocks."""
     literals = [piece for piece in tensor_pieces(spec) if not isinstance(piece, Payload)]
     # A run may begin in one block and end in another.
@@ -28,7 +28,7 @@ def hollow_disk_bytes(spec: TensorSpec) -> int:
 
 
 def write_hollow_tensors(
-    folder: Path, table: tuple[TensorSpec, ...], progress: Callable[[int, int], None] | None = None
+    folder: Path, table: tuple[TensorFile, ...], progress: Callable[[int, int], None] | None = None
 ) -> None:
     """Writes tensor files of the right size and framing without their arrays' data.
 
@@ -51,7 +51,7 @@ def write_hollow_tensors(
             progress(done, total)
 
 
-def _write_hollow(path: Path, spec: TensorSpec) -> os.stat_result:
+def _write_hollow(path: Path, spec: TensorFile) -> os.stat_result:
     with path.open("wb") as file:
         for piece in tensor_pieces(spec):
             if isinstance(piece, Payload):
@@ -62,7 +62,7 @@ def _write_hollow(path: Path, spec: TensorSpec) -> os.stat_result:
         return os.fstat(file.fileno())
 
 
-def _check_room_for_filled(folder: Path, spec: TensorSpec, allocated: int, remaining: int) -> None:
+def _check_room_for_filled(folder: Path, spec: TensorFile, allocated: int, remaining: int) -> None:
     free = shutil.disk_usage(folder).free
     if remaining > free:
         raise CheckpointError(

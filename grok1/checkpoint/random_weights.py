@@ -13,24 +13,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from grok1.config import ModelConfig
-from grok1.params.table import BFLOAT16, TensorSpec
-
-EMBEDDED_NORM = 1.0
-"""Length of a token's embedding after the multiplier. As the logits come from the same matrix, a longer one
-would make every token its own likeliest successor; so the layers decide the next token."""
-
-QUERY_GAIN = 2.0
-"""Over 1/sqrt(K): attention logits about 2 wide, so that attention is neither even nor one position's."""
-
-ROUTER_GAIN = 3.0
-"""Over 1/sqrt(K): router logits about 3 wide, so that rounding seldom changes the chosen experts."""
-
-LOGIT_STD = 2.5
-"""Of the next token's logits over the vocabulary: some hundred of the release's 131072 tokens are likely."""
+from grok1.params.table import BFLOAT16, Kind, TensorFile
 
 NORM_SPREAD = 0.2
-"""Norm scales lie within this fraction of their mean, so that a norm left out or taken for another shows."""
+"""Norm scales lie within this fraction of their mean, so that a missing or confused norm shows."""
 
 _SQRT_3 = math.sqrt(3.0)  # a uniform variable in +-sqrt(3) has standard deviation 1
 _INT8_STD = math.sqrt(127 * 128 / 3)  # of a uniform whole number in -127..127
@@ -38,12 +24,11 @@ _SCALE_RMS = math.sqrt(35 / 24)  # of `_scales`'s factor: mean square 7/3 of the
 _CHUNK_WORDS = 1 << 17  # 64-bit words drawn at a time: 1 MiB, which stays in the processor's cache
 
 
-def random_chunks(spec: TensorSpec, config: ModelConfig, seed: int, *, scales: bool) -> Iterator[np.ndarray]:
+def random_chunks(spec: TensorFile, seed: int, *, scales: bool) -> Iterator[np.ndarray]:
     """The data of one array in order, in pieces of about a megabyte.
 
     Args:
         spec: the tensor.
-        config: the model's config, which fixes the size of the values.
         seed: with the tensor's index and `scales`, selects the random stream; 0 or more.
         scales: the quantised weight's scales instead of its values.
 
@@ -60,46 +45,26 @@ def random_chunks(spec: TensorSpec, config: ModelConfig, seed: int, *, scales: b
         count = min(remaining, per_chunk)
         words = bits.random_raw(-(-count * array.dtype.itemsize // 8)).astype("<u8", copy=False)
         if scales:
-            yield _scales(words.view("<u2")[:count], _weight_std(spec, config))
+            yield _scales(words.view("<u2")[:count], _std(spec))
         elif spec.scales_shape is not None:
             values = words.view(np.int8)[:count]
             yield np.maximum(values, np.int8(-127), out=values)  # as in the release, -128 does not occur
         else:
-            mean, half_width = _float_range(spec, config)
+            mean, half_width = _float_range(spec)
             yield _uniform(words.view("<u4")[:count], mean, half_width)
         remaining -= count
 
 
-def _weight_std(spec: TensorSpec, config: ModelConfig) -> float:
-    """Standard deviation of a matrix's values: keeps a vector of unit size at unit size."""
-    gain = 1.0
-    if spec.name == "w":
-        gain = {"query": QUERY_GAIN, "router": ROUTER_GAIN}.get(spec.module.rpartition("/")[2], 1.0)
-    return gain / math.sqrt(spec.shape[-2])
+def _std(spec: TensorFile) -> float:
+    """Standard deviation of a matrix's values: a gain of 1 keeps a vector of unit size at unit size."""
+    return spec.gain if spec.kind is Kind.EMBEDDING else spec.gain / math.sqrt(spec.shape[-2])
 
 
-def _embedding_std(config: ModelConfig) -> float:
-    return EMBEDDED_NORM / math.sqrt(config.emb_size) / config.embedding_multiplier_scale
-
-
-def _norm_mean(spec: TensorSpec, config: ModelConfig) -> float:
-    """Mean of a norm's scales."""
-    if spec.layer is None:
-        # The final norm: a logit is a sum of `emb_size` products with one embedding.
-        return LOGIT_STD / (math.sqrt(config.emb_size) * _embedding_std(config) * config.output_multiplier_scale)
-    if spec.module.endswith(("rms_norm_1", "rms_norm_3")):
-        # What a layer adds, twice: all layers together add a vector of unit size to the residual stream.
-        return 1.0 / math.sqrt(2 * config.num_layers)
-    return 1.0
-
-
-def _float_range(spec: TensorSpec, config: ModelConfig) -> tuple[float, float]:
+def _float_range(spec: TensorFile) -> tuple[float, float]:
     """Mean and half the width of the uniform distribution of a float32 tensor."""
-    if spec.name == "scale":
-        mean = _norm_mean(spec, config)
-        return mean, mean * NORM_SPREAD
-    std = _embedding_std(config) if spec.name == "embeddings" else _weight_std(spec, config)
-    return 0.0, _SQRT_3 * std
+    if spec.kind is Kind.NORMS:
+        return spec.gain, spec.gain * NORM_SPREAD
+    return 0.0, _SQRT_3 * _std(spec)
 
 
 def _uniform(words: np.ndarray, mean: float, half_width: float) -> np.ndarray:

@@ -20,7 +20,7 @@ from grok1.checkpoint.byte_ranges import Check, RangeReader, ReadCounter, became
 from grok1.checkpoint.pickled.scan import StoredArray, StoredTensor
 from grok1.config import PRESETS, ModelConfig
 from grok1.errors import CheckpointError
-from grok1.params.table import CHECKPOINT_DIR, TensorSpec
+from grok1.params.table import CHECKPOINT_DIR, TensorFile
 
 _FILE_NAME = re.compile(r"tensor\d+_\d+")
 
@@ -106,7 +106,7 @@ class Checkpoint:
 
     config: ModelConfig
     directory: Path
-    table: tuple[TensorSpec, ...]
+    table: tuple[TensorFile, ...]
     tensors: tuple[StoredTensor, ...]
     total_bytes: int
     _counter: ReadCounter = field(default_factory=ReadCounter, init=False, repr=False)

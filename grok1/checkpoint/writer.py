@@ -20,7 +20,7 @@ from grok1.checkpoint.random_weights import random_chunks
 from grok1.checkpoint.reader import holds_tensor_files
 from grok1.config import ModelConfig
 from grok1.errors import CheckpointError
-from grok1.params.table import CHECKPOINT_DIR, TensorSpec, tensor_table
+from grok1.params.table import CHECKPOINT_DIR, TensorFile, tensor_table
 
 _CONFIG = "config.json"
 _TOKENIZER = "tokenizer.model"
@@ -29,7 +29,7 @@ _BLOCK = 4096  # what the smallest file takes on a disk
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes in all."""
 
-Chunks = Callable[[TensorSpec, bool], Iterable[np.ndarray]]
+Chunks = Callable[[TensorFile, bool], Iterable[np.ndarray]]
 """Gives a tensor's values, or its scales if the second argument is true, as arrays to write one after the other."""
 
 
@@ -76,7 +76,7 @@ def write_checkpoint(
         if hollow:
             write_hollow_tensors(new / CHECKPOINT_DIR, table, progress)
         else:
-            _write_tensors(new / CHECKPOINT_DIR, table, chunks or _random(config, seed), progress)
+            _write_tensors(new / CHECKPOINT_DIR, table, chunks or _random(seed), progress)
 
 
 def unpack_checkpoint(archive: Path, directory: Path, *, force: bool = False, progress: Progress | None = None) -> None:
@@ -156,11 +156,11 @@ def _check_space(directory: Path, needed: int) -> None:
         )
 
 
-def _random(config: ModelConfig, seed: int) -> Chunks:
-    return lambda spec, scales: random_chunks(spec, config, seed, scales=scales)
+def _random(seed: int) -> Chunks:
+    return lambda spec, scales: random_chunks(spec, seed, scales=scales)
 
 
-def _write_tensors(folder: Path, table: tuple[TensorSpec, ...], chunks: Chunks, progress: Progress | None) -> None:
+def _write_tensors(folder: Path, table: tuple[TensorFile, ...], chunks: Chunks, progress: Progress | None) -> None:
     done, total = 0, sum(tensor_file_size(spec) for spec in table)
     for spec in table:
         with (folder / spec.file_name).open("wb", buffering=0) as file:
@@ -176,7 +176,7 @@ def _write_tensors(folder: Path, table: tuple[TensorSpec, ...], chunks: Chunks, 
         progress(done, total)
 
 
-def _blocks(piece: bytes | Payload, spec: TensorSpec, chunks: Chunks) -> Iterator[memoryview]:
+def _blocks(piece: bytes | Payload, spec: TensorFile, chunks: Chunks) -> Iterator[memoryview]:
     if isinstance(piece, bytes):
         yield memoryview(piece)
         return

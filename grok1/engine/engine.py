@@ -25,7 +25,7 @@ from grok1.engine.replay import Step, StepSender
 from grok1.engine.sampling import SampledTokens, SamplingState, sample, token_logprobs
 from grok1.network import KVCache, ModelShard, network
 from grok1.ops.backend import Backend
-from grok1.params.sharding import DATA_AXIS, MODEL_AXIS, own_devices
+from grok1.params.sharding import DATA_AXIS, MODEL_AXIS, local_devices
 from grok1.params.weights import QuantizedMatrix
 from grok1.request import MAX_LOGPROBS, SamplingOptions
 
@@ -227,7 +227,7 @@ class Engine:
     @property
     def local_devices(self) -> list[jax.Device]:
         """The mesh's devices that are this process's."""
-        return own_devices(self.mesh.devices.flat)
+        return local_devices(self.mesh.devices.flat)
 
     @property
     def data_rows(self) -> int:

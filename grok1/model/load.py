@@ -27,7 +27,7 @@ from grok1.multihost.runtime import Runtime
 from grok1.ops.cpu import kernels as cpu
 from grok1.ops.kernels import ChosenKernels, choose_kernels
 from grok1.params.random import random_parameters
-from grok1.params.sharding import counts, default_mesh_shape, hosts_of, make_mesh, own_devices
+from grok1.params.sharding import counts, default_mesh_shape, hosts_of, local_devices, make_mesh
 from grok1.params.tree import abstract_parameters
 from grok1.plan.devices import Devices, present_devices
 from grok1.plan.estimate import Estimate
@@ -148,7 +148,7 @@ def random_model(
     report("loading", "random weights")
     params = place.abstract(config)
     if place.takes_part:
-        params = random_parameters(params, seed)
+        params = random_parameters(config, place.mesh, place.dtype, place.packs, seed)
     return place.model(config, params, report, None)
 
 
@@ -245,7 +245,7 @@ class _Place:
     @property
     def takes_part(self) -> bool:
         """Whether the mesh has devices of this process."""
-        return bool(own_devices(self.mesh.devices.flat))
+        return bool(local_devices(self.mesh.devices.flat))
 
     def abstract(self, config: ModelConfig) -> Any:
         """The parameters as `jax.ShapeDtypeStruct`."""
@@ -270,7 +270,7 @@ def _present(devices: Sequence[jax.Device], runtime: Runtime | None) -> tuple[De
 
     Processes on one host share its memory evenly.
     """
-    present = dataclasses.replace(present_devices(own_devices(devices) or jax.local_devices()), count=len(devices))
+    present = dataclasses.replace(present_devices(local_devices(devices) or jax.local_devices()), count=len(devices))
     if runtime is None:
         return present, None
     found = jax.process_index(), jax.process_count()

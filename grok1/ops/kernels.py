@@ -8,7 +8,6 @@ import os
 from typing import cast, get_args
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from grok1.config import KernelsName, ModelConfig
@@ -16,8 +15,9 @@ from grok1.errors import KernelsError
 from grok1.ops.backend import Backend
 from grok1.ops.cpu import kernels as cpu
 from grok1.ops.gpu import kernels as gpu
-from grok1.params.sharding import MODEL_AXIS, own_devices
-from grok1.params.tree import stored_leaves
+from grok1.params.sharding import MODEL_AXIS, local_devices
+from grok1.params.table import parameter_table
+from grok1.params.tree import parameter_arrays
 from grok1.params.weights import MAX_GROUP_ROWS
 
 ENVIRONMENT_VARIABLE = "GROK1_KERNELS"
@@ -62,7 +62,7 @@ def choose_kernels(config: ModelConfig, mesh: Mesh, kernels: KernelsName = "auto
     """
     device = mesh.devices.flat[0]
     if jax.process_count() > 1:  # this process can try nothing on the devices of another
-        device = (own_devices(mesh.devices.flat) or jax.local_devices())[0]
+        device = (local_devices(mesh.devices.flat) or jax.local_devices())[0]
     return _choose(device, kernels, _why_not_for(config, mesh.shape[MODEL_AXIS], device.platform))
 
 
@@ -116,14 +116,13 @@ def _why_not_on(device: jax.Device) -> str | None:
 
 def _why_not_for(config: ModelConfig, shards: int, platform: str) -> str | None:
     """Why a model does not fit the kernels of a platform."""
-    leaves = [leaf for leaf in stored_leaves(config, packed=True) if leaf.packed]
     if platform == "cpu":
-        rows = max(leaf.scale_groups(leaf.file_shape[-2])[1] for leaf in leaves)
+        rows = max(spec.shape[-2] // spec.groups for spec in parameter_table(config) if spec.groups)
         if rows > MAX_GROUP_ROWS:
             return f"a scale group has {rows:,} rows and they take {MAX_GROUP_ROWS:,} at most"
     if platform == "gpu":
-        for leaf in stored_leaves(config):
-            size = math.prod(leaf.local_shape(shards))
-            if leaf.dtype == np.int8 and not gpu.can_address(size):
-                return f"a stack of {size:,} bytes, such as its {leaf.module}, is of a size that they do not address"
+        for array in parameter_arrays(config):
+            size = math.prod(array.local_shape(shards))
+            if array.spec.groups and not array.scales and not gpu.can_address(size):
+                return f"a stack of {size:,} bytes, such as {array.spec.module}, has a size that they cannot address"
     return None

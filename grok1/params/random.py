@@ -1,54 +1,62 @@
-"""Random weights made on the devices, to measure and to try things without a checkpoint."""
+"""Random weights made on the devices, to measure and to experiment without a checkpoint."""
 
 from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+
+from grok1.config import ModelConfig
+from grok1.params.sharding import MODEL_AXIS
+from grok1.params.table import Format, Kind
+from grok1.params.tree import ParameterArray, abstract_arrays, parameter_arrays, parameter_tree
 
 _SCALE = 2.0**-12  # of the bytes' values: products of a few thousand of them come out near 1
-_SPREAD = {"embeddings": 0.02, "w": 0.05}  # of the float arrays: the embedding matrix and the routers
+_SPREAD = {Kind.EMBEDDING: 0.02, Kind.ROUTER: 0.05}
 
 
-def random_parameters(abstract: hk.Params, seed: int = 0) -> hk.Params:
-    """Fills a tree of parameters with random values, each device its own part of each array and nothing beside.
+def random_parameters(
+    config: ModelConfig, mesh: Mesh, dtype: np.dtype | type = np.float32, packed: bool = False, seed: int = 0
+) -> hk.Params:
+    """A parameter tree of random values, made by each device for its own shards without further memory.
 
-    Bytes are even over all their values, norms are 1, and routers are such that the experts of different tokens differ.
+    Bytes are uniform over all their values, norms are 1, and routers are such that the experts of different tokens
+    differ.
 
     Args:
-        abstract: a `jax.ShapeDtypeStruct` with its sharding for each array, as `abstract_parameters` gives it.
+        config: the model.
+        mesh: a (data, model) mesh that the model divides over.
+        dtype: dtype of the embedding matrix in memory.
+        packed: whether quantized parameters are in panels in memory.
         seed: of the values.
     """
-    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
-    filled = [_fill(path, leaf, seed + i) for i, (path, leaf) in enumerate(leaves)]
+    arrays = parameter_arrays(config, dtype, packed)
+    filled = []
+    for i, (array, leaf) in enumerate(zip(arrays, abstract_arrays(arrays, mesh), strict=True)):
+        fill = jax.jit(partial(_values, array, leaf.shape), out_shardings=leaf.sharding)
+        filled.append(fill(np.uint32(seed + i)))
     jax.block_until_ready(filled)
-    return jax.tree_util.tree_unflatten(tree, filled)
+    return parameter_tree(arrays, filled, mesh.shape[MODEL_AXIS])
 
 
-def _fill(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, seed: int) -> jax.Array:
-    name = next(key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey))
-    fill = partial(_values, leaf.shape, np.dtype(leaf.dtype), _SPREAD.get(name))
-    return jax.jit(fill, out_shardings=leaf.sharding)(np.uint32(seed))
-
-
-def _values(shape: tuple[int, ...], dtype: np.dtype, spread: float | None, seed: jax.Array) -> jax.Array:
-    if dtype.itemsize == 1:
-        return jax.lax.bitcast_convert_type((_hash(shape, seed) >> 24).astype(jnp.uint8), dtype)
-    if spread is None:
-        return jnp.ones(shape, dtype)
-    if dtype == jnp.bfloat16 and len(shape) > 2:  # scales; an embedding matrix has two axes
-        return jnp.full(shape, _SCALE, dtype)
+def _values(array: ParameterArray, shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
+    if array.scales:
+        return jnp.full(shape, _SCALE, array.dtype)
+    if array.spec.format is not Format.FLOAT32:
+        return jax.lax.bitcast_convert_type((_hash(shape, seed) >> 24).astype(jnp.uint8), array.dtype)
+    if array.spec.kind is Kind.NORMS:
+        return jnp.ones(shape, array.dtype)
     uniform = _hash(shape, seed).astype(jnp.float32) * (2.0 / 2**32) - 1.0
-    return (spread * uniform).astype(dtype)
+    return (_SPREAD[array.spec.kind] * uniform).astype(array.dtype)
 
 
 def _hash(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
-    """Bits that look random, uint32, from each place and the seed alone: computed where they are stored."""
+    """Pseudorandom bits, uint32, from each element's index and the seed alone: computed where they are stored."""
     bits = jnp.zeros(shape, jnp.uint32)
     for axis, length in enumerate(shape):
         stride = math.prod(shape[axis + 1 :]) % 2**32

@@ -9,75 +9,37 @@ host as long as one has enough devices, and only rows that fit on none are put t
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from grok1.config import SCALE_GROUPS, ModelConfig
 from grok1.errors import MeshError
+from grok1.params.table import Axis
 
 DATA_AXIS = "data"
 MODEL_AXIS = "model"
 
 
-@dataclasses.dataclass(frozen=True)
-class AxisSplit:
-    """How one axis of a stored array is divided over the model shards.
-
-    Attributes:
-        axis: which axis, counted from the end (-1 is the last).
-        units: what cannot be divided further; there are as many parts as the largest common divisor of units and
-            shards, and with more shards than parts neighbouring shards hold the same one.
-    """
-
-    axis: int
-    units: int
-
-
-def weight_split(module: str, config: ModelConfig) -> AxisSplit | None:
-    """How the array of a parameter is divided; None if every shard holds it whole.
-
-    Args:
-        module: the parameter's Haiku module, for example `transformer/decoder_layer/moe/linear_1`.
-        config: the model.
-    """
-    match module.rsplit("/", 2)[-2:]:
-        case [_, "in_out_embed"]:
-            return AxisSplit(-2, config.vocab_size)
-        case ["moe", "linear" | "linear_v"]:
-            return AxisSplit(-1, config.ffn_size)
-        case ["moe", "linear_1"]:
-            return AxisSplit(-2, config.ffn_size)
-        case ["multi_head_attention", "query"]:
-            return AxisSplit(-1, config.num_q_heads)
-        case ["multi_head_attention", "key" | "value"]:
-            return AxisSplit(-1, config.num_kv_heads)
-        case ["multi_head_attention", "linear"]:
-            return AxisSplit(-2, config.num_q_heads)
-    return None  # norms and routers
-
-
-def scales_split(module: str, config: ModelConfig) -> AxisSplit | None:
-    """How the scales of a quantised parameter are divided: as its columns, or by groups where its rows are."""
-    split = weight_split(module, config)
-    if split is not None and split.axis == -2:
-        return AxisSplit(-2, SCALE_GROUPS)
-    return split
+MESH_AXES = {"vocab": MODEL_AXIS, "ffn": MODEL_AXIS, "q_heads": MODEL_AXIS, "kv_heads": MODEL_AXIS}
+"""The axis of the mesh that each logical axis of a parameter is divided over; other axes are whole on every device."""
 
 
 def shard_range(length: int, units: int, shards: int, shard: int) -> slice:
     """The part of an axis that one shard holds.
 
+    There are as many parts as the greatest common divisor of units and shards; with more shards than parts, neighboring
+    shards hold the same one.
+
     Args:
         length: length of the whole axis, a multiple of `units`.
-        units: as in `AxisSplit`.
+        units: number of indivisible units.
         shards: number of model shards.
-        shard: which of them.
+        shard: index of the shard.
     """
     parts = math.gcd(units, shards)
     size = length // parts
@@ -85,12 +47,11 @@ def shard_range(length: int, units: int, shards: int, shard: int) -> slice:
     return slice(first, first + size)
 
 
-def partition_spec(split: AxisSplit | None, ndim: int) -> PartitionSpec:
-    """The partition of an in-memory array of `ndim` axes."""
-    axes: list[str | None] = [None] * ndim
-    if split is not None:
-        axes[split.axis] = MODEL_AXIS
-    return PartitionSpec(*axes)
+def axis_range(axis: Axis, shards: int, shard: int) -> slice:
+    """The part of a parameter's axis that one of `shards` model shards holds."""
+    if axis.name not in MESH_AXES:
+        return slice(0, axis.size)
+    return shard_range(axis.size, axis.size // axis.unit, shards, shard)
 
 
 def indivisible(config: ModelConfig, shards: int) -> str | None:
@@ -139,7 +100,7 @@ def default_mesh_shape(
     return 1, possible_model_shards(config, num_devices)[-1]
 
 
-def mesh_places(shape: tuple[int, int], hosts: Sequence[int]) -> list[int]:
+def mesh_device_order(shape: tuple[int, int], hosts: Sequence[int]) -> list[int]:
     """Which devices a mesh takes, row by row.
 
     Rows are taken from one host as long as it has enough devices left, host after host; those that are still wanted
@@ -220,11 +181,11 @@ def make_mesh(
         shape = default_mesh_shape(config, len(devices))
     data, model = shape
     check_mesh_shape(config, shape, len(devices))
-    places = mesh_places(shape, [0] * len(devices) if hosts is None else hosts)
+    places = mesh_device_order(shape, [0] * len(devices) if hosts is None else hosts)
     return Mesh(np.asarray([devices[place] for place in places]).reshape(data, model), (DATA_AXIS, MODEL_AXIS))
 
 
-def own_devices(devices: Iterable[jax.Device]) -> list[jax.Device]:
+def local_devices(devices: Iterable[jax.Device]) -> list[jax.Device]:
     """Those of some devices that are this process's."""
     return [device for device in devices if device.process_index == jax.process_index()]
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
+
+from grok1.params.table import Format
 
 PANEL_COLUMNS = 16
 """Columns of a panel."""
@@ -20,20 +20,6 @@ QUAD_ROWS = 4
 
 MAX_GROUP_ROWS = 32768
 """Largest scale group, in rows, of a matrix in panels: kernels sum its products in 32 bits."""
-
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-
-
-class Format(enum.Enum):
-    """How the numbers of a parameter are encoded."""
-
-    FLOAT32 = "float32"
-    INT8 = "int8"
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Dtype of the stored values."""
-        return np.dtype(self.value)
 
 
 @dataclasses.dataclass(frozen=True)

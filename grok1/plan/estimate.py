@@ -17,8 +17,9 @@ import numpy as np
 from grok1.config import ModelConfig
 from grok1.engine.engine import most_tokens
 from grok1.network import ModelShard
-from grok1.params.sharding import mesh_places, possible_model_shards
-from grok1.params.tree import StoredLeaf, stored_leaves
+from grok1.params.sharding import mesh_device_order, possible_model_shards
+from grok1.params.table import Kind
+from grok1.params.tree import ParameterArray, parameter_arrays
 from grok1.plan.devices import Devices
 
 _MOST_SHARDS = 256  # that a search for a mesh looks at
@@ -46,16 +47,16 @@ class Estimate:
     # Memory, of one device
 
     @cached_property
-    def _leaves(self) -> tuple[StoredLeaf, ...]:
-        return stored_leaves(self.config, np.dtype(self.dtype))
+    def _arrays(self) -> tuple[ParameterArray, ...]:
+        return parameter_arrays(self.config, np.dtype(self.dtype))
 
-    def _leaf_bytes(self, leaf: StoredLeaf) -> int:
-        return math.prod(leaf.local_shape(self.mesh[1])) * leaf.dtype.itemsize
+    def _array_bytes(self, array: ParameterArray) -> int:
+        return math.prod(array.local_shape(self.mesh[1])) * array.dtype.itemsize
 
     @cached_property
     def weight_bytes(self) -> int:
         """Weights on one device."""
-        return sum(map(self._leaf_bytes, self._leaves))
+        return sum(map(self._array_bytes, self._arrays))
 
     @property
     def cache_bytes(self) -> int:
@@ -103,7 +104,7 @@ class Estimate:
         """For each data row and each of its model shards, which host it is on."""
         data, model = self.mesh
         hosts = [host for host, count in enumerate(self.hosts or (data * model,)) for _ in range(count)]
-        places = mesh_places(self.mesh, hosts)
+        places = mesh_device_order(self.mesh, hosts)
         return [[hosts[place] for place in places[row * model : (row + 1) * model]] for row in range(data)]
 
     @property
@@ -178,8 +179,8 @@ class Estimate:
         config = self.config
         touched = 1 - (1 - config.num_selected_experts / config.num_experts) ** rows
         weights = 0.0
-        for leaf in self._leaves:
-            weights += self._leaf_bytes(leaf) * (touched if "/moe/" in leaf.module else 1)
+        for array in self._arrays:
+            weights += self._array_bytes(array) * (touched if array.spec.kind is Kind.EXPERTS else 1)
         return round(weights) + rows * context * self._cache_position_bytes
 
     def decode_seconds(self, batch: int, context: int) -> float | None:

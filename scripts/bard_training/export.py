@@ -15,7 +15,7 @@ from grok1.params.table import CHECKPOINT_DIR, TensorSpec
 from grok1.checkpoint.reader import Checkpoint
 from grok1.checkpoint.writer import write_checkpoint
 from grok1.config import ModelConfig
-from grok1.params.table import CHECKPOINT_DIR, TensorSpec
+from grok1.params.table import CHECKPOINT_DIR, TensorFile
 
 BFLOAT16 = ml_dtypes.bfloat16
 
@@ -70,7 +70,7 @@ def write(directory: Path, config: ModelConfig, params: Params, tokenizer: bytes
     """
     params = positive_norms(params)
 
-    def chunks(spec: TensorSpec, scales: bool) -> Iterator[np.ndarray]:
+    def chunks(spec: TensorFile, scales: bool) -> Iterator[np.ndarray]:
         if spec.layer is None:
             array = np.asarray(params[spec.parameter])
             yield array.astype(BFLOAT16).astype(np.float32) if spec.parameter == EMBEDDINGS else array

@@ -49,8 +49,8 @@ def test_layers_come_in_the_order_of_their_paths(small_config):
 def test_names_of_a_tensor_of_layer_10(small_config):
     spec = tensor_table(small_config)[26]
     assert spec.parameter == "transformer/decoder_layer_10/moe/linear/w"
-    assert (spec.module, spec.name) == ("transformer/decoder_layer_10/moe/linear", "w")
-    assert spec.layer_module == "transformer/decoder_layer/moe/linear"
+    assert (spec.layer, spec.path) == (10, "transformer/decoder_layer/moe/linear/w")
+    assert (spec.module, spec.name) == ("transformer/decoder_layer/moe/linear", "w")
     assert spec.file_name == "tensor00026_000"
 
 
@@ -58,7 +58,7 @@ def test_names_of_a_tensor_outside_the_layers(small_config):
     spec = tensor_table(small_config)[0]
     assert spec.layer is None
     assert (spec.module, spec.name) == ("language_model/in_out_embed", "embeddings")
-    assert spec.layer_module == spec.module
+    assert spec.path == spec.parameter
 
 
 def test_array_bytes_count_scales(small_config):

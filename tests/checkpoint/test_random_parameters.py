@@ -9,7 +9,6 @@ from grok1.checkpoint.reader import Checkpoint
 from grok1.ops.cpu import kernels as cpu
 from grok1.params.random import random_parameters
 from grok1.params.sharding import make_mesh
-from grok1.params.tree import abstract_parameters
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -20,7 +19,7 @@ def test_it_is_shaped_and_placed_as_what_loading_gives(mesh, dtype, packed, smal
     device_mesh = make_mesh(small_config, mesh)
     checkpoint = Checkpoint.open(make_checkpoint(small_config))
     loaded = load_parameters(checkpoint, device_mesh, dtype, pack=cpu.pack_box if packed else None)
-    made = random_parameters(abstract_parameters(small_config, device_mesh, dtype, packed))
+    made = random_parameters(small_config, device_mesh, dtype, packed)
     assert jax.tree.structure(made) == jax.tree.structure(loaded)
     for one, other in zip(jax.tree.leaves(made), jax.tree.leaves(loaded), strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
@@ -28,8 +27,8 @@ def test_it_is_shaped_and_placed_as_what_loading_gives(mesh, dtype, packed, smal
 
 
 def test_values_are_spread_and_repeat_with_their_seed(small_config):
-    abstract = abstract_parameters(small_config, make_mesh(small_config, (1, 1)))
-    first, again, other = (jax.tree.leaves(random_parameters(abstract, seed)) for seed in (1, 1, 2))
+    mesh = make_mesh(small_config, (1, 1))
+    first, again, other = (jax.tree.leaves(random_parameters(small_config, mesh, seed=seed)) for seed in (1, 1, 2))
     differing = 0
     for a, b, c in zip(first, again, other, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -43,7 +42,7 @@ def test_values_are_spread_and_repeat_with_their_seed(small_config):
 
 
 def test_values_do_not_depend_on_the_mesh(small_config):
-    whole = random_parameters(abstract_parameters(small_config, make_mesh(small_config, (1, 1))))
-    parts = random_parameters(abstract_parameters(small_config, make_mesh(small_config, (2, 4))))
+    whole = random_parameters(small_config, make_mesh(small_config, (1, 1)))
+    parts = random_parameters(small_config, make_mesh(small_config, (2, 4)))
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_array_equal(one, other)

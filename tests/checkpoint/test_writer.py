@@ -14,12 +14,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from grok1.checkpoint import random_weights, writer
+from grok1.checkpoint import writer
 from grok1.checkpoint.pickled.framing import tensor_file_size
 from grok1.checkpoint.reader import Checkpoint
 from grok1.checkpoint.writer import write_checkpoint
 from grok1.config import PRESETS, ModelConfig
 from grok1.errors import CheckpointError
+from grok1.params import table as parameters
 from grok1.params.table import tensor_table
 
 
@@ -101,20 +102,20 @@ def test_sizes_of_the_values(tmp_path):
     near = {"rel": 0.06}
     embedding = std["language_model/in_out_embed/embeddings"]
     length = embedding * config.embedding_multiplier_scale * math.sqrt(128)
-    assert length == pytest.approx(random_weights.EMBEDDED_NORM, **near)
+    assert length == pytest.approx(parameters.EMBEDDED_NORM, **near)
     for name, inputs in (("linear", 128), ("linear_v", 128), ("linear_1", config.ffn_size)):
         assert std[f"moe/{name}/w"] == pytest.approx(1 / math.sqrt(inputs), **near)
     for name, expected in (("key", 128), ("value", 128), ("linear", 192)):
         assert std[f"multi_head_attention/{name}/w"] == pytest.approx(1 / math.sqrt(expected), **near)
     query = std["multi_head_attention/query/w"] * math.sqrt(128)
-    assert query == pytest.approx(random_weights.QUERY_GAIN, **near)
-    assert std["router/w"] * math.sqrt(128) == pytest.approx(random_weights.ROUTER_GAIN, **near)
+    assert query == pytest.approx(parameters.QUERY_GAIN, **near)
+    assert std["router/w"] * math.sqrt(128) == pytest.approx(parameters.ROUTER_GAIN, **near)
     for name, expected in (("rms_norm", 1), ("rms_norm_1", 0.5), ("rms_norm_2", 1), ("rms_norm_3", 0.5)):
         assert means[f"{name}/scale"] == pytest.approx(expected, **near)
         assert std[f"{name}/scale"] > 0.05 * expected
     final = means["language_model/rms_norm/scale"]
     logit = final * math.sqrt(128) * embedding * config.output_multiplier_scale
-    assert logit == pytest.approx(random_weights.LOGIT_STD, **near)
+    assert logit == pytest.approx(parameters.LOGIT_STD, **near)
 
 
 def test_scales_differ_between_groups_and_columns(written):

@@ -8,7 +8,8 @@ import pytest
 
 from grok1.checkpoint.reader import Checkpoint
 from grok1.model import Model
-from grok1.params.tree import stored_leaves
+from grok1.params.sharding import MESH_AXES
+from grok1.params.tree import parameter_arrays
 
 MESHES = [(1, 1), (1, 2), (1, 4), (1, 8), (2, 4), (4, 2), (8, 1), (2, 8)]
 FLOAT32_ERROR = 1e-4
@@ -84,9 +85,10 @@ def check_bytes_read(checkpoint, mesh, count, found):
         places = range(process * per_process, (process + 1) * per_process)
         held = {place % shards for place in places if place < data * shards}
         expected = 0
-        for leaf in stored_leaves(checkpoint.config):
-            parts = math.gcd(leaf.split.units, shards) if leaf.split is not None else 1
+        for array in parameter_arrays(checkpoint.config):
+            divided = [axis for axis in array.file_axes if axis.name in MESH_AXES]
+            parts = math.gcd(divided[0].size // divided[0].unit, shards) if divided else 1
             mine = {shard * parts // shards for shard in held}
-            whole = len(leaf.specs) * math.prod(leaf.file_shape) * leaf.file_dtype.itemsize
+            whole = len(array.files) * math.prod(axis.size for axis in array.file_axes) * array.file_dtype.itemsize
             expected += whole * len(mine) // parts
         assert found[process] == expected

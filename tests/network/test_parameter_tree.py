@@ -12,7 +12,7 @@ from grok1.checkpoint.reader import Checkpoint
 from grok1.config import ModelConfig
 from grok1.network import KVCache, ModelShard, network
 from grok1.params.sharding import make_mesh
-from grok1.params.table import tensor_table
+from grok1.params.table import parameter_table
 from grok1.params.tree import abstract_parameters
 
 CONFIG = ModelConfig(
@@ -79,7 +79,7 @@ def test_the_abstract_tree_is_of_what_is_loaded(shape, dtype, checkpoint):
 def test_modules_and_parameters_have_the_releases_names():
     asked = jax.eval_shape(functools.partial(initialise, ModelShard(CONFIG)))
     names = {f"{module}/{name}" for module, parameters in asked.items() for name in parameters}
-    assert names == {f"{spec.layer_module}/{spec.name}" for spec in tensor_table(CONFIG)}
+    assert names == {spec.path for spec in parameter_table(CONFIG)}
     assert names == {
         "language_model/in_out_embed/embeddings",
         "language_model/rms_norm/scale",

@@ -17,7 +17,7 @@ import numpy as np
 from grok1.checkpoint.parallel import Advance
 from grok1.checkpoint.pickled.scan import StoredArray, StoredTensor
 from grok1.checkpoint.pickled.source import ScanError, open_regular
-from grok1.params.table import TensorSpec
+from grok1.params.table import Kind, TensorFile
 
 _CHUNK = 4 << 20  # bytes that each thread holds
 _SAMPLE = 64 << 10  # values of each chunk that go into the histogram
@@ -60,7 +60,7 @@ def is_hollow(path: Path, tensor: StoredTensor) -> bool:
     return True
 
 
-def check_content(path: Path, spec: TensorSpec, tensor: StoredTensor, advance: Advance) -> ContentReport:
+def check_content(path: Path, spec: TensorFile, tensor: StoredTensor, advance: Advance) -> ContentReport:
     """Reads the arrays of one file and looks for what no weight can be.
 
     Args:
@@ -112,7 +112,7 @@ class _Chunks:
             yield np.frombuffer(piece, self._dtype)
 
 
-def _check_floats(spec: TensorSpec, chunks: _Chunks, report: ContentReport) -> None:
+def _check_floats(spec: TensorFile, chunks: _Chunks, report: ContentReport) -> None:
     """A norm's scales, a router or the embeddings."""
     not_finite, low, high = 0, np.inf, -np.inf
     for chunk in chunks.read(chunks.size):
@@ -124,9 +124,9 @@ def _check_floats(spec: TensorSpec, chunks: _Chunks, report: ContentReport) -> N
         report.faults.append(f"has {not_finite:,} of {chunks.size:,} values that are NaN or infinite")
     if low == high == 0:
         report.faults.append("is all zero")
-    elif low == high and spec.name != "scale":
+    elif low == high and spec.kind is not Kind.NORMS:
         report.faults.append(f"has the same value, {low:g}, everywhere")
-    elif spec.name == "scale" and low < 0:
+    elif spec.kind is Kind.NORMS and low < 0:
         report.warnings.append(f"has norm scales down to {low:g}, expected none below 0")
 
 
@@ -145,7 +145,7 @@ def _check_scales(chunks: _Chunks, report: ContentReport) -> None:
             report.faults.append(f"has {chunks.size:,} scales of which {count:,} {verb} {what}")
 
 
-def _check_values(spec: TensorSpec, chunks: _Chunks, report: ContentReport) -> None:
+def _check_values(spec: TensorFile, chunks: _Chunks, report: ContentReport) -> None:
     """A quantised weight's int8 values, one group of rows of one matrix after the other, as they lie in the file."""
     assert spec.scales_shape is not None
     groups = math.prod(spec.scales_shape[:-1])

@@ -16,10 +16,7 @@ from grok1.checkpoint.hollow import allocated_bytes
 from grok1.checkpoint.reader import Checkpoint
 from grok1.config import ModelConfig
 from grok1.errors import CheckpointError
-from grok1.params.table import TensorSpec
-
-KINDS = ("embedding", "experts", "attention", "norms", "router")
-"""What a tensor is for, in the order of the summary."""
+from grok1.params.table import Kind, TensorFile
 
 
 @dataclass(frozen=True)
@@ -28,12 +25,12 @@ class TensorEntry:
 
     Attributes:
         parameter: Haiku module path and parameter name.
-        kind: one of `KINDS`.
+        kind: what it is for.
         layer: number of the decoder layer; None for the embeddings and the final norm.
         file: name of the file.
         shape: shape of the array.
-        dtype: of the array: float32, or int8 for a quantised weight.
-        scales_shape: shape of a quantised weight's bfloat16 scales, otherwise None.
+        dtype: of the array: float32, or int8 for a quantized weight.
+        scales_shape: shape of a quantized weight's bfloat16 scales, otherwise None.
         offset: bytes from the file's beginning to the array's first.
         scales_offset: the same for the scales; None without scales.
         file_bytes: size of the file.
@@ -41,7 +38,7 @@ class TensorEntry:
     """
 
     parameter: str
-    kind: str
+    kind: Kind
     layer: int | None
     file: str
     shape: tuple[int, ...]
@@ -73,7 +70,7 @@ class KindSummary:
     """All tensors of a kind.
 
     Attributes:
-        kind: one of `KINDS`.
+        kind: what it is for.
         count: number of tensors, each a file.
         forms: their shapes and dtypes, in file order.
         parameters: number of weights, not counting scales.
@@ -125,13 +122,13 @@ class Inspection:
     @property
     def active_parameters(self) -> int:
         """Number of weights that one token uses: of the experts only those selected for it."""
-        experts = sum(tensor.num_weights for tensor in self.tensors if tensor.kind == "experts")
+        experts = sum(tensor.num_weights for tensor in self.tensors if tensor.kind is Kind.EXPERTS)
         selected = experts // self.config.num_experts * self.config.num_selected_experts
         return self.parameters - experts + selected
 
     def kinds(self) -> list[KindSummary]:
-        """The tensors summed up by kind, in the order of `KINDS`."""
-        return [_summary(kind, [tensor for tensor in self.tensors if tensor.kind == kind]) for kind in KINDS]
+        """The tensors by kind."""
+        return [_summary(kind, [tensor for tensor in self.tensors if tensor.kind is kind]) for kind in Kind]
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
@@ -149,10 +146,10 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
 def _place(entry: TensorEntry, num_layers: int) -> int:
     if entry.layer is not None:
         return entry.layer
-    return -1 if entry.kind == "embedding" else num_layers
+    return -1 if entry.kind is Kind.EMBEDDING else num_layers
 
 
-def _entry(checkpoint: Checkpoint, spec: TensorSpec) -> TensorEntry:
+def _entry(checkpoint: Checkpoint, spec: TensorFile) -> TensorEntry:
     stored, path = checkpoint.tensors[spec.index], checkpoint.directory / spec.file_name
     try:
         status = os.stat(path)
@@ -160,7 +157,7 @@ def _entry(checkpoint: Checkpoint, spec: TensorSpec) -> TensorEntry:
         raise CheckpointError(f"cannot look at {path} ({error.strerror}): check the file and its disk") from None
     return TensorEntry(
         parameter=spec.parameter,
-        kind=_kind(spec),
+        kind=spec.kind,
         layer=spec.layer,
         file=spec.file_name,
         shape=stored.array.shape,
@@ -173,17 +170,7 @@ def _entry(checkpoint: Checkpoint, spec: TensorSpec) -> TensorEntry:
     )
 
 
-def _kind(spec: TensorSpec) -> str:
-    if spec.name == "embeddings":
-        return "embedding"
-    if spec.name == "scale":
-        return "norms"
-    if "/moe/" in spec.parameter:
-        return "experts"
-    return "attention" if "/multi_head_attention/" in spec.parameter else "router"
-
-
-def _summary(kind: str, tensors: Sequence[TensorEntry]) -> KindSummary:
+def _summary(kind: Kind, tensors: Sequence[TensorEntry]) -> KindSummary:
     forms = Counter((tensor.shape, tensor.dtype, tensor.scales_shape) for tensor in tensors)
     return KindSummary(
         kind=kind,

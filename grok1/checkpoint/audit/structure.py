@@ -13,7 +13,7 @@ from grok1.checkpoint.pickled.scan import StoredArray, StoredTensor, scan
 from grok1.checkpoint.pickled.source import ScanError
 from grok1.config import ModelConfig
 from grok1.errors import CheckpointError
-from grok1.params.table import ArraySpec, TensorSpec, tensor_table
+from grok1.params.table import ArraySpec, TensorFile, tensor_table
 
 _FILE_PREFIX = "tensor"  # only such files belong to a checkpoint; others in its folder are not looked at
 
@@ -54,7 +54,7 @@ class Structure:
         total_bytes: size of the files that are right.
     """
 
-    table: tuple[TensorSpec, ...]
+    table: tuple[TensorFile, ...]
     tensors: dict[int, StoredTensor]
     faults: tuple[FileFault, ...]
     total_bytes: int
@@ -115,7 +115,7 @@ def _tensor_names(directory: Path) -> set[str]:
         raise CheckpointError(f"cannot list {directory} ({error.strerror}): check its permissions") from None
 
 
-def _size_clause(path: Path, spec: TensorSpec) -> str:
+def _size_clause(path: Path, spec: TensorFile) -> str:
     """How much longer or shorter than the release's a file is; nothing if that cannot be said."""
     try:
         size = path.stat().st_size
@@ -136,25 +136,25 @@ def _holds(tensor: StoredTensor) -> _Signature:
     return _describe(tensor.array), _describe(tensor.scales)
 
 
-def _expects(spec: TensorSpec) -> _Signature:
+def _expects(spec: TensorFile) -> _Signature:
     return _describe(spec.array), _describe(spec.scales)
 
 
 class _Places:
     """The places of the table without the right file, by what they expect."""
 
-    def __init__(self, specs: Sequence[TensorSpec]) -> None:
-        self._by_signature: dict[_Signature, list[TensorSpec]] = defaultdict(list)
+    def __init__(self, specs: Sequence[TensorFile]) -> None:
+        self._by_signature: dict[_Signature, list[TensorFile]] = defaultdict(list)
         for spec in specs:
             self._by_signature[_expects(spec)].append(spec)
 
-    def nearest(self, signature: _Signature, index: int) -> TensorSpec | None:
+    def nearest(self, signature: _Signature, index: int) -> TensorFile | None:
         """The nearest place to a file's own that waits for such arrays."""
         specs = self._by_signature.get(signature, [])
         return min(specs, key=lambda spec: abs(spec.index - index), default=None)
 
 
-def _mismatch(spec: TensorSpec, found: StoredTensor, places: _Places) -> FileFault:
+def _mismatch(spec: TensorFile, found: StoredTensor, places: _Places) -> FileFault:
     """The fault of a file that holds other arrays than its place asks for."""
     (array, scales), (expected_array, expected_scales) = _holds(found), _expects(spec)
     if array != expected_array:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from grok1.params.table import BFLOAT16, FLOAT32, INT8, ArraySpec, TensorSpec
+from grok1.params.table import BFLOAT16, FLOAT32, INT8, ArraySpec, TensorFile
 
 RELEASE_NUMPY_MODULE = "numpy.core.multiarray"
 """Where NumPy 1 says that its array constructor lives; NumPy 2 says `numpy._core.multiarray`."""
@@ -76,12 +76,12 @@ def file_pieces(
     return pickler.finish()
 
 
-def tensor_pieces(spec: TensorSpec) -> list[Piece]:
+def tensor_pieces(spec: TensorFile) -> list[Piece]:
     """A parameter's file as the release has it: literal bytes, and where the arrays' data go."""
     return file_pieces(spec.array, spec.scales)
 
 
-def tensor_file_size(spec: TensorSpec) -> int:
+def tensor_file_size(spec: TensorFile) -> int:
     """Size of a parameter's file as the release has it."""
     return pieces_size(tensor_pieces(spec))
 
