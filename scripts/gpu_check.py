@@ -27,8 +27,10 @@ from grok1.diagnose.bench import device_copy_rate, estimate_of, matrix_rate
 from grok1.engine.engine import PromptPart
 from grok1.host.atomic_write import whole_file
 from grok1.model import Model, random_model
-from grok1.ops import attention, gated_experts, quantized_matmul
+from grok1.ops.attention import reference_attention
 from grok1.ops.kernels import kernels_in_use
+from grok1.ops.matmul import reference_matmul
+from grok1.ops.xla.kernels import XLA, Kernels
 from grok1.params.weights import QuantizedMatrix
 from grok1.request import SamplingOptions
 
@@ -102,31 +104,30 @@ def random_stack(key: jax.Array, shape: tuple[int, ...], groups: int) -> Quantiz
     return QuantizedMatrix(weight, scales)
 
 
-def check_operations(report: Report, config: ModelConfig, backend: str, rows: list[int], limits: Limits) -> None:
+def check_operations(report: Report, config: ModelConfig, native: Kernels, rows: list[int], limits: Limits) -> None:
     """Every operation at the model's widths, one layer, by the kernels and by XLA."""
-    backends = tuple(dict.fromkeys((backend, "xla")))
-    check_products(report, config, backends, rows, limits)
-    check_experts(report, config, backends, rows, limits)
-    check_attention(report, config, backends, limits)
+    tried = (XLA,) if native.packs_weights else tuple(dict.fromkeys((native, XLA)))
+    check_products(report, config, tried, rows, limits)
+    check_experts(report, config, tried, rows, limits)
+    check_attention(report, config, tried, limits)
 
 
 def check_products(
-    report: Report, config: ModelConfig, backends: tuple[str, ...], counts: list[int], limits: Limits
+    report: Report, config: ModelConfig, tried: tuple[Kernels, ...], counts: list[int], limits: Limits
 ) -> None:
     """Rows times the matrix that makes queries."""
     weight = random_stack(jax.random.key(0), (1, config.emb_size, config.q_size), 1)
-    product = jax.jit(quantized_matmul.quantized_matmul, static_argnames="backend")
     amount = config.emb_size * config.q_size
     for rows in counts:
         x = jax.random.normal(jax.random.key(rows), (rows, config.emb_size)).astype(jnp.bfloat16)
-        expected = jax.jit(quantized_matmul.definition)(x, weight, (jnp.int32(0),))
-        for name in backends:
-            work = functools.partial(product, x, weight, (jnp.int32(0),), backend=name)
-            compare(report, "matrix product", rows, name, amount, 2 * rows * amount, limits, expected, work)
+        expected = jax.jit(reference_matmul)(x, weight, (jnp.int32(0),))
+        for kernels in tried:
+            work = functools.partial(jax.jit(kernels.matmul), x, weight, (jnp.int32(0),))
+            compare(report, "matrix product", rows, kernels, amount, 2 * rows * amount, limits, expected, work)
 
 
 def check_experts(
-    report: Report, config: ModelConfig, backends: tuple[str, ...], counts: list[int], limits: Limits
+    report: Report, config: ModelConfig, tried: tuple[Kernels, ...], counts: list[int], limits: Limits
 ) -> None:
     """Rows through the experts that they choose evenly."""
     emb, ffn, experts = config.emb_size, config.ffn_size, config.num_experts
@@ -135,7 +136,6 @@ def check_experts(
         random_stack(key, (1, experts, inner, columns), groups)
         for key, (inner, columns, groups) in zip(jax.random.split(jax.random.key(1), 3), shapes, strict=True)
     ]
-    layer = jax.jit(gated_experts.gated_experts, static_argnames="backend")
     for rows in counts:
         x = jax.random.normal(jax.random.key(rows), (rows, emb)).astype(jnp.bfloat16)
         chosen = np.argsort(np.random.default_rng(rows).random((rows, experts)), axis=1)
@@ -144,17 +144,16 @@ def check_experts(
         expected = jax.jit(by_rows)(x, *stacks, sent, factors)
         amount = len(np.unique(np.asarray(sent))) * 3 * emb * ffn
         flops = 2 * sent.size * 3 * emb * ffn
-        for name in backends:
-            work = functools.partial(layer, x, *stacks, jnp.int32(0), sent, factors, backend=name)
-            compare(report, "experts", rows, name, amount, flops, limits, expected, work)
+        for kernels in tried:
+            work = functools.partial(jax.jit(kernels.gated_experts), x, *stacks, jnp.int32(0), sent, factors)
+            compare(report, "experts", rows, kernels, amount, flops, limits, expected, work)
 
 
-def check_attention(report: Report, config: ModelConfig, backends: tuple[str, ...], limits: Limits) -> None:
+def check_attention(report: Report, config: ModelConfig, tried: tuple[Kernels, ...], limits: Limits) -> None:
     """The last queries of full contexts."""
     heads, kv_heads, size, capacity = config.num_q_heads, config.num_kv_heads, config.key_size, config.sequence_len
     options = {"multiplier": config.attn_output_multiplier, "cap": config.attn_logit_cap}
-    attend = jax.jit(attention.cached_attention, static_argnames=("multiplier", "cap", "backend"))
-    exact = jax.jit(attention.definition, static_argnames=("multiplier", "cap"))
+    exact = jax.jit(reference_attention, static_argnames=("multiplier", "cap"))
     for batch, seq in ((1, 1), (8, 1), (1, min(512, capacity))):
         shape = (1, batch, kv_heads, capacity, size)
         keys, values = (jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(seq)))
@@ -162,9 +161,10 @@ def check_attention(report: Report, config: ModelConfig, backends: tuple[str, ..
         positions = jnp.broadcast_to(jnp.arange(capacity - seq, capacity, dtype=jnp.int32), (batch, seq))
         expected = exact(query, keys, values, 0, positions, **options)
         amount, flops = 2 * keys.nbytes, 4 * batch * seq * heads * size * capacity
-        for name in backends:
-            work = functools.partial(attend, query, keys, values, 0, positions, backend=name, **options)
-            compare(report, f"attention of {seq}", batch, name, amount, flops, limits, expected, work)
+        for kernels in tried:
+            attend = jax.jit(kernels.attention, static_argnames=("multiplier", "cap"))
+            work = functools.partial(attend, query, keys, values, 0, positions, **options)
+            compare(report, f"attention of {seq}", batch, kernels, amount, flops, limits, expected, work)
 
 
 def by_rows(
@@ -194,7 +194,7 @@ def compare(
     report: Report,
     operation: str,
     rows: int,
-    backend: str,
+    kernels: Kernels,
     read_bytes: int,
     flops: int,
     limits: Limits,
@@ -207,15 +207,15 @@ def compare(
         took = seconds(work)
     except Exception as failure:  # what a compiler or a device may raise is not known
         reason = (str(failure).splitlines() or [type(failure).__name__])[0][:300]
-        report.data["failures"].append(f"{operation} of {rows} by {backend}: {reason}")
+        report.data["failures"].append(f"{operation} of {rows} by {kernels.backend}: {reason}")
         return
     if not error <= BFLOAT16_ERROR:
-        report.data["failures"].append(f"{operation} of {rows} by {backend} is wrong by {error:.3g}")
+        report.data["failures"].append(f"{operation} of {rows} by {kernels.backend} is wrong by {error:.3g}")
     report.add(
         "operations",
         operation=operation,
         rows=rows,
-        kernels=backend,
+        kernels=kernels.backend,
         error=error,
         microseconds=1e6 * took,
         share_of_copy=read_bytes / took / limits.copy,
@@ -371,8 +371,7 @@ def main() -> int:
             "bfloat16_tera_operations_per_second": limits.matrix / 1e12,
         }
     )
-    backend = chosen.backend if chosen.backend != "cpu" else "xla"  # kernels for processors take packed weights
-    check_operations(report, config, backend, arguments.rows, limits)
+    check_operations(report, config, chosen.kernels, arguments.rows, limits)
     for kernels in arguments.kernels.split(","):
         try:
             report.data[f"launch_milliseconds_{kernels}"] = 1e3 * launch_seconds(config, kernels)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from grok1.ops.cpu import kernels as cpu
+from grok1.ops.cpu import library as cpu
 
 
 def require_kernels():

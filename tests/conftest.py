@@ -13,6 +13,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".pytest_cache" /
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
+import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -27,8 +28,10 @@ from grok1.checkpoint.writer import write_checkpoint
 from grok1.config import PRESETS, ModelConfig
 from grok1.engine.engine import Engine
 from grok1.model import Model
-from grok1.ops.cpu import kernels as cpu
+from grok1.ops.gpu.kernels import KERNELS as GPU
 from grok1.ops.kernels import choose_kernels
+from grok1.ops.tpu.kernels import KERNELS as TPU
+from grok1.ops.xla.kernels import CPU_LIMITS
 from grok1.params.sharding import make_mesh
 
 
@@ -93,14 +96,16 @@ def make_engine():
     """The engine of a checkpoint folder on a mesh; all tests share it and what it has compiled."""
 
     @functools.cache
-    def make_engine(folder, mesh=(1, 1), dtype="float32", kernels="auto", backend="xla"):
+    def make_engine(folder, mesh=(1, 1), dtype="float32", kernels="auto", backend=None):
         checkpoint = Checkpoint.open(folder)
         device_mesh = make_mesh(checkpoint.config, mesh)
         kind = np.dtype(dtype)
-        packs = backend == "xla" and choose_kernels(checkpoint.config, device_mesh, kernels).backend == "cpu"
-        pack = cpu.pack_box if packs else None
-        params = load_parameters(checkpoint, device_mesh, kind, pack=pack)
-        return Engine(checkpoint.config, params, device_mesh, kind, backend=backend)
+        if backend is None:
+            used = choose_kernels(checkpoint.config, device_mesh, kernels).kernels
+        else:  # of an accelerator, interpreted
+            used = dataclasses.replace({"gpu": GPU, "tpu": TPU}[backend], **CPU_LIMITS)
+        params = load_parameters(checkpoint, device_mesh, kind, pack=used.pack_box)
+        return Engine(checkpoint.config, params, device_mesh, kind, kernels=used)
 
     return make_engine
 

@@ -7,6 +7,7 @@ import pytest
 
 from grok1.config import ModelConfig
 from grok1.diagnose import bench
+from grok1.engine.engine import Engine
 from grok1.errors import RequestError
 from grok1.model import random_model
 from grok1.params.table import tensor_table
@@ -54,7 +55,7 @@ def test_bytes_of_a_step_are_those_of_the_files(model):
 
 
 def test_a_prompt_of_several_chunks(monkeypatch):
-    monkeypatch.setattr("grok1.engine.engine.MAX_CHUNK", 16)
+    monkeypatch.setattr(Engine, "max_chunk", 16)
     found = bench.measure(random_model(CONFIG, mesh=(1, 1)), 40, 2, 2)
     assert found.prefill_seconds > 0
 

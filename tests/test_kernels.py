@@ -10,7 +10,7 @@ import pytest
 
 from grok1.config import PRESETS
 from grok1.errors import KernelsError
-from grok1.ops.cpu import kernels as cpu
+from grok1.ops.cpu import library
 from grok1.ops.gpu import kernels as gpu
 from grok1.ops.kernels import choose_kernels, kernels_in_use
 
@@ -40,23 +40,23 @@ def gpu_runs(monkeypatch):
 def test_accelerators_have_kernels_of_their_own(platform, backend, name):
     for kernels in ("auto", "native"):
         chosen = choose_kernels(RELEASE, mesh(platform), kernels)
-        assert (chosen.backend, chosen.name, chosen.fallback) == (backend, name, None)
+        assert (chosen.kernels.backend, chosen.name, chosen.fallback) == (backend, name, None)
     chosen = choose_kernels(RELEASE, mesh(platform), "xla")
-    assert (chosen.backend, chosen.name, chosen.fallback) == ("xla", "xla", None)
+    assert (chosen.kernels.backend, chosen.name, chosen.fallback) == ("xla", "xla", None)
 
 
 @pytest.mark.usefixtures("gpu_runs")
 def test_the_variable_stands_for_auto(monkeypatch):
     monkeypatch.setenv("GROK1_KERNELS", "xla")
-    assert choose_kernels(RELEASE, mesh("gpu")).backend == "xla"
-    assert choose_kernels(RELEASE, mesh("gpu"), "native").backend == "gpu"
+    assert choose_kernels(RELEASE, mesh("gpu")).kernels.backend == "xla"
+    assert choose_kernels(RELEASE, mesh("gpu"), "native").kernels.backend == "gpu"
 
 
 def test_an_unsupported_gpu_falls_back_and_says_why(monkeypatch):
     monkeypatch.delenv("GROK1_KERNELS", raising=False)
     old = mesh("gpu", capability="7.5")
     chosen = choose_kernels(RELEASE, old)
-    assert chosen.backend == "xla"
+    assert chosen.kernels.backend == "xla"
     assert chosen.fallback == "some gpu has compute capability 7.5 and they need 8.0 for bfloat16"
     with pytest.raises(KernelsError, match=r"cannot be used, as some gpu has .* 7\.5 .*: use --kernels auto"):
         choose_kernels(RELEASE, old, "native")
@@ -67,9 +67,9 @@ def test_stacks_that_pallas_counts_wrongly_in_fall_back():
     # One GPU's experts of 2 layers are 3.2 GB: beyond 31 bits, and not beyond the 32 from which it counts with 64.
     config = dataclasses.replace(RELEASE, num_layers=2)
     chosen = choose_kernels(config, mesh("gpu", 1))
-    assert chosen.backend == "xla"
+    assert chosen.kernels.backend == "xla"
     assert "a stack of 3,221,225,472 bytes" in chosen.fallback
-    assert choose_kernels(dataclasses.replace(RELEASE, num_layers=3), mesh("gpu", 1)).backend == "gpu"
+    assert choose_kernels(dataclasses.replace(RELEASE, num_layers=3), mesh("gpu", 1)).kernels.backend == "gpu"
 
 
 def test_unknown_platforms_have_none(monkeypatch):
@@ -79,7 +79,7 @@ def test_unknown_platforms_have_none(monkeypatch):
 
 def test_a_processor_without_kernels_says_how_to_have_them(monkeypatch):
     monkeypatch.delenv("GROK1_KERNELS", raising=False)
-    monkeypatch.setattr(cpu, "kernel_names", tuple)
+    monkeypatch.setattr(library, "kernel_names", tuple)
     chosen = choose_kernels(RELEASE, mesh("cpu"))
     assert chosen.name == "xla"
     assert "install a C++ compiler" in chosen.fallback

@@ -16,7 +16,7 @@ from grok1.checkpoint.shards import HostShard, local_shards
 from grok1.config import ModelConfig
 from grok1.errors import CheckpointError
 from grok1.host.memory import MIN_LOAD_MEMORY, MemoryBudget
-from grok1.ops.cpu import kernels as cpu
+from grok1.ops.cpu import library as cpu
 from grok1.params.sharding import make_mesh
 from grok1.params.tree import parameter_arrays
 from grok1.params.weights import QuantizedMatrix

@@ -310,7 +310,7 @@ def _tell_devices(terminal: Terminal, choice: ModelChoice, as_json: bool) -> Non
 
     from grok1.host import memory
     from grok1.host.threads import thread_count
-    from grok1.ops.cpu import kernels as cpu
+    from grok1.ops.cpu import library as cpu
     from grok1.ops.kernels import kernels_in_use
 
     terminal.clear()

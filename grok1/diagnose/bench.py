@@ -20,7 +20,7 @@ from grok1.errors import RequestError
 from grok1.host.memory import available_bytes
 from grok1.host.threads import thread_count
 from grok1.model import Model
-from grok1.ops.cpu import kernels as cpu
+from grok1.ops.cpu import library as cpu
 from grok1.params.weights import Panels, QuantizedMatrix, panels_shape
 from grok1.plan.devices import present_devices
 from grok1.plan.estimate import Estimate
@@ -246,8 +246,8 @@ def measure_limits(model: Model) -> Limits:
     devices = list(model.engine.mesh.devices.flat)
     on_host = _platform(model) == "cpu"
     times = 1 if on_host else len(devices)  # processors' devices share their memory and arithmetic
-    read = _host_read_rate(model.engine.backend == "cpu") if on_host else _device_read_rate(devices[0])
-    if model.engine.backend == "cpu":
+    read = _host_read_rate(model.engine.kernels.packs_weights) if on_host else _device_read_rate(devices[0])
+    if model.engine.kernels.packs_weights:
         return Limits(read, _packed_rate(), "8-bit matrix product")
     rate = matrix_rate(devices[0], model.engine.dtype)
     return Limits(times * read, times * rate, f"{model.engine.dtype.name} matrix product")

@@ -24,26 +24,16 @@ from grok1.config import ModelConfig
 from grok1.engine.replay import Step, StepSender
 from grok1.engine.sampling import SampledTokens, SamplingState, sample, token_logprobs
 from grok1.network import KVCache, ModelShard, network
-from grok1.ops.backend import Backend
+from grok1.ops.kernels import xla_kernels
+from grok1.ops.xla.kernels import Kernels
 from grok1.params.sharding import DATA_AXIS, MODEL_AXIS, local_devices
-from grok1.params.weights import QuantizedMatrix
 from grok1.request import MAX_LOGPROBS, SamplingOptions
-
-MAX_CHUNK = 512
-"""The most tokens that a step reads on a data row of processors."""
-
-MAX_CHUNK_ACCELERATOR = 2048
-"""The same of accelerators, which 512 tokens, 128 for an expert, give less to compute than weights to read."""
 
 LANE_TOKENS = 16
 """Tokens in each lane of a step that reads several parts of prompts, and the shortest step that reads one."""
 
 
-def most_tokens(platform: str, capacity: int) -> int:
-    """The most tokens that a step reads on a data row, for a context of `capacity`."""
-    return min(MAX_CHUNK if platform == "cpu" else MAX_CHUNK_ACCELERATOR, capacity)
-
-
+_MAX_LANE_TOKENS = 512  # of a step with several lanes: with more the first token of a prompt would wait long
 _COPY_BLOCK = 256  # positions
 
 # XLA:CPU uses half of a 512-bit register unless told otherwise; where there are none this changes nothing.
@@ -180,7 +170,7 @@ class Engine:
         mesh: Mesh,
         dtype: np.dtype | type = np.float32,
         progress: Callable[[str, str, int, int], None] | None = None,
-        backend: Backend = "xla",
+        kernels: Kernels | None = None,
         sender: StepSender | None = None,
     ):
         """Args are kept as they are.
@@ -193,7 +183,7 @@ class Engine:
             dtype: dtype of activations and of the cache.
             progress: is called with what a long step does: "compiling" and a program's name before it is compiled,
                 "running" and that name when it has been, "reading" with the tokens of a prompt done and to do.
-            backend: what computes; packed weights are multiplied by the kernels for processors, whatever it says.
+            kernels: implementation of the operations, which reads the parameters' layout; by default plain JAX.
             sender: tells other processes that the mesh spans of every step, for them to `repeat`.
         """
         self.config = config
@@ -204,10 +194,8 @@ class Engine:
         self._platform = mesh.devices.flat[0].platform
         self.params = params
         self._param_specs = jax.tree.map(lambda array: array.sharding.spec, params)
-        leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QuantizedMatrix))
-        if any(isinstance(leaf, QuantizedMatrix) and leaf.layout is not None for leaf in leaves):
-            backend = "cpu"
-        self._shard = ModelShard(config, mesh.shape[MODEL_AXIS], MODEL_AXIS, jnp.dtype(dtype), backend)
+        self.kernels = kernels or xla_kernels(self._platform)
+        self._shard = ModelShard(config, mesh.shape[MODEL_AXIS], MODEL_AXIS, jnp.dtype(dtype), self.kernels)
         self._network = network(self._shard)
         self._programs: dict[tuple[object, ...], Any] = {}
         self._sender = sender
@@ -218,11 +206,6 @@ class Engine:
     def dtype(self) -> np.dtype:
         """Dtype of activations and of the cache."""
         return np.dtype(self._shard.dtype)
-
-    @property
-    def backend(self) -> Backend:
-        """What computes."""
-        return self._shard.backend
 
     @property
     def local_devices(self) -> list[jax.Device]:
@@ -317,17 +300,17 @@ class Engine:
         """How many lanes a step should have, where prompts have that many tokens to be read on average.
 
         A power of 2, as many as such a prompt needs: a step costs about the same for a used lane as for one that is
-        not. Accelerators read their weights for any step, and get 256 tokens for the price of a few.
+        not.
         """
-        lanes = 2 if self._platform == "cpu" else 256 // LANE_TOKENS
-        while lanes * LANE_TOKENS < min(tokens, MAX_CHUNK):  # more in one step would wait long for their first token
+        lanes = self.kernels.min_lanes
+        while lanes * LANE_TOKENS < min(tokens, _MAX_LANE_TOKENS):
             lanes *= 2
         return lanes
 
     @property
     def max_chunk(self) -> int:
         """The most tokens that one step reads."""
-        return most_tokens(self._platform, self.capacity)
+        return min(self.kernels.max_chunk, self.capacity)
 
     def chunk_length(self, count: int) -> int:
         """The compiled length that `count` tokens are padded to."""

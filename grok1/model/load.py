@@ -24,8 +24,8 @@ from grok1.host import memory
 from grok1.host.threads import thread_count
 from grok1.model.model import Model
 from grok1.multihost.runtime import Runtime
-from grok1.ops.cpu import kernels as cpu
-from grok1.ops.kernels import ChosenKernels, choose_kernels
+from grok1.ops.kernels import ChosenKernels, choose_kernels, xla_kernels
+from grok1.ops.xla.kernels import Kernels
 from grok1.params.random import random_parameters
 from grok1.params.sharding import counts, default_mesh_shape, hosts_of, local_devices, make_mesh
 from grok1.params.tree import abstract_parameters
@@ -65,8 +65,8 @@ def load(
         load_memory: bytes of host memory beyond the weights that loading may take at a time; at least 16 MB.
         kernels: "native" for the platform's own kernels, "xla" for what XLA makes of plain JAX; "auto" takes the first
             where they can be had.
-        threads: how many the kernels for processors compute with; by default one for each physical core that the
-            process may use. XLA's own are set when JAX starts: see `grok1.host.threads`.
+        threads: number of CPU threads of the kernels; by default one for each physical core that the process may
+            use. XLA's own are set when JAX starts: see `grok1.host.threads`.
         progress: is called while files are checked, weights loaded and programs compiled, also later by the model's
             methods, from whichever thread does the work.
         runtime: the processes that load it together, each the part of its own devices; every one of them calls this
@@ -89,18 +89,18 @@ def load(
     text = _open_tokenizer(opened, tokenizer) if runtime is None or runtime.leads else None
     if runtime is not None:
         _require_same_checkpoint(runtime, opened)
-    place = _Place.choose(config, mesh, dtype, devices, kernels, threads, runtime)
+    device_config = _DeviceConfig.choose(config, mesh, dtype, devices, kernels, threads, runtime)
     start = time.perf_counter()
-    if not place.takes_part:
-        params = place.abstract(config)
+    if not device_config.takes_part:
+        params = device_config.abstract(config)
     else:
         params = load_parameters(
             opened,
-            place.mesh,
-            place.dtype,
+            device_config.mesh,
+            device_config.dtype,
             lambda done, total: _report_loading(runtime, report, done, total),
             load_memory,
-            cpu.pack_box if place.packs else None,
+            device_config.kernels.pack_box,
         )
     if runtime is not None:
         seconds = time.perf_counter() - start
@@ -109,8 +109,8 @@ def load(
             {"host": runtime.hosts[runtime.process_id], "bytes_read": opened.bytes_read, "seconds": seconds},
             lambda: _report_loading(runtime, report, 1, 1),
         )
-        return place.model(config, params, report, text, loads)
-    return place.model(config, params, report, text)
+        return device_config.model(config, params, report, text, loads)
+    return device_config.model(config, params, report, text)
 
 
 def random_model(
@@ -134,7 +134,7 @@ def random_model(
         dtype: of activations and the key/value cache.
         devices: the devices to use.
         kernels: what computes.
-        threads: of the kernels for processors.
+        threads: number of CPU threads of the kernels.
         progress: is called as by `load`.
         runtime: as for `load`.
 
@@ -144,12 +144,14 @@ def random_model(
         TooSmallError: as `load`.
     """
     report = _reporter(progress)
-    place = _Place.choose(config, mesh, dtype, devices, kernels, threads, runtime)
+    device_config = _DeviceConfig.choose(config, mesh, dtype, devices, kernels, threads, runtime)
     report("loading", "random weights")
-    params = place.abstract(config)
-    if place.takes_part:
-        params = random_parameters(config, place.mesh, place.dtype, place.packs, seed)
-    return place.model(config, params, report, None)
+    params = device_config.abstract(config)
+    if device_config.takes_part:
+        params = random_parameters(
+            config, device_config.mesh, device_config.dtype, device_config.kernels.packs_weights, seed
+        )
+    return device_config.model(config, params, report, None)
 
 
 def _require_same_checkpoint(runtime: Runtime, opened: Checkpoint) -> None:
@@ -194,12 +196,13 @@ def _reporter(progress: ProgressCallback | None) -> Callable[..., None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where and how a model is to run, chosen and found to have room."""
+class _DeviceConfig:
+    """The devices that a model runs on and how it runs on them; it fits their memory."""
 
     mesh: Mesh
     dtype: np.dtype
-    kernels: ChosenKernels
+    kernels: Kernels
+    fallback: str | None
     room: int | None
     idle: list[jax.Device]
     runtime: Runtime | None
@@ -214,7 +217,7 @@ class _Place:
         kernels: KernelsName,
         threads: int | None,
         runtime: Runtime | None,
-    ) -> _Place:
+    ) -> _DeviceConfig:
         everywhere = list(jax.devices() if devices is None else devices)
         kind = np.dtype(dtype or default_dtype(everywhere[0].platform))
         present, memories = _present(everywhere, runtime)
@@ -229,18 +232,12 @@ class _Place:
         enable_compilation_cache()  # before the kernels of a GPU are tried, which compiles some
         chosen = choose_kernels(config, device_mesh, kernels)
         if runtime is not None:
-            chosen = _agreed_kernels(runtime, chosen)
+            chosen = _agreed_kernels(runtime, chosen, everywhere[0].platform)
         sequences = room(Estimate(config, present, mesh, kind.name, memories))
-        if chosen.backend == "cpu":
-            cpu.set_threads(threads or thread_count())
+        chosen.kernels.set_threads(threads or thread_count())
         taken = set(device_mesh.devices.flat)
         idle = [device for device in everywhere if device not in taken]
-        return cls(device_mesh, kind, chosen, sequences, idle, runtime)
-
-    @property
-    def packs(self) -> bool:
-        """Whether weights are packed."""
-        return self.kernels.backend == "cpu"
+        return cls(device_mesh, kind, chosen.kernels, chosen.fallback, sequences, idle, runtime)
 
     @property
     def takes_part(self) -> bool:
@@ -249,7 +246,7 @@ class _Place:
 
     def abstract(self, config: ModelConfig) -> Any:
         """The parameters as `jax.ShapeDtypeStruct`."""
-        return abstract_parameters(config, self.mesh, self.dtype, self.packs)
+        return abstract_parameters(config, self.mesh, self.dtype, self.kernels.packs_weights)
 
     def model(
         self,
@@ -261,8 +258,8 @@ class _Place:
     ) -> Model:
         """The model of parameters that are there."""
         sender = StepSender(self.runtime.send) if self.runtime is not None and self.runtime.leads else None
-        engine = Engine(config, params, self.mesh, self.dtype, report, self.kernels.backend, sender)
-        return Model(engine, tokenizer, self.room, self.kernels.fallback, self.idle, loads)
+        engine = Engine(config, params, self.mesh, self.dtype, report, self.kernels, sender)
+        return Model(engine, tokenizer, self.room, self.fallback, self.idle, loads)
 
 
 def _present(devices: Sequence[jax.Device], runtime: Runtime | None) -> tuple[Devices, tuple[int, ...] | None]:
@@ -287,14 +284,14 @@ def _present(devices: Sequence[jax.Device], runtime: Runtime | None) -> tuple[De
     return dataclasses.replace(present, usable_bytes=min(known, default=None)), processes
 
 
-def _agreed_kernels(runtime: Runtime, chosen: ChosenKernels) -> ChosenKernels:
-    """What computes in every process: the platform's own kernels if all have them."""
-    everybody = runtime.exchange("kernels", dataclasses.asdict(chosen))
-    lacking = [process for process, other in enumerate(everybody) if other["backend"] == "xla"]
-    if chosen.backend == "xla" or not lacking:
+def _agreed_kernels(runtime: Runtime, chosen: ChosenKernels, platform: str) -> ChosenKernels:
+    """The kernels of every process: the platform's own if all have them."""
+    everybody = runtime.exchange("kernels", {"native": chosen.native, "fallback": chosen.fallback})
+    lacking = [process for process, other in enumerate(everybody) if not other["native"]]
+    if not chosen.native or not lacking:
         return chosen
     reason = everybody[lacking[0]]["fallback"] or "it has none that are faster"
-    return ChosenKernels("xla", f"{runtime.name_of(lacking[0])} cannot use them, as {reason}")
+    return ChosenKernels(xla_kernels(platform), f"{runtime.name_of(lacking[0])} cannot use them, as {reason}")
 
 
 def _open_tokenizer(checkpoint: Checkpoint, given: str | Path | None) -> Tokenizer | None:

@@ -16,7 +16,6 @@ from grok1.engine.score import ScoringRequest, score
 from grok1.errors import RequestError
 from grok1.host import memory
 from grok1.model.results import Completion, CompletionStream, Score, Timings, TokenScores
-from grok1.ops.kernels import ChosenKernels
 from grok1.request import SamplingOptions, TokenLogprobs
 from grok1.text.prompt import Request as Request
 from grok1.text.prompt import check_token_ids, encode_prompt, encode_scored, required, window_stride, windows
@@ -81,8 +80,8 @@ class Model:
 
     @property
     def kernels(self) -> str:
-        """What computes: the name of kernels, such as "amx-int8", "triton" or "mosaic", or "xla"."""
-        return ChosenKernels(self.engine.backend).name
+        """Name of the kernels, such as "amx-int8", "triton", "mosaic" or "xla"."""
+        return self.engine.kernels.name
 
     @property
     def peak_device_bytes(self) -> int | None:

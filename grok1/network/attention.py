@@ -8,8 +8,6 @@ import jax
 from grok1.network.kv_cache import KVCache
 from grok1.network.layers import QuantizedLinear, rotary_embedding
 from grok1.network.shard import ModelShard
-from grok1.ops.attention import cached_attention
-from grok1.ops.quantized_matmul import quantized_matmuls
 
 
 class MultiHeadAttention(hk.Module):
@@ -47,12 +45,12 @@ class MultiHeadAttention(hk.Module):
             return projected.reshape(*x.shape[:2], -1, config.key_size)  # [batch, seq, heads, key]
 
         sizes = {"query": q_size, "key": kv_size, "value": kv_size}
-        weights = [QuantizedLinear(layers, emb, size, 1, shard.backend, name=name).w for name, size in sizes.items()]
+        weights = [QuantizedLinear(layers, emb, size, 1, shard.kernels, name=name).w for name, size in sizes.items()]
         rows = x.reshape(-1, emb)
-        query, key, value = map(heads, quantized_matmuls(rows, weights, (layer,), backend=shard.backend))
-        keep_layout = shard.backend == "tpu"
+        query, key, value = map(heads, shard.kernels.matmuls(rows, weights, (layer,)))
+        keep_layout = shard.kernels.keeps_cache_layout
         cache = cache.write(layer, rotary_embedding(key, positions), value, positions, slots, keep_layout)
-        attended = cached_attention(
+        attended = shard.kernels.attention(
             rotary_embedding(query, positions),
             cache.keys,
             cache.values,
@@ -61,9 +59,8 @@ class MultiHeadAttention(hk.Module):
             slots,
             multiplier=config.attn_output_multiplier,
             cap=config.attn_logit_cap,
-            backend=shard.backend,
         )
         attended = (attended / shard.attention_copies).reshape(*x.shape[:2], q_size).astype(shard.dtype)
-        linear = QuantizedLinear(layers, q_size, emb, shard.scale_groups, shard.backend, name="linear")
+        linear = QuantizedLinear(layers, q_size, emb, shard.scale_groups, shard.kernels, name="linear")
         output = linear(attended, layer)
         return shard.sum_over_shards(output), cache

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from grok1.network.layers import quantized_parameter
 from grok1.network.shard import ModelShard
-from grok1.ops.gated_experts import gated_experts
 from grok1.params.weights import QuantizedMatrix
 
 
@@ -23,7 +22,7 @@ class Router(hk.Module):
         """The selected experts of rows `x`, float32 `[rows, emb]`.
 
         Returns:
-            their probabilities among all experts, float32 `[rows, selected]`, not normalised over the selected, and
+            their probabilities among all experts, float32 `[rows, selected]`, not normalized over the selected, and
             their indices, int32 `[rows, selected]`.
         """
         config = self.config
@@ -78,7 +77,7 @@ class MixtureOfExperts(hk.Module):
         """
         shard, config = self.shard, self.shard.config
         emb = config.emb_size
-        mixed = gated_experts(
+        mixed = shard.kernels.gated_experts(
             x,
             ExpertLinear(shard, emb, shard.ffn_size, 1, name="linear")(),
             ExpertLinear(shard, emb, shard.ffn_size, 1, name="linear_v")(),
@@ -86,6 +85,5 @@ class MixtureOfExperts(hk.Module):
             layer,
             jnp.where(valid[:, None], experts, config.num_experts),
             probabilities,
-            backend=shard.backend,
         )
         return shard.sum_over_shards(mixed)

@@ -17,7 +17,7 @@ class KVCache:
     """Keys (rotated) and values of every layer.
 
     Attributes:
-        keys: `[layers, batch, kv_heads, capacity, key]` in the activations' dtype.
+        keys: `[layers, batch, kv_heads, max_seq_len, key]` in the activations' dtype.
         values: the same.
     """
 
@@ -41,14 +41,13 @@ class KVCache:
             values: the same.
             positions: int32 `[rows, seq]`; nothing is written for negative ones.
             slots: int32 `[rows]`, the sequence of the cache that each row belongs to; by default one after the other.
-            keep_layout: whether to hold the compiler to the layout that the cache has. That for TPUs would choose
-                another for what is written, and copy the whole cache into it and back.
+            keep_layout: whether to constrain the result to the cache's layout.
         """
         rows = (jnp.arange(positions.shape[0]) if slots is None else slots)[:, None]
-        places = jnp.where(positions < 0, self.keys.shape[3], positions)  # past the end: dropped
+        indices = jnp.where(positions < 0, self.keys.shape[3], positions)  # past the end: dropped
 
         def put(cache: jax.Array, new: jax.Array) -> jax.Array:
-            written = cache.at[layer, rows, :, places].set(new.astype(cache.dtype), mode="drop")
+            written = cache.at[layer, rows, :, indices].set(new.astype(cache.dtype), mode="drop")
             return with_layout_constraint(written, _ROW_MAJOR) if keep_layout else written
 
         return KVCache(put(self.keys, keys), put(self.values, values))

@@ -19,7 +19,6 @@ from grok1.network.experts import MixtureOfExperts, Router
 from grok1.network.kv_cache import KVCache
 from grok1.network.layers import RMSNorm
 from grok1.network.shard import ModelShard
-from grok1.ops.output_logits import output_logits
 
 
 class DecoderLayer(hk.Module):
@@ -95,7 +94,7 @@ class InOutEmbed(hk.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """float32 `[rows, emb]` to float32 `[rows, vocab]`."""
-        logits = output_logits(x.astype(self.shard.dtype), self.embeddings, backend=self.shard.backend)
+        logits = self.shard.kernels.output_logits(x.astype(self.shard.dtype), self.embeddings)
         return self.shard.gather_vocabulary(logits)
 
 

@@ -1,4 +1,4 @@
-"""The pieces that every layer is made of: RMS norm, rotary position embedding, quantised linear map."""
+"""The building blocks of every layer: RMS norm, rotary position embedding, quantized linear map."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from grok1.config import ModelConfig
-from grok1.ops.backend import Backend
-from grok1.ops.quantized_matmul import quantized_matmul
+from grok1.ops.xla.kernels import Kernels
+from grok1.params.table import Format
 from grok1.params.weights import QuantizedMatrix
 
 
 def quantized_parameter(name: str, shape: tuple[int, ...], groups: int) -> QuantizedMatrix:
-    """The current module's quantised parameter.
+    """The current module's quantized parameter.
 
     Args:
         name: the parameter's name.
@@ -28,17 +28,17 @@ def quantized_parameter(name: str, shape: tuple[int, ...], groups: int) -> Quant
         return QuantizedMatrix(jnp.zeros(shape, dtype), jnp.ones(scales, jnp.bfloat16))
 
     # Haiku only asks a parameter for its shape; its annotations know arrays alone.
-    return cast(QuantizedMatrix, hk.get_parameter(name, shape, jnp.int8, init=cast(Any, initialise)))
+    return cast(QuantizedMatrix, hk.get_parameter(name, shape, Format.INT8.dtype, init=cast(Any, initialise)))
 
 
 class QuantizedLinear(hk.Module):
-    """A linear map without bias, with a stack of quantised weights, one a layer."""
+    """A linear map without bias, with a stack of quantized weights, one a layer."""
 
-    def __init__(self, layers: int, input_size: int, output_size: int, groups: int, backend: Backend, name: str):
+    def __init__(self, layers: int, input_size: int, output_size: int, groups: int, kernels: Kernels, name: str):
         super().__init__(name=name)
         self.shape = (layers, input_size, output_size)
         self.groups = groups
-        self.backend = backend
+        self.kernels = kernels
 
     @property
     def w(self) -> QuantizedMatrix:
@@ -48,7 +48,7 @@ class QuantizedLinear(hk.Module):
     def __call__(self, x: jax.Array, layer: jax.Array | int) -> jax.Array:
         """`[..., input]` to float32 `[..., output]`, with the weight of `layer`."""
         rows = x.reshape(-1, x.shape[-1])
-        return quantized_matmul(rows, self.w, (layer,), self.backend).reshape(*x.shape[:-1], self.shape[-1])
+        return self.kernels.matmul(rows, self.w, (layer,)).reshape(*x.shape[:-1], self.shape[-1])
 
 
 class RMSNorm(hk.Module):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from grok1.config import SCALE_GROUPS, ModelConfig
-from grok1.ops.backend import Backend
+from grok1.ops.xla.kernels import XLA, Kernels
 
 _FLOAT32 = jnp.dtype(jnp.float32)
 
@@ -20,21 +20,21 @@ class ModelShard:
     """What the modules of the network need to know about being one of several shards.
 
     Expert width and vocabulary are split over the shards. Heads and scale groups are split as far as there are enough
-    of them; beyond that neighbouring shards hold the same ones, and attend to the same with them.
+    of them; beyond that neighboring shards hold the same ones, and attend to the same with them.
 
     Attributes:
         config: the whole model's config.
         shards: number of shards, 1 for an unsharded model.
         axis: name of the mesh axis that the shards lie on.
         dtype: dtype of activations between modules and of the cache; norms, router, softmax and sums stay in float32.
-        backend: what computes the operations.
+        kernels: implementation of the operations.
     """
 
     config: ModelConfig
     shards: int = 1
     axis: str = "model"
     dtype: jnp.dtype = _FLOAT32
-    backend: Backend = "xla"
+    kernels: Kernels = XLA
 
     @property
     def num_q_heads(self) -> int:

@@ -1,1 +1,1 @@
-"""The operations where a model's time goes, each with its definition in plain `jax.numpy` and its backends."""
+"""The operations in which a model spends its time: a reference of each in plain JAX, and kernels for each platform."""

@@ -4,90 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-
-from grok1.ops.backend import Backend
-from grok1.ops.cpu import kernels as cpu
-from grok1.ops.gpu import kernels as gpu
-
-_BLOCK = 256  # cache positions that one turn of the loop reads
 
 
-def cached_attention(
-    query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    layer: jax.Array | int,
-    positions: jax.Array,
-    slots: jax.Array | None = None,
-    *,
-    multiplier: float,
-    cap: float,
-    backend: Backend = "xla",
-) -> jax.Array:
-    """Attention of each query to the cached positions up to its own.
-
-    The logits `cap * tanh(q.k * multiplier / cap)` cannot pass the cap, so that their exponentials are summed block
-    by block without looking for a maximum first, and only blocks that hold a needed position are read.
-
-    Args:
-        query: float `[batch, seq, heads, key]`; head h reads key/value head `h * kv_heads // heads`.
-        keys: a stack of caches `[layers, sequences, kv_heads, capacity, key]`.
-        values: the same for values.
-        layer: the layer's index in the stack; may be traced.
-        positions: int32 `[batch, seq]`, each query's position; negative for a query that is padding.
-        slots: int32 `[batch]`, the sequence of the cache that each row attends to; by default one after the other.
-        multiplier: factor on the products of queries and keys.
-        cap: bound of the logits.
-        backend: what computes it.
-
-    Returns:
-        float32 `[batch, seq, heads, key]`; 0 for padding.
-    """
-    if backend == "cpu":
-        return cpu.attention(query, keys, values, layer, positions, slots, multiplier=multiplier, cap=cap)
-    if backend == "gpu":
-        return gpu.attention(query, keys, values, layer, positions, slots, multiplier=multiplier, cap=cap)
-    batch, seq, heads, size = query.shape
-    kv_heads, capacity = keys.shape[2], keys.shape[3]
-    block = min(_BLOCK, capacity)
-    grouped = query.reshape(batch, seq, kv_heads, heads // kv_heads, size)
-    grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, size).astype(keys.dtype)
-
-    def slice_block(cache: jax.Array, start: jax.Array) -> jax.Array:
-        if slots is None:
-            return lax.dynamic_slice(cache, (layer, 0, 0, start, 0), (1, batch, kv_heads, block, size))[0]
-        rows = [
-            lax.dynamic_slice(cache, (layer, slots[row], 0, start, 0), (1, 1, kv_heads, block, size))[0]
-            for row in range(batch)
-        ]
-        return jnp.concatenate(rows)
-
-    def add_block(i: jax.Array, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        weighted, mass = totals
-        start = jnp.minimum(i * block, capacity - block)  # the last block may reach back over the one before
-        key_positions = start + jnp.arange(block)
-        logits = jnp.einsum("bkqd,bksd->bkqs", grouped, slice_block(keys, start), preferred_element_type=jnp.float32)
-        logits = cap * jnp.tanh(logits * (multiplier / cap))
-        visible = (key_positions <= positions[:, :, None]) & (key_positions >= i * block)  # [batch, seq, block]
-        logits = logits.reshape(batch, kv_heads, -1, seq, block)
-        weights = jnp.where(visible[:, None, None], jnp.exp(logits - cap), 0.0)
-        weights = weights.reshape(batch, kv_heads, -1, block)
-        block_values = slice_block(values, start)
-        weighted += jnp.einsum(
-            "bkqs,bksd->bkqd", weights.astype(values.dtype), block_values, preferred_element_type=jnp.float32
-        )
-        return weighted, mass + jnp.sum(weights, axis=-1)
-
-    zeros = jnp.zeros(grouped.shape, jnp.float32)
-    blocks = (jnp.max(positions) + block) // block  # up to the furthest query's own position
-    weighted, mass = lax.fori_loop(0, blocks, add_block, (zeros, zeros[..., 0]))
-    output = weighted / jnp.where(mass > 0, mass, 1.0)[..., None]  # padding sees nothing
-    output = output.reshape(batch, kv_heads, heads // kv_heads, seq, size)
-    return output.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, size)
-
-
-def definition(
+def reference_attention(
     query: jax.Array,
     keys: jax.Array,
     values: jax.Array,
@@ -98,13 +17,13 @@ def definition(
     multiplier: float,
     cap: float,
 ) -> jax.Array:
-    """What `cached_attention` computes, with all logits and the mask built whole."""
-    heads, kv_heads, capacity = query.shape[2], keys.shape[2], keys.shape[3]
+    """What `Kernels.attention` computes, with all logits and the mask materialized."""
+    heads, kv_heads, max_seq_len = query.shape[2], keys.shape[2], keys.shape[3]
     rows = jnp.arange(query.shape[0]) if slots is None else slots
     spread = [jnp.repeat(cache[layer][rows], heads // kv_heads, axis=1).astype(jnp.float32) for cache in (keys, values)]
     logits = jnp.einsum("bqhd,bhsd->bhqs", query.astype(jnp.float32), spread[0], precision="highest")
     logits = cap * jnp.tanh(logits * multiplier / cap)
-    mask = (jnp.arange(capacity) <= positions[..., None])[:, None]
+    mask = (jnp.arange(max_seq_len) <= positions[..., None])[:, None]
     weights = jax.nn.softmax(jnp.where(mask, logits, -jnp.inf), axis=-1)
     weights = jnp.where(mask, weights, 0.0)  # padding sees nothing, where softmax is 0/0
     return jnp.einsum("bhqs,bhsd->bqhd", weights, spread[1], precision="highest")

@@ -1,9 +1,8 @@
-"""Which kernels a model runs on: those of its platform, or what XLA makes of plain JAX."""
+"""Selects the kernels that a model runs on: those of its platform, or plain JAX compiled by XLA."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from typing import cast, get_args
 
@@ -12,66 +11,76 @@ from jax.sharding import Mesh
 
 from grok1.config import KernelsName, ModelConfig
 from grok1.errors import KernelsError
-from grok1.ops.backend import Backend
-from grok1.ops.cpu import kernels as cpu
-from grok1.ops.gpu import kernels as gpu
+from grok1.ops.cpu.kernels import KERNELS as CPU
+from grok1.ops.gpu.kernels import KERNELS as GPU
+from grok1.ops.tpu.kernels import KERNELS as TPU
+from grok1.ops.xla.kernels import CPU_LIMITS, XLA, Kernels
 from grok1.params.sharding import MODEL_AXIS, local_devices
-from grok1.params.table import parameter_table
-from grok1.params.tree import parameter_arrays
-from grok1.params.weights import MAX_GROUP_ROWS
 
 ENVIRONMENT_VARIABLE = "GROK1_KERNELS"
-"""Names the kernels that "auto" stands for."""
+"""Names the kernels that "auto" selects."""
 
-HOW_TO_BUILD = "install a C++ compiler such as g++ and install grok1 again"
-
-_BACKENDS: dict[str, Backend] = {"cpu": "cpu", "gpu": "gpu", "tpu": "tpu"}
+_NATIVE: dict[str, Kernels] = {"cpu": CPU, "gpu": GPU, "tpu": TPU}
 
 
 @dataclasses.dataclass(frozen=True)
 class ChosenKernels:
-    """What computes.
+    """The selected kernels.
 
     Attributes:
-        backend: where the operations find it.
-        fallback: why it is XLA where "auto" would have taken the platform's kernels; None if it did, or XLA was asked
-            for.
+        kernels: the kernels.
+        fallback: why "auto" selected XLA although the platform has kernels of its own; otherwise None.
     """
 
-    backend: Backend
+    kernels: Kernels
     fallback: str | None = None
 
     @property
     def name(self) -> str:
-        """What users are told, such as "amx-int8", "triton", "mosaic" or "xla"."""
-        names = {"cpu": cpu.kernel_name() or "xla", "gpu": "triton", "tpu": "mosaic", "xla": "xla"}
-        return names[self.backend]
+        """Name for users, such as "amx-int8", "triton", "mosaic" or "xla"."""
+        return self.kernels.name
+
+    @property
+    def native(self) -> bool:
+        """Whether they are the platform's own kernels."""
+        return self.kernels.backend != "xla"
+
+
+def xla_kernels(platform: str) -> Kernels:
+    """Plain JAX, with the limits of a platform."""
+    return Kernels(**CPU_LIMITS) if platform == "cpu" else XLA
+
+
+def kernels_without_packing(platform: str) -> Kernels:
+    """A platform's own kernels if they read weights in the release's order, otherwise plain JAX; no device is tried."""
+    native = _NATIVE.get(platform)
+    return xla_kernels(platform) if native is None or native.packs_weights else native
 
 
 def choose_kernels(config: ModelConfig, mesh: Mesh, kernels: KernelsName = "auto") -> ChosenKernels:
-    """What computes for a model, whose weights are packed if it is the kernels for processors.
+    """Selects the kernels for a model.
 
     Args:
         config: the model.
-        mesh: where it is to run.
-        kernels: what was asked for; "auto" takes what the environment variable GROK1_KERNELS names, and without one the
-            platform's own where they can be had.
+        mesh: the devices it is to run on.
+        kernels: the user's choice; "auto" takes what the environment variable GROK1_KERNELS names, and without one the
+            platform's own if they are available.
 
     Raises:
-        KernelsError: if the platform's own were asked for and cannot be had, or the variable names none.
+        KernelsError: if the platform's own were requested and are not available, or the variable has an invalid value.
     """
     device = mesh.devices.flat[0]
-    if jax.process_count() > 1:  # this process can try nothing on the devices of another
+    if jax.process_count() > 1:  # this process cannot try anything on the devices of another
         device = (local_devices(mesh.devices.flat) or jax.local_devices())[0]
-    return _choose(device, kernels, _why_not_for(config, mesh.shape[MODEL_AXIS], device.platform))
+    return _choose(device, kernels, (config, mesh.shape[MODEL_AXIS]))
 
 
 def kernels_in_use(device: jax.Device, kernels: KernelsName = "auto") -> ChosenKernels:
-    """What computes on a device, for models that fit its kernels.
+    """Selects the kernels on a device for models that they support.
 
     Args:
-        device: one of those that there are.
-        kernels: what is asked for.
+        device: an available device.
+        kernels: the user's choice.
 
     Raises:
         KernelsError: as `choose_kernels`.
@@ -79,18 +88,22 @@ def kernels_in_use(device: jax.Device, kernels: KernelsName = "auto") -> ChosenK
     return _choose(device, kernels, None)
 
 
-def _choose(device: jax.Device, kernels: KernelsName, why_not_model: str | None) -> ChosenKernels:
+def _choose(device: jax.Device, kernels: KernelsName, model: tuple[ModelConfig, int] | None) -> ChosenKernels:
     chosen = _from_environment() if kernels == "auto" else kernels
+    xla = xla_kernels(device.platform)
     if chosen == "xla":
-        return ChosenKernels("xla")
-    reason = _why_not_on(device) or why_not_model
-    if reason is None and chosen == "auto" and device.platform == "cpu" and cpu.kernel_name() == "portable":
-        return ChosenKernels("xla")  # which makes more of a processor than the portable ones do
-    if reason is None:
-        return ChosenKernels(_BACKENDS[device.platform])
+        return ChosenKernels(xla)
+    native = _NATIVE.get(device.platform)
+    if native is None:
+        reason: str | None = f"there are none for devices of the platform {device.platform}"
+    else:
+        reason = native.why_not_on(device) or (native.why_not_for(*model) if model is not None else None)
+    if native is not None and reason is None:
+        # XLA is faster on a CPU than the portable kernels.
+        return ChosenKernels(xla if chosen == "auto" and native.name == "portable" else native)
     if chosen == "native":
         raise KernelsError(f"the native kernels cannot be used, as {reason}: use --kernels auto")
-    return ChosenKernels("xla", reason)
+    return ChosenKernels(xla, reason)
 
 
 def _from_environment() -> KernelsName:
@@ -101,28 +114,3 @@ def _from_environment() -> KernelsName:
             f"{ENVIRONMENT_VARIABLE} is {named!r}, expected one of {choices}: set it to one, or unset it"
         )
     return cast(KernelsName, named)
-
-
-def _why_not_on(device: jax.Device) -> str | None:
-    """Why a device's kernels cannot be had."""
-    if device.platform == "cpu":
-        return None if cpu.kernel_names() else f"no kernels for this processor were built ({HOW_TO_BUILD})"
-    if device.platform == "gpu":
-        return gpu.why_not(device)
-    if device.platform == "tpu":
-        return None
-    return f"there are none for devices of the platform {device.platform}"
-
-
-def _why_not_for(config: ModelConfig, shards: int, platform: str) -> str | None:
-    """Why a model does not fit the kernels of a platform."""
-    if platform == "cpu":
-        rows = max(spec.shape[-2] // spec.groups for spec in parameter_table(config) if spec.groups)
-        if rows > MAX_GROUP_ROWS:
-            return f"a scale group has {rows:,} rows and they take {MAX_GROUP_ROWS:,} at most"
-    if platform == "gpu":
-        for array in parameter_arrays(config):
-            size = math.prod(array.local_shape(shards))
-            if array.spec.groups and not array.scales and not gpu.can_address(size):
-                return f"a stack of {size:,} bytes, such as {array.spec.module}, has a size that they cannot address"
-    return None

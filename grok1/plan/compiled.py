@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from grok1.config import ModelConfig
 from grok1.engine.engine import Engine
 from grok1.errors import CompileError, MeshError
-from grok1.ops.backend import Backend
+from grok1.ops.kernels import kernels_without_packing
 from grok1.params.sharding import make_mesh
 from grok1.params.tree import abstract_parameters
 from grok1.plan.collectives import Collectives, collectives
@@ -77,8 +77,6 @@ GPUS = tuple(_GPUS)
 
 _GPUS_OF_HOST = 8
 
-_BACKENDS: dict[str, Backend] = {"tpu": "tpu", "gpu": "gpu"}
-
 # What libtpu asks of the machine otherwise, with complaints where it is no TPU host; and that others may use it too,
 # which it refuses for the sake of the devices that nobody opens here.
 _LIBTPU_ENVIRONMENT = {
@@ -100,7 +98,7 @@ class CompiledStep:
     Attributes:
         name: "decode" or "prefill".
         device: JAX's name of the kind of device that it is compiled for.
-        kernels: which of the operations' backends it takes.
+        kernels: "xla", or the platform whose kernels it runs.
         sequences: how many the step works for, over all data rows.
         tokens: of each sequence that the step reads.
         weight_bytes: of the parameters, scales counted.
@@ -120,7 +118,7 @@ class CompiledStep:
 
     name: str
     device: str
-    kernels: Backend
+    kernels: str
     sequences: int
     tokens: int
     weight_bytes: int
@@ -159,8 +157,8 @@ def compile_steps(
         CompileError: if the compiler knows that a step needs more memory than its device has.
         MeshError: if the slots do not divide by the data axis.
     """
-    backend = _BACKENDS.get(mesh.devices.flat[0].platform, "xla")
-    engine = Engine(config, abstract_parameters(config, mesh, dtype), mesh, dtype, backend=backend)
+    kernels = kernels_without_packing(mesh.devices.flat[0].platform)
+    engine = Engine(config, abstract_parameters(config, mesh, dtype), mesh, dtype, kernels=kernels)
     rows = engine.data_rows
     if slots < 1 or slots % rows:
         raise MeshError(f"{slots} sequences do not divide by the mesh's {rows} data rows: use a multiple of {rows}")
@@ -178,7 +176,7 @@ def compile_steps(
         yield CompiledStep(
             name=name,
             device=mesh.devices.flat[0].device_kind,
-            kernels=engine.backend,
+            kernels=engine.kernels.backend,
             sequences=sequences,
             tokens=tokens,
             weight_bytes=device_bytes(engine.params),

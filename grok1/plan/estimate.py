@@ -15,8 +15,8 @@ from functools import cached_property
 import numpy as np
 
 from grok1.config import ModelConfig
-from grok1.engine.engine import most_tokens
 from grok1.network import ModelShard
+from grok1.ops.kernels import xla_kernels
 from grok1.params.sharding import mesh_device_order, possible_model_shards
 from grok1.params.table import Kind
 from grok1.params.tree import ParameterArray, parameter_arrays
@@ -71,7 +71,7 @@ class Estimate:
     @property
     def _chunk(self) -> int:
         """The most tokens of a sequence that one step reads."""
-        return most_tokens(self.devices.kind.platform, self.config.sequence_len)
+        return min(xla_kernels(self.devices.kind.platform).max_chunk, self.config.sequence_len)
 
     @property
     def workspace_bytes(self) -> int:

@@ -6,7 +6,7 @@ from built import require_kernels
 
 from grok1.checkpoint.load import load_parameters
 from grok1.checkpoint.reader import Checkpoint
-from grok1.ops.cpu import kernels as cpu
+from grok1.ops.cpu import library as cpu
 from grok1.params.random import random_parameters
 from grok1.params.sharding import make_mesh
 

@@ -10,7 +10,7 @@ from grok1.cli import bench as command
 from grok1.config import ModelConfig
 from grok1.diagnose import bench
 from grok1.host.sizes import format_bytes
-from grok1.ops.cpu import kernels as cpu
+from grok1.ops.cpu import library as cpu
 from grok1.plan.devices import named_devices
 from grok1.plan.estimate import Estimate
 

@@ -29,7 +29,8 @@ def engines(request, make_checkpoint, make_engine, small_config):
     """An engine with weights and one without, on the same mesh."""
     mesh = make_mesh(small_config, request.param)
     engine = make_engine(make_checkpoint(small_config), request.param)
-    abstract = Engine(small_config, abstract_parameters(small_config, mesh, packed=engine.backend == "cpu"), mesh)
+    params = abstract_parameters(small_config, mesh, packed=engine.kernels.packs_weights)
+    abstract = Engine(small_config, params, mesh, kernels=engine.kernels)
     return engine, abstract
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from built import require_kernels
 
-from grok1.ops.cpu import kernels as cpu
+from grok1.ops.cpu import library as cpu
 from grok1.params.weights import Panels, QuantizedMatrix, panels_shape
 
 require_kernels()

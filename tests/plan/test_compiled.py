@@ -13,6 +13,9 @@ import pytest
 from grok1.config import PRESETS, ModelConfig
 from grok1.engine.engine import Engine
 from grok1.errors import CompileError, MeshError
+from grok1.ops.gpu.kernels import KERNELS as GPU
+from grok1.ops.tpu.kernels import KERNELS as TPU
+from grok1.ops.xla.kernels import XLA
 from grok1.params.tree import abstract_parameters
 from grok1.plan.collectives import Collectives
 from grok1.plan.compiled import (
@@ -85,12 +88,12 @@ def test_exchanges_of_a_layer():
     )
 
 
-@pytest.mark.parametrize("backend", ["xla", "gpu", "tpu"])
-def test_two_sums_of_a_layer_are_of_bfloat16_activations(backend):
+@pytest.mark.parametrize("kernels", [XLA, GPU, TPU], ids=lambda kernels: kernels.backend)
+def test_two_sums_of_a_layer_are_of_bfloat16_activations(kernels):
     # In the program that JAX hands to the compiler: those for processors exchange what is wider.
     mesh = virtual_cpu_mesh(WIDE, (1, 8))
     dtype = ml_dtypes.bfloat16
-    engine = Engine(WIDE, abstract_parameters(WIDE, mesh, dtype), mesh, dtype, backend=backend)
+    engine = Engine(WIDE, abstract_parameters(WIDE, mesh, dtype), mesh, dtype, kernels=kernels)
     for program, tokens in ((engine.lower_decode(1), 1), (engine.lower_prefill(1, 16), 16)):
         text = program.as_text()
         # One for the embedding of the tokens, and two in the loop over the layers.

@@ -1,219 +1,80 @@
-"""The kernels for processors, which are built when the package is installed and a C++ compiler is there.
-
-Without them everything runs all the same, through the plain JAX of the other modules.
-"""
+"""The kernels of CPUs."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grok1.params.weights import PANEL_COLUMNS, QuantizedMatrix, panels_shape
+from grok1.config import ModelConfig
+from grok1.ops.cpu import library
+from grok1.ops.experts import weighted_sum
+from grok1.ops.xla.kernels import CPU_LIMITS, Kernels
+from grok1.params.table import parameter_table
+from grok1.params.weights import MAX_GROUP_ROWS, QuantizedMatrix
 
-LIBRARY = Path(__file__).with_name("_kernels.so")
-"""Where the build puts what it compiles from `native/`."""
+HOW_TO_BUILD = "install a C++ compiler such as g++ and install grok1 again"
 
-_TARGETS = {
-    "grok1_multiply": "Grok1Multiply",
-    "grok1_gated": "Grok1MultiplyGated",
-    "grok1_transposed": "Grok1MultiplyTransposed",
-    "grok1_attention": "Grok1Attention",
-}
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The compiled kernels, known to XLA; None if none were built or they cannot be loaded."""
-    try:
-        library = ctypes.CDLL(str(LIBRARY))
-        handlers = {target: getattr(library, symbol) for target, symbol in _TARGETS.items()}
-        library.Grok1KernelsName.argtypes = [ctypes.c_int64]
-        library.Grok1KernelsName.restype = ctypes.c_char_p
-        size = ctypes.c_int64
-        library.Grok1Pack.argtypes = [ctypes.c_void_p, size, size, size, size, size, ctypes.c_void_p, size, size]
-        library.Grok1Pack.restype = None
-        library.Grok1Read.argtypes = [ctypes.c_void_p, size]
-        library.Grok1Read.restype = ctypes.c_uint64
-        library.Grok1SetThreads.argtypes = [size]
-        library.Grok1SetThreads.restype = None
-    except (OSError, AttributeError):
-        return None
-    for target, handler in handlers.items():
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
-    return library
+_FEW_ROWS = 16  # up to which XLA, with one thread, takes longer to compute logits than to read the matrix
 
 
-def _required_library() -> ctypes.CDLL:
-    library = _library()
-    if library is None:
-        raise RuntimeError("the kernels were not built")
-    return library
+class CPUKernels(Kernels):
+    """The native kernels in `library`, which read matrices in panels."""
+
+    backend: ClassVar[str] = "cpu"
+    set_threads = staticmethod(library.set_threads)
+    attention = staticmethod(library.attention)
+
+    @property
+    def name(self) -> str:
+        return library.kernel_name() or "xla"
+
+    @property
+    def pack_box(self) -> Callable[[np.ndarray, np.ndarray, int, int, int, int], None]:
+        return library.pack_box
+
+    def why_not_on(self, device: jax.Device) -> str | None:
+        return None if library.kernel_names() else f"no kernels for this processor were built ({HOW_TO_BUILD})"
+
+    def why_not_for(self, config: ModelConfig, shards: int) -> str | None:
+        rows = max(spec.shape[-2] // spec.groups for spec in parameter_table(config) if spec.groups)
+        if rows <= MAX_GROUP_ROWS:
+            return None
+        return f"a scale group has {rows:,} rows and they take {MAX_GROUP_ROWS:,} at most"
+
+    def matmuls(
+        self, x: jax.Array, weights: Sequence[QuantizedMatrix], index: tuple[jax.Array | int, ...]
+    ) -> list[jax.Array]:
+        self.check_layout(*weights)
+        return [
+            library.multiply(x, weight, jnp.full(x.shape[:1], library.index_in_stack(weight, index)))
+            for weight in weights
+        ]
+
+    def gated_experts(
+        self,
+        x: jax.Array,
+        gate: QuantizedMatrix,
+        value: QuantizedMatrix,
+        project: QuantizedMatrix,
+        layer: jax.Array | int,
+        experts: jax.Array,
+        factors: jax.Array,
+    ) -> jax.Array:
+        self.check_layout(gate, value, project)
+        num_experts = gate.shape[1]
+        chosen = experts.reshape(-1)
+        index = jnp.where(chosen < num_experts, layer * num_experts + chosen, -1)
+        hidden = library.multiply_gated(x, gate, value, index).astype(x.dtype)
+        return weighted_sum(library.multiply(hidden, project, index), factors)
+
+    def output_logits(self, x: jax.Array, embeddings: jax.Array) -> jax.Array:
+        if x.shape[0] <= _FEW_ROWS:
+            return library.multiply_transposed(x, embeddings)
+        return super().output_logits(x, embeddings)
 
 
-@functools.cache
-def kernel_names() -> tuple[str, ...]:
-    """The kernels that this processor can run, fastest first; none if none were built."""
-    library = _library()
-    names: list[str] = []
-    while library is not None and (name := library.Grok1KernelsName(len(names))) is not None:
-        names.append(name.decode())
-    return tuple(names)
-
-
-def kernel_name() -> str | None:
-    """Which kernels run on this processor; None if none were built."""
-    return kernel_names()[0] if kernel_names() else None
-
-
-def _kernel(target: str, result: jax.ShapeDtypeStruct) -> Callable[..., jax.Array]:
-    _required_library()
-    return jax.ffi.ffi_call(target, result)
-
-
-def set_threads(count: int) -> None:
-    """Sets how many threads the kernels compute with at a time, over all devices of the process."""
-    library = _library()
-    if library is not None:
-        library.Grok1SetThreads(count)
-
-
-def read(memory: np.ndarray) -> int:
-    """Reads an array of 256 bytes or a multiple with all threads, as fast as memory allows."""
-    library = _required_library()
-    if not memory.flags.c_contiguous or memory.nbytes % 256:
-        raise ValueError(f"an array of {memory.nbytes:,} bytes is to be read, expected contiguous ones in 256s")
-    return int(library.Grok1Read(memory.ctypes.data, memory.nbytes))
-
-
-def pack_box(
-    box: np.ndarray, packed: np.ndarray, first_row: int, first_column: int, groups: int, group_rows: int
-) -> None:
-    """Puts a box of a matrix in its place in a packed one. Threads may put boxes that do not overlap at a time.
-
-    Args:
-        box: int8 `[rows, columns]`, its rows contiguous.
-        packed: uint8, the panels of one whole matrix, C order.
-        first_row: the box's place in the matrix.
-        first_column: the same.
-        groups: scale groups of the matrix.
-        group_rows: rows of each.
-    """
-    library = _required_library()
-    rows, columns = box.shape
-    most_columns = packed.shape[0] * PANEL_COLUMNS
-    inside = 0 <= first_row <= groups * group_rows - rows and 0 <= first_column <= most_columns - columns
-    whole = packed.shape == panels_shape((groups * group_rows, most_columns), groups) and packed.flags.c_contiguous
-    if not inside or not whole or box.strides[1] != 1:
-        raise ValueError(f"a box of {box.shape} at {first_row}, {first_column} does not go into panels {packed.shape}")
-    library.Grok1Pack(
-        box.ctypes.data, box.strides[0], first_row, rows, first_column, columns, packed.ctypes.data, groups, group_rows
-    )
-
-
-def multiply(x: jax.Array, weight: QuantizedMatrix, index: jax.Array, kernels: str = "") -> jax.Array:
-    """Rows of `x` times matrices out of a stack.
-
-    A matrix is read once for all of its rows. What a row gives depends on nothing beside it.
-
-    Args:
-        x: float `[M, K]`.
-        weight: a stack `[..., K, N]` in panels.
-        index: int32 `[R]`, R a multiple of M: for each row of the result the place of its matrix in the stack, counted
-            over all leading axes; negative gives 0. Row r multiplies row `r // (R // M)` of `x`.
-        kernels: one of `kernel_names()`; by default the fastest.
-
-    Returns:
-        float32 `[R, N]`.
-    """
-    product = _kernel("grok1_multiply", jax.ShapeDtypeStruct((*index.shape, weight.shape[-1]), jnp.float32))
-    return product(
-        x.astype(jnp.float32),
-        weight.values,
-        weight.scales,
-        index.astype(jnp.int32),
-        group_rows=_group_rows(weight),
-        kernels=kernels,
-    )
-
-
-def multiply_gated(
-    x: jax.Array, gate: QuantizedMatrix, value: QuantizedMatrix, index: jax.Array, kernels: str = ""
-) -> jax.Array:
-    """`gelu(x @ gate) * (x @ value)`, with the tanh approximation of GELU; both stacks of one shape.
-
-    Args and result are otherwise as in `multiply`.
-    """
-    product = _kernel("grok1_gated", jax.ShapeDtypeStruct((*index.shape, gate.shape[-1]), jnp.float32))
-    return product(
-        x.astype(jnp.float32),
-        gate.values,
-        gate.scales,
-        value.values,
-        value.scales,
-        index.astype(jnp.int32),
-        group_rows=_group_rows(gate),
-        kernels=kernels,
-    )
-
-
-def multiply_transposed(x: jax.Array, table: jax.Array, kernels: str = "") -> jax.Array:
-    """`x @ table.T` for few rows: the table is read once. What a row gives depends on nothing beside it.
-
-    Args:
-        x: float `[M, K]`.
-        table: float32 or bfloat16 `[N, K]`.
-        kernels: one of `kernel_names()`; by default the fastest.
-
-    Returns:
-        float32 `[M, N]`.
-    """
-    product = _kernel("grok1_transposed", jax.ShapeDtypeStruct((x.shape[0], table.shape[0]), jnp.float32))
-    return product(x.astype(jnp.float32), table, kernels=kernels)
-
-
-def attention(
-    query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    layer: jax.Array | int,
-    positions: jax.Array,
-    slots: jax.Array | None,
-    *,
-    multiplier: float,
-    cap: float,
-    kernels: str = "",
-) -> jax.Array:
-    """What `grok1.ops.attention.cached_attention` describes, for a float32 or bfloat16 cache."""
-    rows = jnp.arange(query.shape[0]) if slots is None else slots
-    attend = _kernel("grok1_attention", jax.ShapeDtypeStruct(query.shape, jnp.float32))
-    return attend(
-        query.astype(jnp.float32),
-        keys,
-        values,
-        jnp.asarray(layer, jnp.int32),
-        positions.astype(jnp.int32),
-        rows.astype(jnp.int32),
-        multiplier=np.float32(multiplier),
-        cap=np.float32(cap),
-        kernels=kernels,
-    )
-
-
-def _group_rows(weight: QuantizedMatrix) -> np.int64:
-    if weight.layout is None:
-        raise TypeError("the CPU kernels multiply matrices in panels, and these are in the release's order")
-    return np.int64(weight.layout.group_rows)
-
-
-def place_in_stack(weight: QuantizedMatrix, index: tuple[jax.Array | int, ...]) -> jax.Array:
-    """The place of a matrix in a stack, counted over all leading axes, from its index on each of them."""
-    place = jnp.zeros((), jnp.int32)
-    for size, axis in zip(weight.shape, index, strict=False):
-        place = place * size + axis
-    return place
+KERNELS = CPUKernels(**CPU_LIMITS)

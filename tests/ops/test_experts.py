@@ -6,8 +6,12 @@ import pytest
 import reference
 from built import require_kernels
 
-from grok1.ops.cpu import kernels as cpu
-from grok1.ops.gated_experts import definition, gated_experts
+from grok1.ops.cpu import library as cpu
+from grok1.ops.cpu.kernels import KERNELS as CPU
+from grok1.ops.experts import reference_gated_experts
+from grok1.ops.gpu.kernels import KERNELS as GPU
+from grok1.ops.tpu.kernels import KERNELS as TPU
+from grok1.ops.xla.kernels import XLA
 from grok1.params.weights import Panels, QuantizedMatrix, panels_shape
 
 LAYERS, EXPERTS = 2, 4
@@ -44,29 +48,39 @@ def exact(x, weights, layer, experts, factors):
     return out
 
 
-@pytest.mark.parametrize("backend", ["xla", "cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("kernels", [XLA, CPU, GPU, TPU], ids=lambda kernels: kernels.backend)
 @pytest.mark.parametrize(
     ("rows", "inner", "ffn"), [(1, 24, 48), (3, 40, 88), (16, 128, 1024), (50, 16, 136), (40, 128, 1024)]
 )
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (ml_dtypes.bfloat16, 2e-2)])
-def test_each_row_goes_through_its_experts(rows, inner, ffn, dtype, tolerance, backend):
+def test_each_row_goes_through_its_experts(rows, inner, ffn, dtype, tolerance, kernels):
     rng = np.random.default_rng(rows)
     weights = [random_weight(rng, inner, ffn, 1), random_weight(rng, inner, ffn, 1), random_weight(rng, ffn, inner, 8)]
     x = rng.standard_normal((rows, inner)).astype(dtype)
     experts = rng.integers(0, EXPERTS, (rows, 2)).astype(np.int32)
     experts[rng.random(rows) < 0.2] = EXPERTS
-    used = [pack(weight) for weight in weights] if backend == "cpu" else weights
+    used = [pack(weight) for weight in weights] if kernels.packs_weights else weights
     factors = rng.uniform(0.1, 1, experts.shape).astype(np.float32)
-    found = jax.jit(gated_experts, static_argnums=7)(x, *used, 1, experts, factors, backend)
+    found = jax.jit(kernels.gated_experts)(x, *used, 1, experts, factors)
     expected = exact(x, weights, 1, experts, factors)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, atol=tolerance)
-    np.testing.assert_allclose(definition(x, *used, 1, jnp.asarray(experts), factors), expected, atol=1e-5)
+    np.testing.assert_allclose(reference_gated_experts(x, *used, 1, jnp.asarray(experts), factors), expected, atol=1e-5)
     assert not np.asarray(found)[np.all(experts == EXPERTS, axis=1)].any()
 
 
-def test_packed_and_other_weights_do_not_mix():
+@pytest.mark.parametrize("rows", [1, 17])
+def test_packed_and_other_weights_do_not_mix(rows):
     rng = np.random.default_rng(0)
     gate, value, project = random_weight(rng, 8, 16, 1), random_weight(rng, 8, 16, 1), random_weight(rng, 16, 8, 8)
+    x, experts, factors = jnp.zeros((rows, 8)), jnp.zeros((rows, 2), int), jnp.ones((rows, 2))
+    for kernels in (XLA, CPU, GPU, TPU):
+        with pytest.raises(TypeError, match="some are not"):
+            kernels.gated_experts(x, pack(gate), value, project, 0, experts, factors)
+
+
+@pytest.mark.parametrize("kernels", [XLA, CPU, GPU, TPU], ids=lambda kernels: kernels.backend)
+def test_products_refuse_the_other_layout(kernels):
+    weight = random_weight(np.random.default_rng(0), 8, 16, 1)
     with pytest.raises(TypeError, match="some are not"):
-        gated_experts(jnp.zeros((1, 8)), pack(gate), value, project, 0, jnp.zeros((1, 2), int), jnp.ones((1, 2)))
+        kernels.matmul(jnp.zeros((1, 8)), weight if kernels.packs_weights else pack(weight), (0, 0))

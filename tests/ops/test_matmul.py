@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -5,11 +7,17 @@ import numpy as np
 import pytest
 import reference
 
-from grok1.ops.quantized_matmul import definition, quantized_matmul, quantized_matmuls
-from grok1.ops.tpu import kernels as tpu
+from grok1.ops.gpu.kernels import KERNELS as GPU
+from grok1.ops.matmul import reference_matmul
+from grok1.ops.tpu.kernels import KERNELS as TPU
+from grok1.ops.tpu.matmul import can_multiply
+from grok1.ops.xla.kernels import XLA
 from grok1.params.weights import QuantizedMatrix
 
-jitted = jax.jit(quantized_matmul, static_argnames="backend")
+
+@functools.partial(jax.jit, static_argnames="kernels")
+def multiply(x, weight, index, kernels=XLA):
+    return kernels.matmul(x, weight, index)
 
 
 def random_case(rows, inner, columns, groups, lead, dtype=np.float32, seed=0):
@@ -38,18 +46,18 @@ def random_case(rows, inner, columns, groups, lead, dtype=np.float32, seed=0):
     ],
 )
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("backend", ["xla", "gpu"])
-def test_product_with_a_matrix_of_a_stack(rows, inner, columns, groups, dtype, backend):
+@pytest.mark.parametrize("kernels", [XLA, GPU], ids=lambda kernels: kernels.backend)
+def test_product_with_a_matrix_of_a_stack(rows, inner, columns, groups, dtype, kernels):
     x, weight, scales = random_case(rows, inner, columns, groups, (3,), dtype)
     quantized = QuantizedMatrix(jnp.asarray(weight), jnp.asarray(scales))
-    found = jitted(jnp.asarray(x), quantized, (1,), backend=backend)
+    found = multiply(jnp.asarray(x), quantized, (1,), kernels=kernels)
     assert found.dtype == jnp.float32
     matrix = reference.dequantised(weight[1], scales[1])
     exact = x.astype(np.float64) @ matrix
     # Rounding of float32 sums is far below this part of the terms' size; a row left out is far above.
     bound = 1e-5 * (np.abs(x.astype(np.float64)) @ np.abs(matrix))
     assert np.all(np.abs(found - exact) <= bound)
-    assert np.all(np.abs(definition(jnp.asarray(x), quantized, (1,)) - exact) <= bound)
+    assert np.all(np.abs(reference_matmul(jnp.asarray(x), quantized, (1,)) - exact) <= bound)
 
 
 @pytest.mark.parametrize(("inner", "groups"), [(128, 1), (1024, 8), (384, 1)])
@@ -58,8 +66,8 @@ def test_product_with_a_matrix_of_a_stack(rows, inner, columns, groups, dtype, b
 def test_product_in_tiles_of_a_tpu(rows, inner, columns, groups, dtype):
     x, weight, scales = random_case(rows, inner, columns, groups, (3,), dtype)
     quantized = QuantizedMatrix(jnp.asarray(weight), jnp.asarray(scales))
-    assert tpu.can_multiply(quantized)
-    found = jitted(jnp.asarray(x), quantized, (1,), backend="tpu")
+    assert can_multiply(quantized)
+    found = multiply(jnp.asarray(x), quantized, (1,), kernels=TPU)
     matrix = reference.dequantised(weight[1], scales[1])
     bound = 1e-5 * (np.abs(x.astype(np.float64)) @ np.abs(matrix))
     assert np.all(np.abs(found - x.astype(np.float64) @ matrix) <= bound)
@@ -68,18 +76,18 @@ def test_product_in_tiles_of_a_tpu(rows, inner, columns, groups, dtype):
 def test_matrices_that_are_no_whole_tiles_of_a_tpu():
     x, weight, scales = random_case(3, 120, 130, 8, (2,))
     quantized = QuantizedMatrix(jnp.asarray(weight), jnp.asarray(scales))
-    assert not tpu.can_multiply(quantized)
-    found = jitted(x, quantized, (1,), backend="tpu")
-    np.testing.assert_allclose(found, definition(x, quantized, (1,)), rtol=1e-4, atol=1e-3)
+    assert not can_multiply(quantized)
+    found = multiply(x, quantized, (1,), kernels=TPU)
+    np.testing.assert_allclose(found, reference_matmul(x, quantized, (1,)), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("backend", ["xla", "gpu", "tpu"])
-def test_several_stacks_at_once(backend):
+@pytest.mark.parametrize("kernels", [XLA, GPU, TPU], ids=lambda kernels: kernels.backend)
+def test_several_stacks_at_once(kernels):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((5, 256)).astype(np.float32)
     stacks = [random_case(5, 256, columns, 1, (2,), seed=columns)[1:] for columns in (384, 128, 130)]
     quantized = [QuantizedMatrix(jnp.asarray(weight), jnp.asarray(scales)) for weight, scales in stacks]
-    found = jax.jit(quantized_matmuls, static_argnums=3)(x, quantized, (1,), backend)
+    found = jax.jit(lambda x, weights: kernels.matmuls(x, weights, (1,)))(x, quantized)
     for product, (weight, scales) in zip(found, stacks, strict=True):
         np.testing.assert_allclose(product, x @ reference.dequantised(weight[1], scales[1]), rtol=1e-4, atol=1e-2)
 
@@ -89,6 +97,6 @@ def test_index_may_be_traced_and_of_several_axes():
     quantized = QuantizedMatrix(jnp.asarray(weight), jnp.asarray(scales))
     for layer in range(2):
         for expert in range(3):
-            found = jitted(x, quantized, (jnp.int32(layer), jnp.int32(expert)))
+            found = multiply(x, quantized, (jnp.int32(layer), jnp.int32(expert)))
             exact = x.astype(np.float64) @ reference.dequantised(weight[layer, expert], scales[layer, expert])
             np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-2)

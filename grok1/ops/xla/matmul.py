@@ -1,4 +1,4 @@
-"""Quantised products as a loop over blocks of a weight's rows, in plain JAX: runs on every platform.
+"""Quantized products as a loop over blocks of a weight's rows, in plain JAX: runs on every platform.
 
 A product over a whole int8 matrix makes XLA write the matrix out as floats first, which costs five times the memory
 traffic and a copy as large as the weights. Here a block of rows is sliced out of the stack, converted and multiplied
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from grok1.ops.experts import ExpertBlocks
 from grok1.params.weights import QuantizedMatrix
 
 # Up to this many rows of activations a block is multiplied as a sum of scaled weight rows, which XLA fuses with the
@@ -92,3 +93,16 @@ def _multiply(
         return total + partial * scales.reshape(1, columns).astype(jnp.float32)
 
     return lax.fori_loop(0, weight.groups, add_group, jnp.zeros((x.shape[0], columns), jnp.float32))
+
+
+def grouped_multiply(x: jax.Array, weight: QuantizedMatrix, layer: jax.Array | int, blocks: ExpertBlocks) -> jax.Array:
+    """As `grok1.ops.xla.kernels.Kernels.grouped_matmuls`, with one stack."""
+    size = blocks.block_rows
+
+    def one_block(i: jax.Array, y: jax.Array) -> jax.Array:
+        rows = lax.dynamic_slice(x, (i * size, 0), (size, x.shape[1]))
+        product = multiply(rows, weight, (layer, blocks.expert[i]))
+        return lax.dynamic_update_slice(y, product, (i * size, 0))
+
+    y = jnp.zeros((blocks.num_slots, weight.shape[-1]), jnp.float32)
+    return lax.fori_loop(0, blocks.used, one_block, y)

@@ -6,23 +6,25 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grok1.ops.attention import cached_attention, definition
-from grok1.ops.cpu import kernels as cpu
+from grok1.ops.attention import reference_attention
+from grok1.ops.cpu import library as cpu
+from grok1.ops.gpu.kernels import KERNELS as GPU
+from grok1.ops.xla.kernels import XLA, Kernels
 
 CAP = 30.0
 
 
-@pytest.fixture(params=["xla", "gpu", *cpu.kernel_names()])
+@pytest.fixture(params=[XLA, GPU, *cpu.kernel_names()], ids=lambda kernels: getattr(kernels, "backend", kernels))
 def attend(request):
-    """Attention by one of the backends."""
-    if request.param in ("xla", "gpu"):
-        backend = functools.partial(cached_attention, cap=CAP, backend=request.param)
+    """Attention by one of the kernels."""
+    if isinstance(request.param, Kernels):
+        attention = functools.partial(request.param.attention, cap=CAP)
     else:
-        backend = functools.partial(cpu.attention, cap=CAP, kernels=request.param)
+        attention = functools.partial(cpu.attention, cap=CAP, kernels=request.param)
 
     @functools.partial(jax.jit, static_argnames="multiplier")
     def attend(query, keys, values, layer, positions, multiplier, slots=None):
-        return backend(query, keys, values, layer, positions, slots, multiplier=multiplier)
+        return attention(query, keys, values, layer, positions, slots, multiplier=multiplier)
 
     return attend
 
@@ -76,7 +78,7 @@ def test_each_query_sees_the_cache_up_to_its_position(heads, kv_heads, capacity,
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, atol=2e-5)
     stacks = jnp.asarray(keys), jnp.asarray(values)
-    plain = definition(query, *stacks, 1, jnp.asarray(positions), multiplier=size**-0.5, cap=CAP)
+    plain = reference_attention(query, *stacks, 1, jnp.asarray(positions), multiplier=size**-0.5, cap=CAP)
     np.testing.assert_allclose(plain, expected, atol=2e-5)
 
 
@@ -87,7 +89,7 @@ def test_rows_attend_to_the_sequences_that_they_belong_to(attend):
     expected = exact(query, keys[1][slots], values[1][slots], positions, 0.5)
     np.testing.assert_allclose(attend(query, keys, values, 1, positions, 0.5, slots), expected, atol=2e-5)
     stacks = jnp.asarray(keys), jnp.asarray(values)
-    plain = definition(query, *stacks, 1, jnp.asarray(positions), jnp.asarray(slots), multiplier=0.5, cap=CAP)
+    plain = reference_attention(query, *stacks, 1, jnp.asarray(positions), jnp.asarray(slots), multiplier=0.5, cap=CAP)
     np.testing.assert_allclose(plain, expected, atol=2e-5)
 
 

@@ -1,0 +1,205 @@
+"""Matrix products on GPUs: a Pallas program that Triton compiles. On a CPU it is interpreted, which is for tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from grok1.ops.gpu.tiles import (
+    ENOUGH_PROGRAMS,
+    LEAST_ROWS,
+    dot,
+    launch,
+    leading,
+    load,
+    mask_of,
+    store,
+    within,
+    within_slice,
+)
+from grok1.params.weights import QuantizedMatrix
+
+MOST_ROWS = 128
+"""Rows of a block up to which the tiles of a product stay in registers."""
+
+_LEAST_PART = 512  # rows of a matrix that a program reads at least, where its result is summed with others'
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+    """How a product is divided.
+
+    Attributes:
+        rows: of a block, a power of 2.
+        columns: that a program computes.
+        inner: rows of a matrix that it reads at a time.
+        warps: of a program.
+        stages: how many tiles are on their way to it at a time.
+    """
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+def _tiles(rows: int) -> _Tiles:
+    if rows <= 32:
+        return _Tiles(rows, columns=128, inner=64, warps=4, stages=4)
+    return _Tiles(rows, columns=128, inner=64, warps=4 if rows <= 64 else 8, stages=3)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """How the rows of a matrix are divided over programs, whose results are summed.
+
+    A part lies in one scale group, or is several groups.
+
+    Attributes:
+        groups: scale groups of the matrix.
+        group_rows: rows of each.
+        groups_of_part: as many groups are a part, if no group is divided.
+        cuts: into so many parts is a group divided.
+    """
+
+    groups: int
+    group_rows: int
+    groups_of_part: int
+    cuts: int
+
+    @property
+    def count(self) -> int:
+        """How many parts there are."""
+        return self.groups // self.groups_of_part * self.cuts
+
+    @property
+    def rows(self) -> int:
+        """Rows of a part that lie in one group."""
+        return -(-self.group_rows // self.cuts)
+
+    @classmethod
+    def choose(cls, inner: int, groups: int, programs: int) -> _Parts:
+        """The fewest parts that make enough programs, where `programs` compute the columns of one part."""
+        of_part, cuts, rows = groups, 1, inner // groups
+        while programs * (groups // of_part) * cuts < ENOUGH_PROGRAMS and of_part * rows > cuts * 2 * _LEAST_PART:
+            if of_part > 1:
+                of_part = next(size for size in range(of_part - 1, 0, -1) if groups % size == 0)
+            else:
+                cuts *= 2
+        return cls(groups, rows, of_part, cuts)
+
+
+def multiply(
+    x: jax.Array,
+    weights: Sequence[QuantizedMatrix],
+    layer: jax.Array | int,
+    expert: jax.Array,
+    active: jax.Array,
+) -> list[jax.Array]:
+    """Blocks of rows times the matrices of their experts, for several stacks at once.
+
+    int8 weights go from memory to the matrix units without a copy between; sums are float32.
+
+    Args:
+        x: float `[blocks, rows, K]`, or `[1, rows, K]` for rows that are those of every block; `MOST_ROWS` at most.
+        weights: stacks `[layers, experts, K, N]`, each with its own N.
+        layer: which layer; may be traced.
+        expert: int32 `[blocks]`, the expert of each block.
+        active: bool `[blocks]`; nothing is read or computed for the other blocks, whose results mean nothing.
+
+    Returns:
+        float32 `[blocks, rows, N]` for each stack.
+    """
+    blocks, rows = expert.shape[0], x.shape[1]
+    tiles = _tiles(max(LEAST_ROWS, pl.next_power_of_2(rows)))
+    groups = weights[0].groups
+    if any(weight.groups != groups for weight in weights):
+        raise ValueError("stacks with different numbers of scale groups are to be multiplied at once")
+    tile_counts = [pl.cdiv(weight.shape[-1], tiles.columns) for weight in weights]
+    parts = _Parts.choose(x.shape[2], groups, blocks * sum(tile_counts))
+    kernel = functools.partial(_multiply_kernel, tiles=tiles, parts=parts, tile_counts=tile_counts)
+    partial_sums = launch(
+        kernel,
+        "grok1_multiply",
+        (blocks, sum(tile_counts), parts.count),
+        [jax.ShapeDtypeStruct((parts.count, blocks, rows, weight.shape[-1]), jnp.float32) for weight in weights],
+        tiles.warps,
+        tiles.stages,
+    )(
+        jnp.asarray(layer, jnp.int32).reshape(1),
+        expert.astype(jnp.int32),
+        active.astype(jnp.int32),
+        x,
+        *(array for weight in weights for array in (weight.values, weight.scales)),
+    )
+    return [sums[0] if parts.count == 1 else jnp.sum(sums, axis=0) for sums in partial_sums]
+
+
+def _multiply_kernel(
+    layer: Any, expert: Any, active: Any, x: Any, *arrays: Any, tiles: _Tiles, parts: _Parts, tile_counts: list[int]
+) -> None:
+    """A block of rows, a tile of columns of one of the stacks, and a part of the matrix's rows."""
+    sums = arrays[-len(tile_counts) :]
+    block, tile, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    first_tile = 0
+    for i, count in enumerate(tile_counts):
+        weight, scales = arrays[2 * i : 2 * i + 2]
+
+        @pl.when((active[block] != 0) & (tile >= first_tile) & (tile < first_tile + count))
+        def _(weight: Any = weight, scales: Any = scales, out: Any = sums[i], first_tile: int = first_tile) -> None:
+            place = layer[0], expert[block]
+            product = _tile_product(x, weight, scales, place, block, tile - first_tile, part, tiles, parts)
+            columns = pl.ds((tile - first_tile) * tiles.columns, tiles.columns)
+            mask = mask_of(
+                (tiles.rows, tiles.columns), within(0, tiles.rows, out.shape[2]), within_slice(columns, out.shape[3])
+            )
+            store(out.at[part, block, leading(tiles.rows, block), columns], product, mask)
+
+        first_tile += count
+
+
+def _tile_product(
+    x: Any, weight: Any, scales: Any, place: tuple, block: Any, tile: Any, part: Any, tiles: _Tiles, parts: _Parts
+) -> jax.Array:
+    """float32 `[rows, columns]`, the sum over one part."""
+    columns = pl.ds(tile * tiles.columns, tiles.columns)
+    inside = within_slice(columns, weight.shape[-1])
+    present = within(0, tiles.rows, x.shape[1])
+    first_rows = leading(tiles.rows, block)
+    own = jnp.minimum(block, x.shape[0] - 1)  # the rows of all blocks may be the same
+    ragged = parts.group_rows % (parts.cuts * tiles.inner) != 0
+
+    def of_group(group: Any) -> jax.Array:
+        """The sum over what of a scale group belongs to the part."""
+        start = group * parts.group_rows + part % parts.cuts * parts.rows
+        end = jnp.minimum(start + parts.rows, (group + 1) * parts.group_rows)
+
+        def add(i: Any, total: jax.Array) -> jax.Array:
+            inner = pl.ds(start + i * tiles.inner, tiles.inner)
+            known = start + i * tiles.inner + jnp.arange(tiles.inner) < end if ragged else None
+            inputs = load(x.at[own, first_rows, inner], mask_of((tiles.rows, tiles.inner), present, known))
+            values = load(
+                weight.at[(*place, inner, columns)],
+                mask_of((tiles.inner, tiles.columns), known, inside),
+                eviction_policy="evict_first",
+            )
+            return total + dot(inputs, values.astype(inputs.dtype))
+
+        zeros = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
+        total = lax.fori_loop(0, pl.cdiv(parts.rows, tiles.inner), add, zeros)
+        scale = load(scales.at[(*place, group, columns)], inside)
+        return total * scale.astype(jnp.float32)[None, :]
+
+    if parts.groups_of_part == 1:
+        return of_group(part // parts.cuts)
+    first = part * parts.groups_of_part
+    zeros = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
+    return lax.fori_loop(0, parts.groups_of_part, lambda i, total: total + of_group(first + i), zeros)

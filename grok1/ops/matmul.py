@@ -1,0 +1,22 @@
+"""Activations times one quantized matrix out of a stack."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from grok1.params.weights import QuantizedMatrix
+
+
+def reference_matmul(x: jax.Array, weight: QuantizedMatrix, index: tuple[jax.Array | int, ...]) -> jax.Array:
+    """`x @ weight[index]` in float32; dequantizes the matrix.
+
+    Args:
+        x: float `[M, K]`.
+        weight: a stack `[..., K, N]`.
+        index: index of the matrix on each leading axis.
+
+    Returns:
+        float32 `[M, N]`.
+    """
+    return jnp.dot(x.astype(jnp.float32), weight[index].dequantize(), precision="highest")
