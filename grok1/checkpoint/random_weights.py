@@ -30,7 +30,7 @@ def random_chunks(spec: TensorFile, seed: int, *, scales: bool) -> Iterator[np.n
     Args:
         spec: the tensor.
         seed: with the tensor's index and `scales`, selects the random stream; 0 or more.
-        scales: the quantised weight's scales instead of its values.
+        scales: the quantized weight's scales instead of its values.
 
     Yields:
         one-dimensional arrays of float32 `[n]`, int8 `[n]` or, for scales, bfloat16 `[n]`.

@@ -1,1 +1,1 @@
-"""The parameters: their table, weight formats, division over a mesh, tree, random values."""
+"""Parameters: their table, weight formats, sharding, the parameter tree, random values."""

@@ -1,10 +1,10 @@
-"""Meshes of any (data, model) shape, on one host or several, and how a model is divided over one.
+"""Meshes of any (data, model) shape, on one host or several, and how a model is sharded over one.
 
 Sequences are split over the `data` axis and weights over the `model` axis: expert width and vocabulary evenly; heads
-and scale groups evenly while there are enough of them, and beyond that neighbouring shards hold the same ones.
+and scale groups evenly while there are enough of them, and beyond that neighboring shards hold the same ones.
 
-Model shards exchange activations twice in every layer, data rows next to nothing. So a row's model shards are on one
-host as long as one has enough devices, and only rows that fit on none are put together from several.
+Model shards exchange activations twice in every layer, data rows almost nothing. So the model shards of a row are on
+one host where possible, and only rows that fit on no single host span several.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def axis_range(axis: Axis, shards: int, shard: int) -> slice:
 
 
 def indivisible(config: ModelConfig, shards: int) -> str | None:
-    """Why a model cannot be divided into that many model shards; None if it can."""
+    """Why a model cannot be divided into `shards` model shards; None if it can."""
     heads = math.gcd(config.num_q_heads, shards)  # parts of the query heads
     if heads != shards and heads % SCALE_GROUPS:
         return f"its {config.num_q_heads} query heads do not divide by {shards}"
@@ -72,7 +72,7 @@ def indivisible(config: ModelConfig, shards: int) -> str | None:
 
 
 def possible_model_shards(config: ModelConfig, most: int) -> list[int]:
-    """All numbers of model shards up to `most` that the model can be divided into, rising."""
+    """The numbers of model shards up to `most` that a model can be divided into, ascending."""
     return [shards for shards in range(1, most + 1) if indivisible(config, shards) is None]
 
 
@@ -82,16 +82,15 @@ def default_mesh_shape(
     hosts: Sequence[int] | None = None,
     fits: Callable[[int], bool | None] = lambda shards: False,
 ) -> tuple[int, int]:
-    """All devices on the model axis, as far as the model divides: (1, model shards).
+    """The largest number of devices that the model can be split across, on the model axis: (1, model shards).
 
-    On several hosts, if the model fits one: a data row of as many shards as the smallest host has devices for, as often
-    as there is room.
+    On several hosts, if the model fits on one: data rows of as many shards as the smallest host has devices for.
 
     Args:
         config: the model.
-        num_devices: how many there are.
-        hosts: how many each host has; None if all are on one.
-        fits: whether the model fits, divided into so many shards.
+        num_devices: number of devices.
+        hosts: number of devices on each host; None if all are on one.
+        fits: whether the model fits when divided into that many shards.
     """
     if hosts is not None and len(hosts) > 1:
         shards = possible_model_shards(config, min(hosts))[-1]
@@ -101,43 +100,43 @@ def default_mesh_shape(
 
 
 def mesh_device_order(shape: tuple[int, int], hosts: Sequence[int]) -> list[int]:
-    """Which devices a mesh takes, row by row.
+    """The devices of a mesh, row by row.
 
-    Rows are taken from one host as long as it has enough devices left, host after host; those that are still wanted
-    then are put together from what is left. The first device is always among them.
+    Each host provides as many whole rows as it has devices for; any rows still missing combine the remaining devices of
+    several hosts. The first device is always among them.
 
     Args:
         shape: sizes of the data and the model axis, which need no more devices than there are.
-        hosts: for each device which host it is on.
+        hosts: the host of each device.
 
     Returns:
-        the places of the devices, `data * model` of them.
+        indices of the devices, `data * model` of them.
     """
     data, model = shape
     groups = {host: [i for i, of in enumerate(hosts) if of == host] for host in dict.fromkeys(hosts)}
-    together = [place for group in groups.values() for place in group]
+    everywhere = [index for group in groups.values() for index in group]
     rows: list[list[int]] = []
-    if together and len(groups[hosts[0]]) < model:  # the first host has not enough for a row of its own
-        rows.append(together[:model])
-        groups = {host: [place for place in group if place not in rows[0]] for host, group in groups.items()}
+    if everywhere and len(groups[hosts[0]]) < model:  # the first host has too few devices for a row of its own
+        rows.append(everywhere[:model])
+        groups = {host: [index for index in group if index not in rows[0]] for host, group in groups.items()}
     for group in groups.values():
         while len(group) >= model and len(rows) < data:
             rows.append(group[:model])
             del group[:model]
-    rest = [place for group in groups.values() for place in group]
+    rest = [index for group in groups.values() for index in group]
     while len(rows) < data:
         rows.append(rest[:model])
         del rest[:model]
-    return [place for row in rows for place in row]
+    return [index for row in rows for index in row]
 
 
 def check_mesh_shape(config: ModelConfig, shape: tuple[int, int], num_devices: int) -> None:
-    """Makes sure that a model can be divided over a mesh.
+    """Checks that a model can be divided over a mesh.
 
     Args:
         config: the model.
         shape: sizes of the data and the model axis.
-        num_devices: how many devices there are.
+        num_devices: number of devices.
 
     Raises:
         MeshError: if there are too few devices or the model does not divide; the message names a mesh that works.
@@ -169,9 +168,9 @@ def make_mesh(
 
     Args:
         config: the model.
-        shape: sizes of the data and the model axis; by default all devices on the model axis, as far as they divide.
-        devices: the devices to use, the first of them if there are more than needed; by default all there are.
-        hosts: for each device which host it is on; by default all are on one.
+        shape: sizes of the data and the model axis; by default as many devices as possible on the model axis.
+        devices: the devices to use, the first of them if there are more than needed; by default all.
+        hosts: the host of each device; by default all are on one.
 
     Raises:
         MeshError: if there are too few devices or the model does not divide; the message names a mesh that works.
@@ -181,21 +180,21 @@ def make_mesh(
         shape = default_mesh_shape(config, len(devices))
     data, model = shape
     check_mesh_shape(config, shape, len(devices))
-    places = mesh_device_order(shape, [0] * len(devices) if hosts is None else hosts)
-    return Mesh(np.asarray([devices[place] for place in places]).reshape(data, model), (DATA_AXIS, MODEL_AXIS))
+    order = mesh_device_order(shape, [0] * len(devices) if hosts is None else hosts)
+    return Mesh(np.asarray([devices[index] for index in order]).reshape(data, model), (DATA_AXIS, MODEL_AXIS))
 
 
 def local_devices(devices: Iterable[jax.Device]) -> list[jax.Device]:
-    """Those of some devices that are this process's."""
+    """The devices among `devices` that belong to this process."""
     return [device for device in devices if device.process_index == jax.process_index()]
 
 
 def hosts_of(devices: Sequence[jax.Device], host_of_process: Sequence[int]) -> list[int]:
-    """For each device which host it is on: devices of one TPU slice count as on one, as fast links join all of them.
+    """The host of each device; the devices of a TPU slice, which fast links connect, count as one host.
 
     Args:
         devices: of all processes.
-        host_of_process: for each process which host it is on.
+        host_of_process: the host of each process.
     """
     if devices[0].platform == "tpu":
         return [int(getattr(device, "slice_index", 0) or 0) for device in devices]
@@ -203,5 +202,5 @@ def hosts_of(devices: Sequence[jax.Device], host_of_process: Sequence[int]) -> l
 
 
 def counts(hosts: Sequence[int]) -> tuple[int, ...]:
-    """How many devices each host has, in the order in which the hosts come."""
+    """Number of devices on each host, in order of first appearance."""
     return tuple(Counter(hosts).values())

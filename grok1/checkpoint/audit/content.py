@@ -131,7 +131,7 @@ def _check_floats(spec: TensorFile, chunks: _Chunks, report: ContentReport) -> N
 
 
 def _check_scales(chunks: _Chunks, report: ContentReport) -> None:
-    """A quantised weight's scales, as the bits of bfloat16."""
+    """A quantized weight's scales, as the bits of bfloat16."""
     not_finite = zero = negative = 0
     for bits in chunks.read(chunks.size):
         magnitude = bits & 0x7FFF
@@ -146,7 +146,7 @@ def _check_scales(chunks: _Chunks, report: ContentReport) -> None:
 
 
 def _check_values(spec: TensorFile, chunks: _Chunks, report: ContentReport) -> None:
-    """A quantised weight's int8 values, one group of rows of one matrix after the other, as they lie in the file."""
+    """A quantized weight's int8 values, one group of rows of one matrix after the other, as they lie in the file."""
     assert spec.scales_shape is not None
     groups = math.prod(spec.scales_shape[:-1])
     per_matrix = spec.scales_shape[-2]
