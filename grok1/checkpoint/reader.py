@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from grok1.checkpoint.audit.structure import FileFault, find_faults
 from grok1.checkpoint.byte_ranges import Check, RangeReader, ReadCounter, became_shorter, go_on, read_columns
 from grok1.checkpoint.pickled.scan import StoredArray, StoredTensor
+from grok1.checkpoint.structure import FileFault, find_faults
 from grok1.config import PRESETS, ModelConfig
 from grok1.errors import CheckpointError
 from grok1.params.table import CHECKPOINT_DIR, TensorFile

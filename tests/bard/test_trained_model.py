@@ -11,12 +11,12 @@ import pytest
 from bard_training import export
 from bard_training.evaluate import mistakes
 from bard_training.model import forward
-
 from grok1.checkpoint.layout import tensor_table
+from grok1.tokenizer import Tokenizer
+
 from grok1.checkpoint.reader import Checkpoint
 from grok1.config import PRESETS
 from grok1.model import Model
-from grok1.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 FLOAT32_ERROR = 1e-4  # norm of the difference over norm; 1e-6 is usual

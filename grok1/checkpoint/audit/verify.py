@@ -20,11 +20,11 @@ from grok1.checkpoint.audit.manifest import (
     read_manifest,
     write_manifest,
 )
-from grok1.checkpoint.audit.structure import FileFault, Structure, find_faults
 from grok1.checkpoint.parallel import in_parallel
 from grok1.checkpoint.pickled.framing import tensor_file_size
 from grok1.checkpoint.pickled.source import ScanError
 from grok1.checkpoint.reader import find_checkpoint, stated_or_release
+from grok1.checkpoint.structure import FileFault, Structure, find_faults
 from grok1.config import PRESETS, ModelConfig
 from grok1.errors import CheckpointError
 from grok1.params.table import CHECKPOINT_DIR
