@@ -38,9 +38,9 @@ from grok1.text.tokenizer import Tokenizer, find_tokenizer
 
 
 def load(
-    checkpoint: str | Path = "checkpoints",
+    checkpoint: str | Path | Checkpoint = "checkpoints",
     *,
-    tokenizer: str | Path | None = None,
+    tokenizer: str | Path | Tokenizer | None = None,
     mesh: tuple[int, int] | None = None,
     dtype: DTypeName | None = None,
     devices: Sequence[jax.Device] | None = None,
@@ -56,9 +56,9 @@ def load(
         print(model.complete("The answer is", max_tokens=8).text)
 
     Args:
-        checkpoint: folder that holds `ckpt-0`, or is it.
-        tokenizer: a SentencePiece model; by default `tokenizer.model` in or beside the checkpoint. Without one the
-            model takes and gives token ids only.
+        checkpoint: folder that holds `ckpt-0`, or is it; or an opened checkpoint.
+        tokenizer: a SentencePiece model, or a tokenizer; by default `tokenizer.model` in or beside the checkpoint.
+            Without one the model takes and gives token ids only.
         mesh: sizes of the (data, model) axes; by default all devices on `model`, as far as the model divides.
         dtype: of activations and the key/value cache; by default bfloat16 on accelerators, float32 on CPUs.
         devices: the devices to use; by default all.
@@ -83,8 +83,11 @@ def load(
         ValueError: if `load_memory` is too little.
     """
     report = _reporter(progress)
-    report("checking", str(checkpoint))
-    opened = Checkpoint.open(Path(checkpoint))
+    if isinstance(checkpoint, Checkpoint):
+        opened = checkpoint
+    else:
+        report("checking", str(checkpoint))
+        opened = Checkpoint.open(Path(checkpoint))
     config = opened.config
     text = _open_tokenizer(opened, tokenizer) if runtime is None or runtime.leads else None
     if runtime is not None:
@@ -294,10 +297,13 @@ def _agreed_kernels(runtime: Runtime, chosen: ChosenKernels, platform: str) -> C
     return ChosenKernels(xla_kernels(platform), f"{runtime.name_of(lacking[0])} cannot use them, as {reason}")
 
 
-def _open_tokenizer(checkpoint: Checkpoint, given: str | Path | None) -> Tokenizer | None:
-    path = find_tokenizer(checkpoint.directory, None if given is None else Path(given))
-    if path is None:
-        return None
-    tokenizer = Tokenizer.read(path)
+def _open_tokenizer(checkpoint: Checkpoint, given: str | Path | Tokenizer | None) -> Tokenizer | None:
+    if isinstance(given, Tokenizer):
+        tokenizer = given
+    else:
+        path = find_tokenizer(checkpoint.directory, None if given is None else Path(given))
+        if path is None:
+            return None
+        tokenizer = Tokenizer.read(path)
     tokenizer.check_vocabulary(checkpoint.config.vocab_size)
     return tokenizer
