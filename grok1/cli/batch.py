@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
+from grok1.cli.model_choice import ModelChoice
 from grok1.cli.options import (
-    ModelChoice,
     batch_size_option,
     job_options,
     model_options,

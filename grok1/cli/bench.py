@@ -13,7 +13,8 @@ from click.core import ParameterSource
 
 from grok1.cli.columns import columns
 from grok1.cli.loading import load_model, read_config, start_jax, tell_shortfall
-from grok1.cli.options import LAYERS, ModelChoice, Numbers, model_options, output_options
+from grok1.cli.model_choice import ModelChoice
+from grok1.cli.options import LAYERS, Numbers, model_options, output_options
 from grok1.cli.terminal import OutputError, Terminal, pass_terminal
 from grok1.config import PRESETS, VERSION, ModelConfig, default_dtype, preset
 from grok1.host.atomic_write import whole_file

@@ -6,7 +6,8 @@ import json
 
 import click
 
-from grok1.cli.options import ModelChoice, output_options, tokenizer_choice_options
+from grok1.cli.model_choice import ModelChoice
+from grok1.cli.options import output_options, tokenizer_choice_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.cli.text_input import decoded, read_stdin, stdin_is_terminal
 from grok1.errors import RequestError

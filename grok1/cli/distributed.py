@@ -14,7 +14,7 @@ import click
 from click.core import ParameterSource
 
 from grok1.cli.loading import prepare_jax, start_jax
-from grok1.cli.options import ModelChoice
+from grok1.cli.model_choice import ModelChoice
 from grok1.cli.terminal import Terminal
 from grok1.errors import Grok1Error
 
@@ -30,19 +30,19 @@ _ENVIRONMENT = ("GROK1_KERNELS", "JAX_PLATFORMS")  # variables that have to be t
 
 _TERMINATION_SECONDS = 20.0
 
-Place = tuple[str | None, int | None, int | None, str | None, int]
+ProcessOptions = tuple[str | None, int | None, int | None, str | None, int]
 """`--coordinator`, `--num-processes`, `--process-id`, `--coordinator-bind` and `--start-timeout`."""
 
 
 @contextlib.contextmanager
-def joined(detect: bool, place: Place, choice: ModelChoice) -> Iterator[Runtime]:
+def joined(detect: bool, processes: ProcessOptions, choice: ModelChoice) -> Iterator[Runtime]:
     """Within this block a command is run by several processes, of which this is process 0.
 
     In any other process the block is never entered: it follows process 0 and ends with it.
 
     Args:
         detect: whether to find out from a cluster's variables who takes part.
-        place: what the user says of it.
+        processes: the options that describe them.
         choice: the model, as this process finds it.
 
     Raises:
@@ -52,7 +52,7 @@ def joined(detect: bool, place: Place, choice: ModelChoice) -> Iterator[Runtime]
     _keep_results_apart()
     prepare_jax(terminal, choice.threads)
     with terminal.interruptible():
-        runtime = _join(terminal, detect, place)
+        runtime = _join(terminal, detect, processes)
         if runtime.leads:
             terminal.on_leave = lambda: runtime.leave(130, wait=False)
             runtime.start(terminal.abort)
@@ -81,12 +81,12 @@ def joined(detect: bool, place: Place, choice: ModelChoice) -> Iterator[Runtime]
         runtime.leave()
 
 
-def _join(terminal: Terminal, detect: bool, place: Place) -> Runtime:
+def _join(terminal: Terminal, detect: bool, processes: ProcessOptions) -> Runtime:
     terminal.show_status("starting JAX")
     from grok1.multihost.cluster import detected_cluster, given_cluster
     from grok1.multihost.runtime import ToldError, join
 
-    cluster = detected_cluster(*place) if detect else given_cluster(*place)
+    cluster = detected_cluster(*processes) if detect else given_cluster(*processes)
     if cluster.process_id != 0:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # process 0 decides what an interrupt ends
     try:

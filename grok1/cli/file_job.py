@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic
 import click
 
 from grok1.checkpoint.audit.fingerprint import fingerprint
-from grok1.cli.options import ModelChoice
+from grok1.cli.model_choice import ModelChoice
 from grok1.cli.terminal import Terminal
 from grok1.errors import JobError, TooSmallError
 from grok1.jobs.fingerprint import check_same, versions

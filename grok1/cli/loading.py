@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from grok1.cli.options import ModelChoice
+from grok1.cli.model_choice import ModelChoice
 from grok1.cli.terminal import Terminal
 from grok1.config import ModelConfig
 from grok1.errors import Grok1Error

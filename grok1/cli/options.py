@@ -6,11 +6,12 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import click
 from click.core import ParameterSource
 
+from grok1.cli.model_choice import ModelChoice
 from grok1.cli.terminal import Terminal
 from grok1.config import KernelsName
 from grok1.errors import RequestError
@@ -19,37 +20,9 @@ from grok1.host.sizes import format_bytes, parse_bytes
 from grok1.multihost.cluster import START_TIMEOUT
 from grok1.request import MAX_LOGPROBS, MAX_SEED, SamplingOptions
 
-if TYPE_CHECKING:
-    from grok1.multihost.runtime import Runtime
-
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _DEFAULT = {field.name: field.default for field in dataclasses.fields(SamplingOptions)}
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelChoice:
-    """Which model to load, and how.
-
-    Attributes:
-        checkpoint: folder that holds `ckpt-0`, or is it.
-        tokenizer: a SentencePiece model; None looks in and beside the checkpoint.
-        mesh: sizes of the data and the model axis; None uses all devices.
-        dtype: of activations and the key/value cache; None chooses by device.
-        load_memory: bytes of host memory beyond the weights that loading may take.
-        kernels: what computes; "auto" chooses.
-        threads: how many compute on processors; None for one on each physical core.
-        runtime: the processes that load it together, of which this is process 0; None if it is the only one.
-    """
-
-    checkpoint: Path
-    tokenizer: Path | None
-    mesh: tuple[int, int] | None = None
-    dtype: str | None = None
-    load_memory: int = DEFAULT_LOAD_MEMORY
-    kernels: str = "auto"
-    threads: int | None = None
-    runtime: Runtime | None = None
 
 
 class _MeshType(click.ParamType):
@@ -261,8 +234,8 @@ def model_options(command: Command) -> Command:
             return command(*args, choice=choice, **rest)
         from grok1.cli.distributed import joined
 
-        place = coordinator, num_processes, process_id, coordinator_bind, start_timeout
-        with joined(distributed, place, choice) as runtime:
+        processes = coordinator, num_processes, process_id, coordinator_bind, start_timeout
+        with joined(distributed, processes, choice) as runtime:
             return command(*args, choice=dataclasses.replace(choice, runtime=runtime), **rest)
 
     for option in (*reversed(_PROCESSES), _THREADS, _KERNELS, _LOAD_MEMORY, _DTYPE, MESH, TOKENIZER, CHECKPOINT):

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from grok1.cli.options import ModelChoice, model_options, output_options, sampling_options
+from grok1.cli.model_choice import ModelChoice
+from grok1.cli.options import model_options, output_options, sampling_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.cli.text_input import given_text
 from grok1.request import SamplingOptions
