@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import click
 
 from grok1.cli.model_choice import ModelChoice
-from grok1.cli.options import (
-    batch_size_option,
-    job_options,
-    model_options,
-    sampling_options,
-    terminal_options,
-)
+from grok1.cli.options import batch_size_option, job_options, model_options, sampling_options, terminal_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.cli.text_input import stdin_is_terminal
-from grok1.jobs.result_json import json_line
 from grok1.request import SamplingOptions
 
 
@@ -74,25 +68,17 @@ def command(
     """
     if summarise and output is None:
         raise click.UsageError("--json needs -o: without it the rows themselves go to standard output, as JSON.")
-    from grok1.checkpoint.reader import Checkpoint
-    from grok1.cli.batch_job import CompletionJob
-    from grok1.cli.file_job import Stopping, opened_journal
+    from grok1.cli.jobs import opened_files
+    from grok1.jobs.batch import CompletionJob
     from grok1.jobs.rows import RowDefaults
-    from grok1.jobs.source import Source
 
-    stopping = Stopping()
-    with stopping.caught():
-        if str(input_file) == "-" and stdin_is_terminal():
-            terminal.note("reading rows from the terminal; Ctrl-D at the beginning of a line ends them")
-        source = Source.open(input_file, row_format)
-        with opened_journal(terminal, source, output, restart) as journal:
-            checkpoint = Checkpoint.open(choice.checkpoint)
-            job = CompletionJob(terminal, source, journal, checkpoint, choice, batch_size, stopping)
-            job.defaults = RowDefaults(sampling, num_samples, echo, truncate, unescape)
-            job.prompts = not no_prompt
-            job.check(skip_bad)
-            outcome = job.run() | {"seed": job.seed}
-            if summarise:
-                terminal.write(json_line(outcome))
-            terminal.note(job.summary(outcome, f"seed {job.seed}"))
-            job.refuse_failures()
+    if str(input_file) == "-" and stdin_is_terminal():
+        terminal.note("reading rows from the terminal; Ctrl-D at the beginning of a line ends them")
+    with opened_files(terminal, choice, input_file, row_format, output, restart) as files:
+        if sampling.seed is None and files.begun.get("seed") is not None:
+            sampling = dataclasses.replace(sampling, seed=files.begun["seed"])
+        defaults = RowDefaults(sampling.with_seed(), num_samples, echo, truncate, unescape)
+        job = CompletionJob(files.source, files.checkpoint, files.tokenizer, defaults, not no_prompt)
+        outcome = files.run(job, batch_size, skip_bad)
+        seed = defaults.sampling.seed
+        files.report(outcome, {"seed": seed}, [f"seed {seed}"], summarise)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from grok1.cli.terminal import Terminal
 from grok1.host import memory
-from grok1.jobs.result_json import json_line, logprobs_objects
+from grok1.jobs.result_json import completion_object, json_line
 
 if TYPE_CHECKING:
     from grok1.model import Completion, Model, Request
@@ -110,7 +110,7 @@ class CompletionPrinter:
             self.terminal.write("\n")
 
     def _json_line(self, completion: Completion) -> str:
-        return json_line(completion_object(completion) | self._run_object())
+        return json_line(completion_object(completion, alone=True) | self._run_object())
 
     def _run_object(self) -> dict[str, Any]:
         told = {
@@ -150,31 +150,6 @@ class CompletionPrinter:
         last = f" to {completions[-1].seed}" if len(completions) > 1 else ""
         parts.append(f"seed {first.seed}{last}")
         return "[" + " · ".join(parts) + "]"
-
-
-def completion_object(completion: Completion) -> dict[str, Any]:
-    """What JSON says about a completion; times in seconds."""
-    timings = completion.timings
-    told: dict[str, Any] = {
-        "prompt": completion.prompt,
-        "prompt_token_ids": completion.prompt_tokens,
-        "text": completion.text,
-        "token_ids": completion.tokens,
-        "finish_reason": completion.finish_reason,
-        "stop_text": completion.stop_text,
-        "seed": completion.seed,
-        "sample": completion.sample,
-    }
-    if completion.logprobs is not None:
-        told["logprobs"] = logprobs_objects(completion.tokens, completion.logprobs)
-    return told | {
-        "prefill_seconds": timings.prefill_seconds,
-        "decode_seconds": timings.decode_seconds,
-        "compile_seconds": timings.compile_seconds,
-        "time_to_first_token_seconds": timings.time_to_first_token,
-        "prefill_tokens_per_second": timings.prefill_tokens_per_second,
-        "decode_tokens_per_second": timings.decode_tokens_per_second,
-    }
 
 
 def _fields(options: Any) -> dict[str, Any]:

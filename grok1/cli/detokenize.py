@@ -9,9 +9,10 @@ import click
 from grok1.cli.model_choice import ModelChoice
 from grok1.cli.options import output_options, tokenizer_choice_options
 from grok1.cli.terminal import Terminal, pass_terminal
-from grok1.cli.text_input import decoded, read_stdin, stdin_is_terminal
+from grok1.cli.text_input import read_stdin, stdin_is_terminal
 from grok1.errors import RequestError
 from grok1.jobs.result_json import json_line
+from grok1.jobs.source import decode_utf8
 
 
 @click.command("detokenize", short_help="Turn token ids into text.")
@@ -32,7 +33,7 @@ def command(terminal: Terminal, ids: tuple[str, ...], choice: ModelChoice, as_js
     if ids and ids != ("-",):
         numbers = parsed_ids(" ".join(ids))
     elif ids or not stdin_is_terminal():
-        numbers = parsed_ids(decoded(read_stdin(), "standard input"))
+        numbers = parsed_ids(decode_utf8(read_stdin(), "standard input"))
     else:
         raise click.UsageError("there are no ids: give IDS, or pipe them in.")
 

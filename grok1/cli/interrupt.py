@@ -1,4 +1,4 @@
-"""Ctrl-C while the main thread is deep in XLA and Python's own handler has to wait."""
+"""Interrupts: a graceful shutdown, and Ctrl-C while the main thread is inside XLA and cannot handle it."""
 
 from __future__ import annotations
 
@@ -79,3 +79,45 @@ def end_soon(leave: Callable[[], None]) -> None:
     timer = threading.Timer(1.0, end)
     timer.daemon = True
     timer.start()
+
+
+class GracefulShutdown:
+    """Requests a stop at the first SIGINT or SIGTERM; the second is a `KeyboardInterrupt`.
+
+    Outside the block `graceful` the first one is a `KeyboardInterrupt`, too.
+
+    Attributes:
+        requested: is set by the first signal.
+    """
+
+    def __init__(self) -> None:
+        self.requested = threading.Event()
+        self._graceful = False
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handles the signals within this block."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        handled = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._handle) for number in handled}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def graceful(self) -> Iterator[None]:
+        """Within this block the first signal only sets `requested`."""
+        self._graceful = True
+        try:
+            yield
+        finally:
+            self._graceful = False
+
+    def _handle(self, number: int, frame: object) -> None:
+        if not self._graceful or self.requested.is_set():
+            raise KeyboardInterrupt
+        self.requested.set()

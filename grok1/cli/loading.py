@@ -1,4 +1,4 @@
-"""From a `ModelChoice` to its config, its tokenizer, and the loaded model."""
+"""Opens and loads the model of a `ModelChoice`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from grok1.plan.devices import GPU_MEMORY_FRACTION
 if TYPE_CHECKING:
     import jax
 
+    from grok1.checkpoint.reader import Checkpoint
     from grok1.model import Model
     from grok1.text.tokenizer import Tokenizer
 
@@ -53,6 +54,26 @@ def read_tokenizer(choice: ModelChoice, config: ModelConfig | None = None) -> To
     if config is not None:
         tokenizer.check_vocabulary(config.vocab_size)
     return tokenizer
+
+
+def open_model(choice: ModelChoice, terminal: Terminal) -> tuple[Checkpoint, Tokenizer | None]:
+    """Opens the chosen checkpoint, whose files are all checked, and reads its tokenizer; no array is read.
+
+    Returns:
+        the checkpoint, and the tokenizer or None if there is none.
+
+    Raises:
+        CheckpointError: if there is no checkpoint or it is damaged.
+        ConfigError: if its config is invalid.
+        TokenizerError: if the tokenizer cannot be read or has another vocabulary.
+    """
+    from grok1.checkpoint.reader import Checkpoint
+
+    terminal.show_status("checking files")
+    checkpoint = Checkpoint.open(choice.checkpoint)
+    tokenizer = read_tokenizer(choice, checkpoint.config)
+    terminal.clear()
+    return checkpoint, tokenizer
 
 
 class DeviceError(Grok1Error):
@@ -113,11 +134,22 @@ def tell_shortfall(model: Model, terminal: Terminal) -> None:
         )
 
 
-def load_model(choice: ModelChoice, terminal: Terminal) -> tuple[Model, float]:
+def load_model(
+    choice: ModelChoice,
+    terminal: Terminal,
+    checkpoint: Checkpoint | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> tuple[Model, float]:
     """Loads the chosen model and shows progress.
 
+    Args:
+        choice: the model.
+        terminal: where to show progress.
+        checkpoint: the chosen one, if it is open.
+        tokenizer: the chosen one, if it has been read.
+
     Returns:
-        the model, and how many seconds it took, JAX's own start included.
+        the model, and how many seconds it took, including the start of JAX.
     """
     start = time.perf_counter()
     start_jax(terminal, choice.threads)
@@ -128,8 +160,8 @@ def load_model(choice: ModelChoice, terminal: Terminal) -> tuple[Model, float]:
 
         tell_load(choice.runtime, choice.mesh, choice.dtype, choice.kernels)
     model = load(
-        choice.checkpoint,
-        tokenizer=choice.tokenizer,
+        choice.checkpoint if checkpoint is None else checkpoint,
+        tokenizer=choice.tokenizer if tokenizer is None else tokenizer,
         mesh=choice.mesh,
         dtype=choice.dtype,  # type: ignore[arg-type]
         load_memory=choice.load_memory,

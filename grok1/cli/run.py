@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -12,9 +11,6 @@ from grok1.cli.options import model_options, output_options, sampling_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.cli.text_input import given_text
 from grok1.request import SamplingOptions
-
-if TYPE_CHECKING:
-    from grok1.cli.completions import CompletionPrinter
 
 
 @click.command("run", short_help="Complete a prompt, or prompts as they are typed.")
@@ -63,31 +59,24 @@ def command(
     """
     text = given_text(prompt, prompt_file, argument_name="PROMPT", file_option="--prompt-file")
 
-    from grok1.cli.loading import read_config, read_tokenizer
+    from grok1.cli.completions import CompletionPrinter
+    from grok1.cli.loading import load_model, open_model
     from grok1.text.prompt import Request, encode_prompt, required
 
-    # What can be wrong with the prompt is told before hundreds of gigabytes are loaded.
-    config = read_config(choice)
-    tokenizer = required(read_tokenizer(choice, config))
+    checkpoint, tokenizer = open_model(choice, terminal)
+    required(tokenizer)
 
     def request(prompt: str) -> Request:
         return Request(prompt=prompt, options=sampling, num_samples=num_samples, truncate=truncate)
 
     if text is not None:
-        encode_prompt(request(text), tokenizer, config)
-        with terminal.interruptible():
-            _printer(terminal, choice, as_json, echo).run(request(text))
-    else:
-        from grok1.cli.session import run_session
+        encode_prompt(request(text), tokenizer, checkpoint.config)  # reports errors before the model is loaded
+    with terminal.interruptible():
+        model, load_seconds = load_model(choice, terminal, checkpoint, tokenizer)
+        printer = CompletionPrinter(terminal, model, load_seconds, as_json, echo)
+        if text is not None:
+            printer.run(request(text))
+            return
+    from grok1.cli.session import run_session
 
-        with terminal.interruptible():
-            printer = _printer(terminal, choice, as_json, echo)
-        run_session(printer, request)
-
-
-def _printer(terminal: Terminal, choice: ModelChoice, as_json: bool, echo: bool) -> CompletionPrinter:
-    from grok1.cli.completions import CompletionPrinter
-    from grok1.cli.loading import load_model
-
-    model, load_seconds = load_model(choice, terminal)
-    return CompletionPrinter(terminal, model, load_seconds, as_json, echo)
+    run_session(printer, request)

@@ -11,9 +11,10 @@ from grok1.cli.detokenize import json_ids, parsed_ids
 from grok1.cli.model_choice import ModelChoice
 from grok1.cli.options import batch_size_option, job_options, model_options, output_options
 from grok1.cli.terminal import Terminal, pass_terminal
-from grok1.cli.text_input import checked_argument, decoded, read_file, read_stdin, stdin_is_terminal
+from grok1.cli.text_input import checked_argument, read_file, read_stdin, stdin_is_terminal
 from grok1.cli.tokenize import in_one_line
-from grok1.jobs.result_json import finite, json_line, top_object
+from grok1.jobs.result_json import json_line, score_object
+from grok1.jobs.source import decode_utf8
 from grok1.request import MAX_LOGPROBS
 
 if TYPE_CHECKING:
@@ -109,49 +110,42 @@ def command(
     if rows and as_json and output is None:
         raise click.UsageError("--json needs -o here: without it the rows themselves go to standard output, as JSON.")
 
-    from grok1.checkpoint.reader import Checkpoint
-    from grok1.cli.file_job import Stopping, opened_journal
-    from grok1.cli.score_job import ChunkJob, ScoreJob
-    from grok1.jobs.source import Source
+    from grok1.cli.jobs import PerplexityReporter, opened_files
+    from grok1.jobs.score import ChunkJob, ScoringJob
 
-    stopping = Stopping()
-    with stopping.caught():
-        source = Source.open(input_file, "txt" if chunk is not None else row_format)
-        with opened_journal(terminal, source, output, restart) as journal:
-            checkpoint = Checkpoint.open(choice.checkpoint)
-            kind = ScoreJob if chunk is None else ChunkJob
-            job = kind(terminal, source, journal, checkpoint, choice, batch_size, stopping)
-            job.stride, job.per_token, job.top = stride, per_token, top
-            if isinstance(job, ChunkJob):
-                assert chunk is not None
-                job.length, job.bos, job.as_json = chunk, bos, as_json
-            job.check(skip_bad)
-            outcome = job.run()
-            metrics = {"perplexity": job.corpus.perplexity, "bits_per_byte": job.corpus.bits_per_byte}
-            if as_json and output is not None:
-                terminal.write(json_line(outcome | metrics))
-            shown = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items() if value is not None]
-            terminal.note(job.summary(outcome, *shown))
-            job.refuse_failures()
+    with opened_files(
+        terminal, choice, input_file, "txt" if chunk is not None else row_format, output, restart
+    ) as files:
+        opened = files.source, files.checkpoint, files.tokenizer
+        reporter = None
+        if chunk is None:
+            job = ScoringJob(*opened, stride, per_token, top)
+        else:
+            job = ChunkJob(*opened, None, per_token, top, chunk, bos)
+            if not as_json and output is None:
+                reporter = PerplexityReporter(terminal, files.reporter.shutdown, job.corpus)
+        outcome = files.run(job, batch_size, skip_bad, reporter)
+        metrics = {"perplexity": job.corpus.perplexity, "bits_per_byte": job.corpus.bits_per_byte}
+        shown = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items() if value is not None]
+        files.report(outcome, metrics, shown, as_json and output is not None)
 
 
 def _score_text(
     terminal: Terminal, scored: str | list[int], top: int | None, stride: int | None, choice: ModelChoice, as_json: bool
 ) -> None:
     """Scores one text and prints it."""
-    from grok1.cli.loading import load_model, read_config, read_tokenizer
+    from grok1.cli.loading import load_model, open_model
     from grok1.text.prompt import encode_scored, window_stride
 
-    config = read_config(choice)
-    tokenizer = read_tokenizer(choice, config)  # ids can be scored without one
-    encode_scored(scored, tokenizer, config)
-    window_stride(stride, config.sequence_len)
+    checkpoint, tokenizer = open_model(choice, terminal)
+    encode_scored(scored, tokenizer, checkpoint.config)  # reports errors before the model is loaded
+    window_stride(stride, checkpoint.config.sequence_len)
     with terminal.interruptible():
-        model, load_seconds = load_model(choice, terminal)
+        model, load_seconds = load_model(choice, terminal, checkpoint, tokenizer)
         score = model.score(scored, top_logprobs=top or 0, stride=stride)
     pieces = tokenizer.pieces(score.tokens) if tokenizer is not None else None
     if as_json:
-        terminal.write(json_line(_score_object(score, pieces, top, load_seconds)))
+        terminal.write(json_line(score_object(score, pieces, top) | {"load_seconds": load_seconds}))
     else:
         terminal.write(_table(score, pieces, tokenizer))
 
@@ -166,27 +160,10 @@ def _scored_input(file: Path | None, text: str | None, ids: bool) -> str | list[
         raise click.UsageError("there is no text: give INPUT, --text TEXT, or pipe it in.")
     from_stdin = file is None or str(file) == "-"
     source = "standard input" if from_stdin else str(file)
-    content = decoded(read_stdin() if from_stdin or file is None else read_file(file), source)
+    content = decode_utf8(read_stdin() if from_stdin or file is None else read_file(file), source)
     if file is not None and file.suffix == ".json":
         return json_ids(content, source)
     return parsed_ids(content) if ids else content
-
-
-def _score_object(score: Score, pieces: list[str] | None, top: int | None, load_seconds: float) -> dict[str, object]:
-    told: dict[str, object] = {
-        "token_ids": score.tokens,
-        "pieces": pieces,
-        "logprobs": [None, *(finite(entry.logprob) for entry in score.logprobs)],
-    }
-    if top is not None:
-        told["top"] = [None, *(top_object(entry) for entry in score.logprobs)]
-    return told | {
-        "total_logprob": finite(score.total),
-        "perplexity": finite(score.perplexity),
-        "bits_per_byte": None if score.bits_per_byte is None else finite(score.bits_per_byte),
-        "num_tokens": len(score.tokens),
-        "load_seconds": load_seconds,
-    }
 
 
 def _table(score: Score, pieces: list[str] | None, tokenizer: Tokenizer | None) -> str:

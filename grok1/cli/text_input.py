@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from grok1.errors import RequestError
+from grok1.jobs.source import decode_utf8
 
 
 def stdin_is_terminal() -> bool:
@@ -32,9 +33,9 @@ def given_text(argument: str | None, file: Path | None, *, argument_name: str, f
     if argument is not None and file is not None:
         raise click.UsageError(f"{argument_name} and {file_option} are both given: give one of them.")
     if file is not None:
-        return decoded(read_file(file), str(file)).removesuffix("\n")
+        return decode_utf8(read_file(file), str(file)).removesuffix("\n")
     if argument == "-" or (argument is None and not stdin_is_terminal()):
-        return decoded(read_stdin(), "standard input").removesuffix("\n")
+        return decode_utf8(read_stdin(), "standard input").removesuffix("\n")
     if argument is not None:
         return checked_argument(argument, argument_name)
     return None
@@ -46,7 +47,7 @@ def checked_argument(text: str, name: str) -> str:
     Raises:
         RequestError: if it was not.
     """
-    return decoded(text.encode("utf-8", "surrogateescape"), name)
+    return decode_utf8(text.encode("utf-8", "surrogateescape"), name)
 
 
 def read_file(path: Path) -> bytes:
@@ -73,18 +74,3 @@ def read_stdin() -> bytes:
         return sys.stdin.buffer.read()
     except OSError as error:
         raise RequestError(f"cannot read standard input ({error.strerror})") from None
-
-
-def decoded(data: bytes, source: str) -> str:
-    """UTF-8 text.
-
-    Raises:
-        RequestError: if it is not; the message tells the offset of the first wrong byte.
-    """
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(
-            f"{source} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start} is no part of a "
-            "character; convert it to UTF-8"
-        ) from None

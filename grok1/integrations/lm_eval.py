@@ -22,7 +22,7 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from grok1.errors import RequestError
-from grok1.jobs.validate import common_beginning
+from grok1.jobs.validate import shared_prefix
 from grok1.request import SamplingOptions
 from grok1.text.prompt import Request
 
@@ -94,7 +94,7 @@ class Grok1LM(TemplateLM):
         new, count, before = 0, 0, list[int]()
         for text in texts:
             tokens = list(text)
-            new += len(tokens) - common_beginning(before, tokens)
+            new += len(tokens) - shared_prefix(before, tokens)
             count, before = count + 1, tokens
         return self.model.engine.lanes_for(new / max(1, count))
 

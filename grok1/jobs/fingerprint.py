@@ -1,4 +1,4 @@
-"""What makes a job the same job, so that it can be resumed."""
+"""The fingerprint of a job: two runs with equal fingerprints produce the same results, so one can resume the other."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from grok1.checkpoint.audit.fingerprint import fingerprint
+from grok1.checkpoint.reader import Checkpoint
 from grok1.config import VERSION
 from grok1.errors import JobError
+from grok1.jobs.source import Source
+from grok1.text.tokenizer import Tokenizer
 
 _NAMES = {
     "command": "command",
@@ -21,28 +25,47 @@ _NAMES = {
     "device": "kind of device",
     "result_version": "version of the result lines",
 }
-_CONTENT = {"input", "checkpoint", "tokenizer"}  # whose values are hashes, which tell a reader nothing
-_IF_ABSENT = {"result_version": 1}  # what a journal that lacks the key was begun with
+_HASHES = {"input", "checkpoint", "tokenizer"}  # values that mean nothing to a reader
+_IF_ABSENT = {"result_version": 1}  # values for journals that predate the key
 
 
-def versions() -> dict[str, str]:
-    """The programs that the last bit of a result may depend on."""
-    return {"grok1": VERSION, "jax": importlib.metadata.version("jax")}
-
-
-def check_same(journal: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Checks that a journal is of the job that is to be resumed.
+def job_fingerprint(
+    command: str, source: Source, checkpoint: Checkpoint, tokenizer: Tokenizer | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything that determines the results of a job, except the devices it runs on.
 
     Args:
-        journal: its path, for the message.
-        before: what was said when it was begun.
-        now: what is known of the job now; what it does not say is not compared. Keys that are not things of their own
-            are options.
+        command: the kind of job.
+        source: the input, read to its end.
+        checkpoint: the model's.
+        tokenizer: the model's; None if it has none.
+        options: the options that a result depends on, by name.
+    """
+    return {
+        "command": command,
+        "input": source.sha256,
+        "checkpoint": fingerprint(checkpoint),
+        "tokenizer": tokenizer.sha256 if tokenizer is not None else None,
+        "grok1": VERSION,
+        "jax": importlib.metadata.version("jax"),
+        "format": source.format,
+        **options,
+    }
+
+
+def compare(journal: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Checks that a journal belongs to the job that is to resume it.
+
+    Args:
+        journal: path of the journal, for the message.
+        before: the fingerprint in the journal.
+        now: the job's fingerprint, or the part of it that is known; only its keys are compared. Keys that are not in
+            `_NAMES` are names of options.
 
     Raises:
-        JobError: if they differ; it says in what.
+        JobError: if they differ; the message lists the differences.
     """
-    plain = json.loads(json.dumps(dict(now)))  # as it was written and read: no tuples
+    plain = json.loads(json.dumps(dict(now)))  # lists for tuples, as in the journal
     before = _IF_ABSENT | dict(before)
     differing = [_difference(key, before.get(key), value) for key, value in plain.items() if before.get(key) != value]
     if differing:
@@ -54,7 +77,7 @@ def check_same(journal: Path, before: Mapping[str, Any], now: Mapping[str, Any])
 
 def _difference(key: str, before: Any, now: Any) -> str:
     name = _NAMES.get(key)
-    if key in _CONTENT:
+    if key in _HASHES:
         return f"the {name} has changed"
     if name is not None:
         return f"the {name} was {before}, now it is {now}"

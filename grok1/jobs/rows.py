@@ -109,11 +109,11 @@ def read_rows(source: Source, defaults: RowDefaults, tokenizer: Tokenizer | None
         JobError: if the source cannot be read.
         TokenizerError: if a row needs a tokenizer, and there is none.
     """
-    return rows_of(source, lambda place: _read_row(place, source.format, defaults, tokenizer, config))
+    return rows_of(source, lambda raw: _read_row(raw, source.format, defaults, tokenizer, config))
 
 
 @dataclasses.dataclass(frozen=True)
-class RowPlace:
+class RawRow:
     """A line that is a row, before anybody knows whether it is a good one.
 
     Attributes:
@@ -138,7 +138,7 @@ class RowPlace:
         return self.line.content
 
 
-def rows_of(source: Source, read: Callable[[RowPlace], AnyRow]) -> Iterator[AnyRow]:
+def rows_of(source: Source, read: Callable[[RawRow], AnyRow]) -> Iterator[AnyRow]:
     """What `read` makes of each line that is a row. Blank lines are rows of .txt, and nothing in .jsonl.
 
     Raises:
@@ -148,7 +148,7 @@ def rows_of(source: Source, read: Callable[[RowPlace], AnyRow]) -> Iterator[AnyR
     for line in source.lines():
         if source.format == "jsonl" and line.content is not None and not line.content.strip():
             continue
-        yield read(RowPlace(index, line, short_digest(line.content or b"")))
+        yield read(RawRow(index, line, short_digest(line.content or b"")))
         index += 1
 
 
@@ -162,23 +162,21 @@ def given_id(value: dict[str, Any], *keys: str) -> str | int | None:
     return next((value[key] for key in keys if type(value.get(key)) in (str, int)), None)
 
 
-def _read_row(
-    place: RowPlace, format: str, defaults: RowDefaults, tokenizer: Tokenizer | None, config: ModelConfig
-) -> Row:
+def _read_row(raw: RawRow, format: str, defaults: RowDefaults, tokenizer: Tokenizer | None, config: ModelConfig) -> Row:
     given: str | int | None = None
     try:
         if format == "txt":
-            fields = _Fields(prompt=text_line(place.content, defaults.unescape))
+            fields = _Fields(prompt=text_line(raw.content, defaults.unescape))
         else:
-            value = json_object(place.content, _EXAMPLE)
+            value = json_object(raw.content, _EXAMPLE)
             given = given_id(value, "id", "custom_id")
             given, fields = _json_fields(value)
-        request = fields.request(place.index, defaults)
+        request = fields.request(raw.index, defaults)
         tokens = encode_prompt(request, tokenizer, config)
         echo = defaults.echo if fields.echo is None else fields.echo
-        return Row(place.index, place.line.number, place.digest, given, request, tokens, echo)
+        return Row(raw.index, raw.line.number, raw.digest, given, request, tokens, echo)
     except (BadRow, RequestError) as error:
-        return Row(place.index, place.line.number, place.digest, given, error=str(error))
+        return Row(raw.index, raw.line.number, raw.digest, given, error=str(error))
 
 
 def text_line(content: bytes, unescape: bool) -> str:

@@ -1,24 +1,23 @@
-"""Scoring files: how likely texts are, row by row or in chunks, with what they come to together."""
+"""The jobs of scoring texts, one per row or in chunks of one text, and the totals of a corpus."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
-import threading
 from collections.abc import Iterable, Iterator
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import pydantic
 
 from grok1.config import ModelConfig
-from grok1.errors import RequestError
-from grok1.jobs.result_json import finite, json_line, top_object
-from grok1.jobs.results import Results, error_line
+from grok1.engine.occupancy import Occupancy
+from grok1.errors import JobError, RequestError
+from grok1.jobs.result_json import finite, json_line, logprob_values, top_objects
 from grok1.jobs.rows import (
     BadRow,
-    RowPlace,
+    RawRow,
     checked_fields,
     given_id,
     json_object,
@@ -26,14 +25,15 @@ from grok1.jobs.rows import (
     short_digest,
     text_line,
 )
-from grok1.jobs.source import Source
-from grok1.jobs.validate import Batching, JobProgress, common_beginning
+from grok1.jobs.run import Batching, Job
+from grok1.jobs.source import Source, decode_utf8
+from grok1.jobs.validate import shared_prefix
 from grok1.request import TokenLogprobs
-from grok1.text.prompt import Window, check_token_ids, required, windows
+from grok1.text.prompt import Window, check_token_ids, required, window_stride, windows
 from grok1.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from grok1.model import Model
+    from grok1.model import Model, TokenScores
 
 RESULT_VERSION = 2
 """Version of the result lines. A job with a journal of another version cannot be resumed."""
@@ -101,24 +101,24 @@ def read_score_rows(
         JobError: if the source cannot be read.
         TokenizerError: if a row needs a tokenizer, and there is none.
     """
-    return rows_of(source, lambda place: _read_row(place, source.format, tokenizer, config, stride))
+    return rows_of(source, lambda raw: _read_row(raw, source.format, tokenizer, config, stride))
 
 
-def _read_row(place: RowPlace, format: str, tokenizer: Tokenizer | None, config: ModelConfig, stride: int) -> ScoreRow:
+def _read_row(raw: RawRow, format: str, tokenizer: Tokenizer | None, config: ModelConfig, stride: int) -> ScoreRow:
     given: str | int | None = None
     try:
         if format == "txt":
-            fields = _Fields(text=text_line(place.content, unescape=False))
+            fields = _Fields(text=text_line(raw.content, unescape=False))
         else:
-            value = json_object(place.content, _EXAMPLE)
+            value = json_object(raw.content, _EXAMPLE)
             given = given_id(value, "id")
             fields = checked_fields(_Fields, value)
         tokens, first = _tokens(fields, tokenizer)
         check_token_ids(tokens, config, at_least=2)
         parts = windows(len(tokens), first, config.sequence_len, stride)
-        return ScoreRow(place.index, place.line.number, place.digest, given, tokens, first, parts)
+        return ScoreRow(raw.index, raw.line.number, raw.digest, given, tokens, first, parts)
     except (BadRow, RequestError) as error:
-        return ScoreRow(place.index, place.line.number, place.digest, given, error=str(error))
+        return ScoreRow(raw.index, raw.line.number, raw.digest, given, error=str(error))
 
 
 def _tokens(fields: _Fields, tokenizer: Tokenizer | None) -> tuple[list[int], int]:
@@ -144,7 +144,7 @@ def _tokens(fields: _Fields, tokenizer: Tokenizer | None) -> tuple[list[int], in
     prompt = required(tokenizer).encode(fields.prompt)
     whole = required(tokenizer).encode(fields.prompt + fields.completion)
     # Where a token reaches over the end of the prompt it is the completion's.
-    first = common_beginning(prompt, whole)
+    first = shared_prefix(prompt, whole)
     if not 0 < first < len(whole):
         raise BadRow("its prompt and completion are one token together: give a longer prompt")
     return whole, first
@@ -169,77 +169,6 @@ def chunk_rows(tokens: list[int], length: int, bos: int | None) -> Iterator[Scor
         yield ScoreRow(index, 1, digest, None, chunk, first, [Window(0, length, first)])
 
 
-def score_rows(
-    model: Model,
-    tokenizer: Tokenizer | None,
-    rows: Iterable[ScoreRow],
-    results: Results,
-    batching: Batching,
-    progress: JobProgress,
-    stopping: threading.Event,
-    per_token: bool = False,
-    top_logprobs: int | None = None,
-) -> Iterator[None]:
-    """Scores rows that have no result yet.
-
-    Args:
-        model: what scores them.
-        tokenizer: the model's, to count the bytes of tokens; None if there is none.
-        rows: taken one by one, when there is room for one.
-        results: where they go.
-        batching: how many at a time.
-        progress: is kept up to date.
-        stopping: once it is set no more rows are taken; what has begun is finished.
-        per_token: whether the results tell of every token.
-        top_logprobs: how many of the likeliest tokens they tell in its place; None tells none.
-
-    Yields:
-        after each row.
-    """
-    unfinished: dict[int, tuple[ScoreRow, dict[int, Any]]] = {}
-    places: dict[int, tuple[int, int]] = {}
-    taken = itertools.count()
-
-    def texts() -> Iterator[tuple[list[int], int]]:
-        for row in rows:
-            if row.index in results:
-                continue
-            if row.error is not None:
-                results.add(row.index, error_line(row))
-                progress.done += 1
-                continue
-            if stopping.is_set():
-                return
-            unfinished[row.index] = row, {}
-            for number, window in enumerate(row.windows):
-                places[next(taken)] = row.index, number
-                yield row.tokens[window.start : window.end], window.first - window.start
-
-    scores = model.score_many(
-        texts(),
-        top_logprobs=top_logprobs or 0,
-        batch_size=batching.batch_size,
-        lanes=batching.lanes,
-        occupancy=progress.occupancy,
-    )
-    for scored in scores:
-        index, number = places.pop(scored.index)
-        row, parts = unfinished[index]
-        parts[number] = scored
-        if len(parts) == len(row.windows):
-            del unfinished[index]
-            ordered = [parts[number] for number in range(len(parts))]
-            score = RowScore(
-                [entry for part in ordered for entry in part.logprobs],
-                [token for part in ordered for token in part.likeliest],
-                None if tokenizer is None else tokenizer.count_bytes(row.tokens, row.first),
-            )
-            results.add(index, result_line(row, score, per_token, top_logprobs))
-            progress.done += 1
-            progress.tokens_in += len(row.tokens)
-            yield
-
-
 @dataclasses.dataclass(frozen=True)
 class RowScore:
     """How likely the scored tokens of a row are.
@@ -261,7 +190,7 @@ class RowScore:
 
 
 def result_line(row: ScoreRow, score: RowScore, per_token: bool, top_logprobs: int | None) -> str:
-    """A row's line of the output; nothing in it differs from one run to the next."""
+    """The line of a row's result."""
     scored = row.tokens[row.first :]
     told: dict[str, Any] = {
         "index": row.index,
@@ -277,9 +206,9 @@ def result_line(row: ScoreRow, score: RowScore, per_token: bool, top_logprobs: i
     }
     if per_token:
         told["token_ids"] = scored
-        told["logprobs"] = [finite(entry.logprob) for entry in score.logprobs]
+        told["logprobs"] = logprob_values(score.logprobs)
     if top_logprobs is not None:
-        told["top"] = [top_object(entry) for entry in score.logprobs]
+        told["top"] = top_objects(score.logprobs)
     return json_line(told)
 
 
@@ -361,3 +290,102 @@ class Corpus:
             "bits_per_byte": self.bits_per_byte,
         }
         return json_line({"corpus": told})
+
+
+@dataclasses.dataclass
+class ScoringJob(Job[ScoreRow]):
+    """Scores texts, one per row.
+
+    Attributes:
+        stride: of the windows of texts longer than the context; None for half of the context.
+        per_token: whether results include every token.
+        top: number of likeliest tokens to report at each position; None reports none.
+        corpus: totals of all rows, complete when the job has ended.
+    """
+
+    command = "score"
+    stride: int | None = None
+    per_token: bool = False
+    top: int | None = None
+    corpus: Corpus = dataclasses.field(default_factory=Corpus, init=False)
+
+    def rows(self) -> Iterator[ScoreRow]:
+        """Reads all rows from the beginning, bad ones included."""
+        return read_score_rows(self.source, self.tokenizer, self.checkpoint.config, self._window_stride)
+
+    @property
+    def _window_stride(self) -> int:
+        return window_stride(self.stride, self.checkpoint.config.sequence_len)
+
+    def options(self) -> dict[str, Any]:
+        """The options that a result depends on, and the version of the result lines."""
+        return self._common_options({"stride": self._window_stride})
+
+    def _common_options(self, own: dict[str, Any]) -> dict[str, Any]:
+        return {"result_version": RESULT_VERSION, **own, "per_token": self.per_token, "top": self.top}
+
+    def requests(self, row: ScoreRow) -> Iterator[tuple[list[int], int]]:
+        """The windows of a row, each with the index of its first scored token."""
+        for window in row.windows:
+            yield row.tokens[window.start : window.end], window.first - window.start
+
+    def outputs(
+        self, model: Model, requests: Iterator[tuple[list[int], int]], batching: Batching, occupancy: Occupancy
+    ) -> Iterator[tuple[int, TokenScores]]:
+        """Yields the scores of windows as they finish, each with the number of its request."""
+        for scores in model.score_many(
+            requests,
+            top_logprobs=self.top or 0,
+            batch_size=batching.batch_size,
+            lanes=batching.lanes,
+            occupancy=occupancy,
+        ):
+            yield scores.index, scores
+
+    def result(self, row: ScoreRow, outputs: list[TokenScores]) -> tuple[str, int]:
+        """The line of a row's score, and that no tokens were generated."""
+        parts = sorted(outputs, key=attrgetter("index"))
+        score = RowScore(
+            [entry for part in parts for entry in part.logprobs],
+            [token for part in parts for token in part.likeliest],
+            None if self.tokenizer is None else self.tokenizer.count_bytes(row.tokens, row.first),
+        )
+        return result_line(row, score, self.per_token, self.top), 0
+
+    def collect(self, line: str) -> None:
+        """Adds a line to the corpus."""
+        self.corpus.add(line)
+
+    def tail(self, lines: Iterable[str]) -> str:
+        """The line of the corpus."""
+        for line in lines:
+            self.corpus.add(line)
+        return self.corpus.line()
+
+
+@dataclasses.dataclass
+class ChunkJob(ScoringJob):
+    """Scores one text in chunks.
+
+    Attributes:
+        length: number of tokens of a chunk.
+        bos: whether BOS replaces the first token of each chunk.
+    """
+
+    command = "score --chunk"
+    length: int = 512
+    bos: bool = False
+
+    def rows(self) -> Iterator[ScoreRow]:
+        """Splits the text into chunks."""
+        config, name = self.checkpoint.config, self.source.name
+        if not 4 <= self.length <= config.sequence_len:
+            raise JobError(f"--chunk is {self.length}, expected 4 to the model's context of {config.sequence_len}")
+        tokens = required(self.tokenizer).encode(decode_utf8(self.source.content(), name))
+        if len(tokens) < self.length:
+            raise JobError(f"{name} has {len(tokens)} tokens, expected at least one chunk of {self.length}")
+        return chunk_rows(tokens, self.length, config.bos_id if self.bos else None)
+
+    def options(self) -> dict[str, Any]:
+        """The options that a result depends on, and the version of the result lines."""
+        return self._common_options({"chunk": self.length, "bos": self.bos})

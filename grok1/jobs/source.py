@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, cast
 
-from grok1.errors import JobError
+from grok1.errors import JobError, RequestError
 
 Format = Literal["txt", "jsonl"]
 
@@ -164,3 +164,22 @@ def _spooled(file: IO[bytes], name: str) -> IO[bytes]:
 
 def _cannot_read(name: str, error: OSError) -> JobError:
     return JobError(f"cannot read {name} ({error.strerror}): check its name and permissions")
+
+
+def decode_utf8(data: bytes, source: str) -> str:
+    """Decodes UTF-8 text.
+
+    Args:
+        data: the text.
+        source: where it comes from, for the message.
+
+    Raises:
+        RequestError: if it is not UTF-8; the message gives the offset of the first invalid byte.
+    """
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{source} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start} is no part of a "
+            "character; convert it to UTF-8"
+        ) from None

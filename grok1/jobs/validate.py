@@ -1,4 +1,4 @@
-"""What a file of rows asks for, found before any of it is done, and how far it is."""
+"""Validation of an input: every row is read and checked before any of them is processed."""
 
 from __future__ import annotations
 
@@ -7,91 +7,58 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TypeVar
 
-from grok1.engine.occupancy import Occupancy
 from grok1.errors import JobError
 
 
-@dataclasses.dataclass(frozen=True)
-class Batching:
-    """How rows go through the model.
-
-    Attributes:
-        batch_size: sequences that go on at a time.
-        lanes: parts of prompts that a step reads, see `grok1.engine.generate.generate`.
-        logprobs: whether log-probabilities are computed for all rows.
-    """
-
-    batch_size: int
-    lanes: int
-    logprobs: bool
-
-
-@dataclasses.dataclass
-class JobProgress:
-    """How far a job is.
-
-    Attributes:
-        done: rows that have a result, an error too.
-        tokens_in: read for the rows that this run has finished, shared ones counted for each.
-        tokens_out: generated for these.
-        occupancy: of the batch.
-    """
-
-    done: int = 0
-    tokens_in: int = 0
-    tokens_out: int = 0
-    occupancy: Occupancy = dataclasses.field(default_factory=Occupancy)
-
-
-class SurveyedRow(Protocol):
-    """What a survey wants to know of a row."""
+class JobRow(Protocol):
+    """What a job has to know about a row of any kind."""
 
     @property
     def index(self) -> int:
-        """Counted from 0, bad rows too."""
+        """Counted from 0, bad rows included."""
 
     @property
     def line(self) -> int:
-        """Its line in the file."""
+        """Line number in the file, from 1."""
 
     @property
     def id(self) -> str | int | None:
-        """As the row gives it."""
+        """The row's own id."""
 
     @property
     def digest(self) -> int:
-        """Of the line."""
+        """Hash of the line."""
 
     @property
     def error(self) -> str | None:
-        """What is wrong with a bad row."""
+        """Why the row is bad; None for a good one."""
 
     @property
     def tokens(self) -> list[int]:
-        """Token ids to be read."""
+        """Token ids to read."""
 
     @property
     def sequences(self) -> int:
-        """How many places of a batch it takes in all."""
+        """Number of sequences that it takes: samples to generate, or windows to score."""
 
     @property
     def wants_logprobs(self) -> bool:
-        """Whether log-probabilities of likely tokens are asked for."""
+        """Whether log-probabilities of the likeliest tokens are requested."""
 
 
-AnyRow = TypeVar("AnyRow", bound=SurveyedRow)
+AnyRow = TypeVar("AnyRow", bound=JobRow)
 
 
 @dataclasses.dataclass
-class Survey:
-    """What a file of rows asks for.
+class Validation:
+    """The result of validating an input.
 
     Attributes:
-        rows: how many there are, bad ones too.
-        bad: how many are no rows.
-        sequences: places of a batch that they take in all.
-        new_tokens: tokens that a row does not have in common with the beginning of the one before it.
-        logprobs: whether a row wants log-probabilities.
+        rows: number of rows, bad ones included.
+        bad: number of bad rows.
+        sequences: number of sequences of all good rows.
+        new_tokens: tokens that do not belong to a prefix shared with the preceding row.
+        logprobs: whether any row wants log-probabilities.
         digests: of each row's line.
     """
 
@@ -102,37 +69,11 @@ class Survey:
     logprobs: bool = False
     digests: array[int] = dataclasses.field(default_factory=lambda: array("Q"))
 
-    @classmethod
-    def of(cls, rows: Iterable[AnyRow], on_bad: Callable[[AnyRow], None], progress: Callable[[int], None]) -> Survey:
-        """Reads all rows.
-
-        Args:
-            rows: all of them.
-            on_bad: is called with each that is none.
-            progress: is called with the number of rows read, now and then.
-        """
-        survey = cls()
-        before: list[int] = []
-        for row in rows:
-            survey.rows += 1
-            survey.digests.append(row.digest)
-            if survey.rows % 1000 == 0:
-                progress(survey.rows)
-            if row.error is not None:
-                survey.bad += 1
-                on_bad(row)
-                continue
-            survey.sequences += row.sequences
-            survey.new_tokens += len(row.tokens) - common_beginning(before, row.tokens)
-            survey.logprobs |= row.wants_logprobs
-            before = row.tokens
-        return survey
-
     def unchanged(self, rows: Iterable[AnyRow]) -> Iterator[AnyRow]:
-        """The same rows, read again.
+        """Yields the rows of a second reading.
 
         Raises:
-            JobError: if one is another than it was.
+            JobError: if a row differs from the first reading.
         """
         count = 0
         for row in rows:
@@ -145,11 +86,37 @@ class Survey:
 
     @property
     def mean_new_tokens(self) -> float:
-        """Mean of the tokens that have to be read for one row alone, about."""
+        """Mean of `new_tokens` over the good rows."""
         return self.new_tokens / max(1, self.rows - self.bad)
 
 
-def common_beginning(before: list[int], tokens: list[int]) -> int:
-    """How many tokens two texts have in common at their beginnings."""
-    length = min(len(before), len(tokens))
-    return next((i for i in range(length) if before[i] != tokens[i]), length)
+def validate(rows: Iterable[AnyRow], on_bad: Callable[[AnyRow], None], progress: Callable[[int], None]) -> Validation:
+    """Reads all rows and counts what they ask for.
+
+    Args:
+        rows: all rows of the input.
+        on_bad: called with each bad row.
+        progress: called from time to time with the number of rows read.
+    """
+    found = Validation()
+    previous: list[int] = []
+    for row in rows:
+        found.rows += 1
+        found.digests.append(row.digest)
+        if found.rows % 1000 == 0:
+            progress(found.rows)
+        if row.error is not None:
+            found.bad += 1
+            on_bad(row)
+            continue
+        found.sequences += row.sequences
+        found.new_tokens += len(row.tokens) - shared_prefix(previous, row.tokens)
+        found.logprobs |= row.wants_logprobs
+        previous = row.tokens
+    return found
+
+
+def shared_prefix(one: list[int], other: list[int]) -> int:
+    """Number of tokens with which both texts begin."""
+    length = min(len(one), len(other))
+    return next((i for i in range(length) if one[i] != other[i]), length)

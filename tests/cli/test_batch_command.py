@@ -1,6 +1,7 @@
 """`grok1 batch` as a user runs it: forms of input, interruptions of every kind, and what it says."""
 
 import gzip
+import importlib
 import json
 import random
 import shutil
@@ -9,7 +10,7 @@ import subprocess
 
 import pytest
 
-from grok1.cli import batch_job
+from grok1.jobs import run
 
 PROMPTS = ["The answer is", "Once", "And then he said that nobody", "a b c", "The answer is not", "word"]
 ARGUMENTS = ("--mesh", "1,1", "--batch-size", 3, "--seed", 5)
@@ -140,7 +141,7 @@ def test_bad_rows_stop_everything_before_it_begins(batch, tmp_path, monkeypatch)
     file.write_text('{"prompt": "a", "id": "x"}\n{"prompt": ""}\n\n{"propmt": "b", "id": "y"}\n{"prompt": "c"}\n')
     output = tmp_path / "out.jsonl"
     with monkeypatch.context() as patch:
-        patch.setattr(batch_job.CompletionJob, "_load", never)
+        patch.setattr("grok1.cli.jobs.load_model", never)
         for arguments in ((), ("-o", output)):
             result = batch(file, *arguments)
             assert (result.code, result.out) == (1, "")
@@ -223,7 +224,7 @@ def test_all_rows_done_need_no_model(batch, start, checkpoint, many, tmp_path, m
     monkeypatch.setattr("grok1.jobs.journal.Journal.write_output", lambda *_: (_ for _ in ()).throw(OSError(5, "x")))
     assert batch(many, "-o", output).code == 1
     monkeypatch.undo()
-    monkeypatch.setattr(batch_job.CompletionJob, "_load", lambda *_: (_ for _ in ()).throw(AssertionError("loaded")))
+    monkeypatch.setattr("grok1.cli.jobs.load_model", lambda *_: (_ for _ in ()).throw(AssertionError("loaded")))
     assert batch(many, "-o", output).code == 0
     assert output.read_text() == expected
 
@@ -318,16 +319,16 @@ def test_two_runs_on_one_output(batch, start, checkpoint, many, tmp_path):
 def stopped(batch, prompts, tmp_path, monkeypatch):
     """An output whose journal has all rows of `prompts` but the last."""
     output = tmp_path / "out.jsonl"
-    real = batch_job.CompletionJob.work
+    real = run.process_rows
 
-    def some(self, model, rows, results, batching):
-        for number, _ in enumerate(real(self, model, rows, results, batching)):
+    def some(*arguments):
+        for number, _ in enumerate(real(*arguments)):
             yield
             if number == 4:
                 raise OSError(5, "the power failed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(batch_job.CompletionJob, "work", some)
+        patch.setattr(run, "process_rows", some)
         assert batch(prompts, "-n", 4, "-o", output).code == 1
     assert journal_rows(output) == 5
     return output
@@ -385,14 +386,14 @@ def test_a_restart_begins_anew(batch, prompts, stopped):
 def test_a_fresh_seed_is_kept_for_the_rest(grok1, checkpoint, prompts, tmp_path, monkeypatch):
     output = tmp_path / "out.jsonl"
     arguments = ("batch", prompts, "-c", checkpoint, "--mesh", "1,1", "-n", 4, "-o", output, "--json")
-    real = batch_job.CompletionJob.work
+    real = run.process_rows
 
-    def some(self, *arguments):
-        yield next(real(self, *arguments))
+    def some(*arguments):
+        yield next(real(*arguments))
         raise OSError(5, "the power failed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(batch_job.CompletionJob, "work", some)
+        patch.setattr(run, "process_rows", some)
         assert grok1(*arguments).code == 1
     header = json.loads(output.with_name("out.jsonl.journal").read_bytes().splitlines()[0][9:])
     (told,) = grok1(*arguments).lines
@@ -405,14 +406,14 @@ def test_an_input_that_changes_while_it_is_worked_on(batch, prompts, tmp_path, m
     output = tmp_path / "out.jsonl"
     content = prompts.read_text()
     expected = batch(prompts, "-n", 2).out
-    real = batch_job.CompletionJob._settle
+    real = run.process_rows
 
-    def settle(self, model):
+    def process(*arguments):
         prompts.write_text(content.replace("word", "wort"))
-        return real(self, model)
+        return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(batch_job.CompletionJob, "_settle", settle)
+        patch.setattr(run, "process_rows", process)
         result = batch(prompts, "-n", 2, "-o", output)
     assert (result.code, "line 6 of the input changed" in result.err) == (1, True)
     assert not output.exists()
@@ -499,7 +500,7 @@ def test_memory_is_flat_over_many_rows(start, checkpoint, tmp_path):
 
 
 def test_more_sequences_than_fit_are_refused(batch, prompts, monkeypatch):
-    monkeypatch.setattr("grok1.model.room", lambda *_: 2)
+    monkeypatch.setattr(importlib.import_module("grok1.model.load"), "room", lambda *_: 2)
     result = batch(prompts, "-n", 2)
     assert (result.code, result.out) == (1, "")
     assert "there is memory for 2 sequences beside the weights, but the batch has 3: use --batch-size 2" in result.err

@@ -2,6 +2,8 @@ import shutil
 
 import pytest
 
+from grok1.checkpoint.reader import Checkpoint
+from grok1.text.tokenizer import Tokenizer
 from grok1.text.train_tokenizer import train_small_tokenizer
 
 KEYS = {
@@ -183,3 +185,24 @@ def test_tokenizers_that_are_missing_or_of_another_vocabulary(grok1, checkpoint,
     other.write_bytes(train_small_tokenizer(600))
     wrong = grok1("run", "-c", checkpoint, "--tokenizer", other, "word")
     assert_fails(wrong, "has 600 pieces", "vocabulary has 512")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("run", "A word", "-n", 2), ("score", "--text", "A word"), ("batch", "-", "--format", "txt", "-n", 2)]
+)
+def test_checkpoint_and_tokenizer_are_read_once(arguments, grok1, checkpoint, monkeypatch):
+    read = []
+
+    def count(kind, name):
+        real = getattr(kind, name)
+
+        def counted(*arguments):
+            read.append(kind)
+            return real(*arguments)
+
+        monkeypatch.setattr(kind, name, counted)
+
+    count(Checkpoint, "open")
+    count(Tokenizer, "read")
+    assert grok1(*arguments, "-c", checkpoint, "--mesh", "1,1", stdin=b"A word\n").code == 0
+    assert read == [Checkpoint, Tokenizer]

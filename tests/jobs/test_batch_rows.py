@@ -2,17 +2,19 @@
 
 import json
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from grok1.config import ModelConfig
 from grok1.errors import JobError
-from grok1.jobs.batch import complete_rows
+from grok1.jobs.batch import CompletionJob
 from grok1.jobs.results import OrderedResults
 from grok1.jobs.rows import RowDefaults, read_rows
+from grok1.jobs.run import Batching, JobProgress, process_rows
 from grok1.jobs.source import Source
-from grok1.jobs.validate import Batching, JobProgress, Survey
+from grok1.jobs.validate import validate
 from grok1.model import Model
 from grok1.request import SamplingOptions
 from grok1.text.tokenizer import Tokenizer
@@ -48,20 +50,16 @@ def job(model, tmp_path):
     def job(rows, **defaults):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        source = Source.open(path)
         defaults = RowDefaults(**{"sampling": SamplingOptions(seed=11), **defaults})
-
-        def read():
-            return read_rows(source, defaults, model.tokenizer, model.config)
-
-        survey = Survey.of(read(), lambda row: None, lambda count: None)
+        checkpoint = SimpleNamespace(config=model.config)
+        job = CompletionJob(Source.open(path), checkpoint, model.tokenizer, defaults)
+        validation = validate(job.rows(), lambda row: None, lambda count: None)
         lines = []
         progress = JobProgress()
-        for _ in complete_rows(
-            model, survey.unchanged(read()), OrderedResults(lines.append), BATCHING, progress, threading.Event()
-        ):
-            assert progress.done <= survey.rows
-        assert progress.done == survey.rows
+        rows = validation.unchanged(job.rows())
+        for _ in process_rows(job, model, rows, OrderedResults(lines.append), BATCHING, progress, threading.Event()):
+            assert progress.done <= validation.rows
+        assert progress.done == validation.rows
         return [json.loads(line) for line in lines]
 
     return job
@@ -174,15 +172,15 @@ def test_rows_that_changed_after_they_were_checked(tmp_path):
         return read_rows(Source.open(path), RowDefaults(), tokenizer, CONFIG)
 
     path.write_text("one\ntwo\n")
-    survey = Survey.of(read(), lambda row: None, lambda count: None)
-    assert [row.index for row in survey.unchanged(read())] == [0, 1]
+    validation = validate(read(), lambda row: None, lambda count: None)
+    assert [row.index for row in validation.unchanged(read())] == [0, 1]
     for content, words in (("one\nTwo\n", "line 2"), ("one\ntwo\nthree\n", "line 3"), ("one\n", "lost 1 rows")):
         path.write_text(content)
         with pytest.raises(JobError, match=words):
-            list(survey.unchanged(read()))
+            list(validation.unchanged(read()))
 
 
-def test_a_survey_counts_what_is_new_in_a_row(tmp_path):
+def test_validation_counts_the_tokens_that_rows_do_not_share(tmp_path):
     path = tmp_path / "rows.jsonl"
     ids = list(range(3, 103))
     rows = [ids, [*ids[:90], 5], [7], {"bad": 1}, [7, 8, 9]]
@@ -190,9 +188,9 @@ def test_a_survey_counts_what_is_new_in_a_row(tmp_path):
         "".join(json.dumps({"prompt": row, "n": 2} if isinstance(row, list) else row) + "\n" for row in rows)
     )
     bad = []
-    survey = Survey.of(
+    validation = validate(
         read_rows(Source.open(path), RowDefaults(), None, CONFIG), lambda row: bad.append(row.line), lambda count: None
     )
-    assert (survey.rows, survey.bad, survey.sequences, bad) == (5, 1, 8, [4])
-    assert survey.new_tokens == 100 + 1 + 1 + 2
-    assert survey.mean_new_tokens == 104 / 4
+    assert (validation.rows, validation.bad, validation.sequences, bad) == (5, 1, 8, [4])
+    assert validation.new_tokens == 100 + 1 + 1 + 2
+    assert validation.mean_new_tokens == 104 / 4
