@@ -188,7 +188,7 @@ def opened_files(
         JobError: if a file cannot be opened, or the output is the input.
     """
     if restart and output is None:
-        raise click.UsageError("--restart needs -o: standard output has nothing to go on from.")
+        raise click.UsageError("--restart needs -o: there is nothing to resume on standard output.")
     shutdown = GracefulShutdown()
     with shutdown.installed(), contextlib.ExitStack() as stack:
         source = Source.open(input_file, row_format)
@@ -198,8 +198,6 @@ def opened_files(
                 raise JobError(f"{output} is the input: name another file to write")
             journal = stack.enter_context(Journal.open(output, restart=restart))
             if journal.dropped_bytes and journal.job is not None:
-                terminal.note(
-                    f"{journal.path}: its last {journal.dropped_bytes} bytes are no whole row, and are dropped"
-                )
+                terminal.note(f"{journal.path}: dropped {journal.dropped_bytes} bytes of an incomplete row")
         checkpoint, tokenizer = open_model(choice, terminal)
         yield JobFiles(source, journal, checkpoint, tokenizer, TerminalReporter(terminal, shutdown), choice)

@@ -70,8 +70,8 @@ def compare(journal: Path, before: Mapping[str, Any], now: Mapping[str, Any]) ->
     differing = [_difference(key, before.get(key), value) for key, value in plain.items() if before.get(key) != value]
     if differing:
         raise JobError(
-            f"{journal} belongs to another job ({'; '.join(differing)}): go on with that one, name another output, or "
-            "begin anew with --restart"
+            f"{journal} belongs to another job ({'; '.join(differing)}): resume that one, name another output, or "
+            "start over with --restart"
         )
 
 

@@ -72,7 +72,7 @@ class Journal:
             JobError: if another process has it open, the output is there already, or the journal cannot be made.
         """
         if output.is_symlink() or (output.exists() and not output.is_file()):
-            kind = "a symbolic link" if output.is_symlink() else "a folder" if output.is_dir() else "no regular file"
+            kind = "a symbolic link" if output.is_symlink() else "a folder" if output.is_dir() else "not a regular file"
             raise JobError(f"{output} is {kind}: name a file to write")
         path = output.with_name(output.name + ".journal")
         descriptor = _open_locked(output, path)
@@ -95,12 +95,12 @@ class Journal:
     def _read(self, restart: bool) -> None:
         beginning = os.pread(self._descriptor, len(_BEGINNING), 0)
         if not _could_begin(beginning):
-            raise JobError(f"{self.path} is there already, and no journal of grok1: move it, or name another output")
+            raise JobError(f"{self.path} already exists and is not a journal of grok1: move it, or name another output")
         if restart:
             return
         size = os.fstat(self._descriptor).st_size
         if size == 0 and self.output.exists():
-            raise JobError(f"{self.output} is there already: name another file, or replace it with --restart")
+            raise JobError(f"{self.output} already exists: name another file, or replace it with --restart")
         with os.fdopen(os.dup(self._descriptor), "rb") as file:
             file.seek(0)
             start = 0
@@ -108,7 +108,7 @@ class Journal:
                 text = _checked(line)
                 if text is None:
                     if start == 0 and len(line) < size:
-                        raise JobError(f"{self.path} is damaged in its first line: begin anew with --restart")
+                        raise JobError(f"{self.path} is damaged in its first line: start over with --restart")
                     break
                 try:
                     if start == 0:
@@ -126,7 +126,9 @@ class Journal:
         if not isinstance(job, dict):
             raise ValueError("no object")
         if job.pop("grok1_journal", None) != _VERSION:
-            raise JobError(f"{self.path} was written by another version of grok1: finish with that, or --restart")
+            raise JobError(
+                f"{self.path} was written by another version of grok1: finish with that one, or use --restart"
+            )
         self.job = job
 
     def _take_row(self, text: bytes, start: int) -> None:
@@ -255,15 +257,12 @@ class Journal:
                 os.fsync(copy.fileno())
         except OSError as error:
             return JobError(f"{removed}, and cannot be written again ({error.strerror}): its rows are lost")
-        return JobError(
-            f"{removed}: it has been written again with the rows that are done; leave it there, and the same command "
-            "goes on"
-        )
+        return JobError(f"{removed}: it has been written again with all finished rows; run the same command to resume")
 
     def _cannot_write(self, error: OSError) -> JobError:
         return JobError(
-            f"cannot write {self.path} ({error.strerror}): make room; {self._count} rows are kept, and the same "
-            "command goes on after them"
+            f"cannot write {self.path} ({error.strerror}): free some space; {self._count} rows are kept, and the same "
+            "command resumes after them"
         )
 
     # Ending
@@ -291,8 +290,8 @@ class Journal:
             self.path.unlink(missing_ok=True)
         except OSError as error:
             raise JobError(
-                f"cannot write {self.output} ({error.strerror}): make room; all {rows} rows are kept in {self.path}, "
-                "and the same command writes them"
+                f"cannot write {self.output} ({error.strerror}): free some space; all {rows} rows are kept in "
+                f"{self.path}, and the same command writes them"
             ) from None
 
     def close(self) -> None:
@@ -329,8 +328,7 @@ def _open_locked(output: Path, path: Path) -> int:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise JobError(
-                f"cannot write {path} ({error.strerror}): name an output in a folder that exists and that you may "
-                "write to"
+                f"cannot write {path} ({error.strerror}): name an output in an existing folder with write permission"
             ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -244,9 +244,7 @@ class JobRunner(Generic[AnyRow]):
             outcome |= self._process(model, validation, batching)
         if progress.done < validation.rows:
             if journal is not None:
-                reporter.note(
-                    f"{progress.done} of {validation.rows} rows are done; the same command goes on from there"
-                )
+                reporter.note(f"{progress.done} of {validation.rows} rows are done; run the same command to resume")
             raise JobStopped(f"stopped after {progress.done} of {validation.rows} rows")
         if journal is not None:
             reporter.status("writing the output")
@@ -270,11 +268,10 @@ class JobRunner(Generic[AnyRow]):
         )
         rows, bad = validation.rows, validation.bad
         if rows == 0:
-            raise JobError(f"{name} has no rows: give one a line")
+            raise JobError(f"{name} has no rows: expected one per line")
         if bad and not skip_bad:
             raise JobError(
-                f"{bad} of {rows} rows of {name} are bad, and nothing was begun: correct them, or leave them out with "
-                "--skip-bad"
+                f"{bad} of {rows} rows of {name} are bad; nothing was processed: fix them or pass --skip-bad"
             )
         return validation
 

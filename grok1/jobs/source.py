@@ -76,14 +76,14 @@ class Source:
                 raise JobError("standard input is closed: name a file of rows")
             return cls("standard input", format or "jsonl", None, _spooled(sys.stdin.buffer, "standard input"))
         if path.is_dir():
-            raise JobError(f"{path} is a folder: name a file of rows")
+            raise JobError(f"{path} is a folder, expected a file of rows")
         if not path.exists():
-            raise JobError(f"there is no file {path}: check its name")
+            raise JobError(f"{path} does not exist: check its name")
         ending = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
         if format is None and ending not in (".txt", ".jsonl"):
             raise JobError(
-                f"{path.name} ends neither in .txt nor in .jsonl (nor in these and .gz): say what its lines are with "
-                "--format"
+                f"{path.name} ends neither in .txt nor in .jsonl, with or without .gz: give the format "
+                "of its lines with --format"
             )
         spooled = None
         if not path.is_file():  # a pipe, which can be read once only
@@ -132,7 +132,7 @@ class Source:
         try:
             yield
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise JobError(f"{self.name} is no whole gzip file ({error}): compress it anew") from None
+            raise JobError(f"{self.name} is not a complete gzip file ({error}): compress it again") from None
         except OSError as error:
             raise _cannot_read(self.name, error) from None
 
@@ -158,7 +158,7 @@ def _spooled(file: IO[bytes], name: str) -> IO[bytes]:
         while block := file.read(1 << 20):
             spooled.write(block)
     except OSError as error:
-        raise JobError(f"cannot keep {name} ({error.strerror}): make room in {tempfile.gettempdir()}") from None
+        raise JobError(f"cannot buffer {name} ({error.strerror}): free some space in {tempfile.gettempdir()}") from None
     return cast(IO[bytes], spooled)
 
 
@@ -180,6 +180,6 @@ def decode_utf8(data: bytes, source: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(
-            f"{source} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start} is no part of a "
-            "character; convert it to UTF-8"
+            f"{source} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start} is invalid; "
+            "convert it to UTF-8"
         ) from None

@@ -78,11 +78,11 @@ class Validation:
         count = 0
         for row in rows:
             if row.index >= self.rows or row.digest != self.digests[row.index]:
-                raise JobError(f"line {row.line} of the input changed while its rows were worked on: put it back")
+                raise JobError(f"line {row.line} of the input changed while its rows were processed: restore it")
             count += 1
             yield row
         if count != self.rows:
-            raise JobError(f"the input lost {self.rows - count} rows while they were worked on: put them back")
+            raise JobError(f"the input lost {self.rows - count} rows while they were processed: restore them")
 
     @property
     def mean_new_tokens(self) -> float:

@@ -115,7 +115,7 @@ def test_an_output_appears_with_all_rows(batch, prompts, tmp_path):
     assert 0 < told["mean_slot_use"] <= 1
     assert told["seconds"] > 0
     again = batch(prompts, "-n", 4, "-o", output)
-    assert (again.code, "is there already" in again.err) == (1, True)
+    assert (again.code, "already exists" in again.err) == (1, True)
     assert batch(prompts, "-n", 3, "-o", output, "--restart").code == 0
     assert output.read_text() == batch(prompts, "-n", 3).out
 
@@ -147,10 +147,9 @@ def test_bad_rows_stop_everything_before_it_begins(batch, tmp_path, monkeypatch)
             assert (result.code, result.out) == (1, "")
             lines = result.err.splitlines()
             assert lines[0].startswith(f"{file}, line 2: the prompt is empty")
-            assert lines[1].startswith(f"{file}, line 4: propmt is no field")
+            assert lines[1].startswith(f'{file}, line 4: unknown field "propmt"')
             assert lines[2] == (
-                f"grok1: error: 2 of 4 rows of {file} are bad, and nothing was begun: correct them, or leave them out "
-                "with --skip-bad"
+                f"grok1: error: 2 of 4 rows of {file} are bad; nothing was processed: fix them or pass --skip-bad"
             )
             assert len(lines) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
@@ -169,12 +168,12 @@ def test_bad_rows_stop_everything_before_it_begins(batch, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["missing.txt"], 1, "there is no file missing.txt"),
+        (["missing.txt"], 1, "missing.txt does not exist"),
         (["-"], 1, "standard input has no rows"),
         (["-", "--restart"], 2, "--restart needs -o"),
         (["-", "--json"], 2, "--json needs -o"),
         (["-", "--batch-size", 0], 2, "--batch-size"),
-        (["-", "-o", "nowhere/out"], 1, "in a folder that exists"),
+        (["-", "-o", "nowhere/out"], 1, "in an existing folder"),
         (["-", "-o", "."], 1, "is a folder"),
         (["-", "--temperature", -1], 2, "temperature is -1"),
     ],

@@ -154,7 +154,7 @@ def test_a_stopped_job_resumes(completion_job, tmp_path):
     output, log, stop = tmp_path / "out.jsonl", Log(), threading.Event()
     with Journal.open(output, restart=False) as journal, pytest.raises(JobStopped):
         run(completion_job, log, EchoModel(stop.set), journal, stop)
-    assert ("note", "2 of 3 rows are done; the same command goes on from there") in log.told
+    assert ("note", "2 of 3 rows are done; run the same command to resume") in log.told
     assert not output.exists()
     with Journal.open(output, restart=False) as journal:
         outcome = run(completion_job, log, EchoModel(), journal)

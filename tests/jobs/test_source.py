@@ -62,7 +62,7 @@ def test_a_pipe_is_read_once_and_kept(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.csv", b"a", r"a.csv ends neither in .txt nor in .jsonl .* --format"),
+        ("a.csv", b"a", r"a.csv ends neither in .txt nor in .jsonl, .* --format"),
         ("a.gz", b"a", r"a.gz ends neither"),
     ],
 )
@@ -74,7 +74,7 @@ def test_endings_that_say_nothing(name, content, words, write):
 def test_files_that_are_none(tmp_path):
     with pytest.raises(JobError, match="is a folder"):
         Source.open(tmp_path)
-    with pytest.raises(JobError, match=r"there is no file .*none.txt"):
+    with pytest.raises(JobError, match=r"none.txt does not exist"):
         Source.open(tmp_path / "none.txt")
 
 
@@ -84,7 +84,7 @@ def test_files_that_are_none(tmp_path):
 def test_damaged_gzip_files(damage, tmp_path):
     path = tmp_path / "a.txt.gz"
     path.write_bytes(damage(gzip.compress(CONTENT)))
-    with pytest.raises(JobError, match=r"a.txt.gz is no whole gzip file .*: compress it anew"):
+    with pytest.raises(JobError, match=r"a.txt.gz is not a complete gzip file .*: compress it again"):
         lines(Source.open(path))
 
 
