@@ -1,1 +1,1 @@
-"""Work on whole files: completing prompts and scoring texts row by row, resumable."""
+"""Resumable jobs over files: completing prompts and scoring texts."""

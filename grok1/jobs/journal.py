@@ -1,10 +1,10 @@
 """The journal of a job: its finished rows, in the order in which they finished, until the output can be written.
 
-Each line of the file is the CRC-32 of a JSON text in 8 hexadecimal digits, a space, and that text. The first says which
-job it is; every other is the index of a row, a space and the row's line of the output. What follows the first line that
-is not whole, the last one before a kill or a power cut, counts for nothing.
+Each line of the file consists of the CRC-32 of a text in 8 hexadecimal digits, a space, and that text. The first text
+is the job's fingerprint in JSON; every other one is the index of a row, a space, and the row's line of the output. The
+first incomplete line, which a kill or power failure leaves behind, and everything after it are ignored.
 
-A row is with the operating system when `add` returns, and on the disk a second later at most.
+A row has reached the operating system when `add` returns, and the disk within a second.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BEGINNING = b'00000000 {"grok1_journal": '  # a journal's, but for the digits
 
 
 class Journal:
-    """An open journal, which no other process can open.
+    """An open journal, locked against other processes.
 
         with Journal.open(Path("completions.jsonl"), restart=False) as journal:
             journal.begin({"input": ...})
@@ -39,10 +39,10 @@ class Journal:
             journal.write_output(1)
 
     Attributes:
-        output: the file that it is to become.
-        path: the journal itself, beside the output.
-        job: what was said when the journal was begun; None if it is new.
-        dropped_bytes: how many bytes at its end were not whole.
+        output: the file that the job writes in the end.
+        path: of the journal, next to the output.
+        job: the fingerprint of the job, as it was passed to `begin`; None in a new journal.
+        dropped_bytes: size of the incomplete end that was ignored.
     """
 
     def __init__(self, output: Path, path: Path, descriptor: int):
@@ -52,8 +52,8 @@ class Journal:
         self.job: dict[str, Any] | None = None
         self.dropped_bytes = 0
         self._descriptor = descriptor
-        self._end = 0  # of the last whole line
-        self._starts = array("q")  # of each row's line of the output, by index; -1 if there is none
+        self._end = 0  # of the last complete line
+        self._starts = array("q")  # offset of each row's line of the output, by index; -1 for none
         self._count = 0
         self._dirty = False
         self._failure: OSError | JobError | None = None
@@ -62,14 +62,14 @@ class Journal:
 
     @classmethod
     def open(cls, output: Path, *, restart: bool) -> Journal:
-        """Opens the journal of an output, or a new one.
+        """Opens the journal of an output, or creates one.
 
         Args:
-            output: the file that the job is to write.
-            restart: forget the journal that there is, and replace the output when all is done.
+            output: the file that the job writes.
+            restart: whether to discard an existing journal and to replace an existing output.
 
         Raises:
-            JobError: if another process has it open, the output is there already, or the journal cannot be made.
+            JobError: if another process has it open, the output exists, or the journal cannot be created.
         """
         if output.is_symlink() or (output.exists() and not output.is_file()):
             kind = "a symbolic link" if output.is_symlink() else "a folder" if output.is_dir() else "not a regular file"
@@ -90,7 +90,7 @@ class Journal:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    # Reading what is there
+    # Reading
 
     def _read(self, restart: bool) -> None:
         beginning = os.pread(self._descriptor, len(_BEGINNING), 0)
@@ -145,14 +145,14 @@ class Journal:
 
     @property
     def rows(self) -> int:
-        """How many rows it holds."""
+        """Number of rows in it."""
         return self._count
 
     def __contains__(self, index: int) -> bool:
         return index < len(self._starts) and self._starts[index] >= 0
 
     def lines(self) -> Iterator[str]:
-        """The output's lines of the rows that there are, in the order of their indices."""
+        """Yields the output lines of its rows, in the order of their indices."""
         with os.fdopen(os.dup(self._descriptor), "rb") as file:
             for start in self._starts:
                 if start >= 0:
@@ -162,7 +162,10 @@ class Journal:
     # Adding
 
     def begin(self, job: Mapping[str, Any]) -> None:
-        """Starts to write: a new journal with what the job is, an old one after its last whole line.
+        """Prepares for writing: at the beginning of a new journal, after the last complete line of an old one.
+
+        Args:
+            job: the job's fingerprint.
 
         Raises:
             JobError: if it cannot be written.
@@ -179,14 +182,14 @@ class Journal:
         self._syncing.start()
 
     def add(self, index: int, line: str) -> None:
-        """Keeps a finished row.
+        """Adds a finished row.
 
         Args:
             index: of the row.
             line: its line of the output, with the newline.
 
         Raises:
-            JobError: if it cannot be kept; everything before it is.
+            JobError: if it cannot be written; all preceding rows are kept.
         """
         self._check_failure()
         prefix = f"{index} ".encode()
@@ -194,7 +197,7 @@ class Journal:
         self._note(index, start + 9 + len(prefix))
 
     def _append(self, text: bytes) -> int:
-        """Writes a line and tells where it starts; a line that cannot be written whole is taken back."""
+        """Writes a line and returns its offset; a line that cannot be written completely is removed."""
         start, line = self._end, b"%08x " % zlib.crc32(text) + text
         try:
             written = 0
@@ -229,10 +232,10 @@ class Journal:
             raise self._failure
 
     def _sync(self) -> None:
-        """Brings to the disk what has been written, and the journal back to its place if that was removed.
+        """Flushes the journal to the disk, and writes it again if it was removed.
 
         Raises:
-            OSError: if the disk does not take it.
+            OSError: if it cannot be flushed.
             JobError: if the journal was removed.
         """
         if self._dirty:
@@ -246,7 +249,7 @@ class Journal:
         raise self._write_again()
 
     def _write_again(self) -> JobError:
-        """Copies the journal, which has no name any more, to where it was, and gives the error that says so."""
+        """Copies the unlinked journal back to its path, and returns the error to raise."""
         removed, end = f"{self.path} was removed while rows were added to it", self._end
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -268,14 +271,14 @@ class Journal:
     # Ending
 
     def write_output(self, rows: int, tail: str = "") -> None:
-        """Writes the output, at once under its name, and removes the journal.
+        """Writes the output atomically and removes the journal.
 
         Args:
-            rows: how many there have to be.
-            tail: what follows the last row's line.
+            rows: number of rows that the journal must have.
+            tail: text to write after the last row's line.
 
         Raises:
-            JobError: if it cannot be written; the journal stays then.
+            JobError: if it cannot be written; the journal is kept.
         """
         if self._count != rows:
             raise ValueError(f"{self._count} of {rows} rows are done")
@@ -295,7 +298,7 @@ class Journal:
             ) from None
 
     def close(self) -> None:
-        """Lets go of the journal, which stays where it is with all its rows; one that was never begun goes."""
+        """Closes the journal and keeps it with all its rows; an empty one is removed."""
         self._stop_syncing()
         if self._descriptor >= 0:
             with contextlib.suppress(OSError):
@@ -307,7 +310,7 @@ class Journal:
 
 
 def _could_begin(found: bytes) -> bool:
-    """Whether this may be the beginning of a journal, also of one that a power cut has left as zeros or cut short."""
+    """Whether a file that begins so may be a journal, possibly truncated or zeroed by a power failure."""
     digits = found[:8]
     return not found.strip(b"\0") or (
         all(byte in b"0123456789abcdef" for byte in digits) and found[8:] == _BEGINNING[8 : len(found)]
@@ -315,7 +318,7 @@ def _could_begin(found: bytes) -> bool:
 
 
 def _checked(line: bytes) -> bytes | None:
-    """The text of a line, if the line is whole."""
+    """The text of a line; None if the line is incomplete."""
     if line[8:9] != b" " or not line.endswith(b"\n"):
         return None
     text = line[9:]
@@ -335,7 +338,7 @@ def _open_locked(output: Path, path: Path) -> int:
             if os.path.samestat(os.stat(path), os.fstat(descriptor)):
                 return descriptor
         except FileNotFoundError:
-            pass  # whoever had it has just removed it
+            pass  # another process has just removed it
         except OSError as error:
             os.close(descriptor)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
@@ -347,7 +350,7 @@ def _open_locked(output: Path, path: Path) -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Brings the names in a folder to the disk, where the system can."""
+    """Flushes the names in a folder to the disk, where the system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Rows of prompts to complete: what a line may say, and what is wrong with one that says something else."""
+"""Rows of prompts to complete: parses the lines of an input, and finds what is wrong with bad ones."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Fields = TypeVar("Fields", bound=pydantic.BaseModel)
 AnyRow = TypeVar("AnyRow")
 
 MAX_SAMPLES = 1024
-"""The most completions of one row."""
+"""Maximum number of completions of a row."""
 
 _ESCAPE = re.compile(r"\\(.?)", re.DOTALL)
 _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
 class BadRow(Exception):
-    """Why a line is no row; the text is a clause."""
+    """A line is not a valid row; the message is a clause that says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +38,14 @@ class Row:
     """A row of an input.
 
     Attributes:
-        index: counted from 0, bad rows too.
-        line: its number in the file.
-        id: as the row gives it.
-        request: what to complete; its seed is not None. None for a bad row.
-        tokens: the prompt's token ids.
-        echo: whether completions begin with the prompt.
-        error: what is wrong with a bad row.
-        digest: of the line, to see whether it is the same when it is read again.
+        index: counted from 0, bad rows included.
+        line: line number in the file, from 1.
+        digest: hash of the line, to detect changes between the two readings.
+        id: the row's own id.
+        request: the request; None for a bad row.
+        tokens: token ids of the prompt.
+        echo: whether the text of completions includes the prompt.
+        error: why the row is bad; None for a good one.
     """
 
     index: int
@@ -59,25 +59,25 @@ class Row:
 
     @property
     def sequences(self) -> int:
-        """How many completions it asks for."""
+        """Number of completions."""
         return self.request.num_samples if self.request is not None else 0
 
     @property
     def wants_logprobs(self) -> bool:
-        """Whether log-probabilities are asked for."""
+        """Whether log-probabilities are requested."""
         return self.request is not None and self.request.options.logprobs is not None
 
 
 @dataclasses.dataclass(frozen=True)
 class RowDefaults:
-    """What holds for every row that says nothing else.
+    """Options for rows that do not have their own.
 
     Attributes:
-        sampling: how to continue; its seed is the one that the rows' own are made from.
-        num_samples: completions of each row.
-        echo: whether they begin with the prompt.
-        truncate: whether a prompt that is too long loses its beginning.
-        unescape: whether backslash escapes of a .txt line stand for the characters that they name.
+        sampling: sampling options; the seeds of rows are derived from its seed.
+        num_samples: number of completions of each row.
+        echo: whether the text of completions includes the prompt.
+        truncate: whether to drop the beginning of a prompt that is too long.
+        unescape: whether to interpret backslash escapes in lines of .txt.
     """
 
     sampling: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
@@ -88,7 +88,7 @@ class RowDefaults:
 
 
 def row_seed(seed: int, index: int) -> int:
-    """The seed of a row that gives none: 62 bits of the SHA-256 of the job's seed and the row's index.
+    """The seed of a row without its own: 62 bits of the SHA-256 of the job's seed and the row's index.
 
     Sample i of the row has this seed plus i.
     """
@@ -97,29 +97,29 @@ def row_seed(seed: int, index: int) -> int:
 
 
 def read_rows(source: Source, defaults: RowDefaults, tokenizer: Tokenizer | None, config: ModelConfig) -> Iterator[Row]:
-    """Reads all rows, the bad ones too; `rows_of` says which lines are rows.
+    """Reads all rows, bad ones included; see `rows_of` for which lines are rows.
 
     Args:
         source: the lines.
-        defaults: its sampling seed may be None as long as nothing is drawn.
-        tokenizer: None if there is none, which is right for token ids only.
-        config: the model that is to continue them.
+        defaults: options for rows that do not have their own.
+        tokenizer: the model's; None if all rows are token ids.
+        config: of the model.
 
     Raises:
         JobError: if the source cannot be read.
-        TokenizerError: if a row needs a tokenizer, and there is none.
+        TokenizerError: if a row needs a tokenizer and there is none.
     """
     return rows_of(source, lambda raw: _read_row(raw, source.format, defaults, tokenizer, config))
 
 
 @dataclasses.dataclass(frozen=True)
 class RawRow:
-    """A line that is a row, before anybody knows whether it is a good one.
+    """A row before it is parsed.
 
     Attributes:
-        index: counted from 0, bad rows too.
-        line: what it says, and its number in the file.
-        digest: of the line, to see whether it is the same when it is read again.
+        index: counted from 0, bad rows included.
+        line: the line and its number.
+        digest: hash of the line.
     """
 
     index: int
@@ -128,10 +128,10 @@ class RawRow:
 
     @property
     def content(self) -> bytes:
-        """What the line says.
+        """The content of the line.
 
         Raises:
-            BadRow: if it is too long to be kept.
+            BadRow: if it is too long.
         """
         if self.line.content is None:
             raise BadRow(f"it is longer than {MAX_LINE_BYTES >> 20} MiB: expected one row per line")
@@ -139,7 +139,7 @@ class RawRow:
 
 
 def rows_of(source: Source, read: Callable[[RawRow], AnyRow]) -> Iterator[AnyRow]:
-    """What `read` makes of each line that is a row. Blank lines are rows of .txt, and nothing in .jsonl.
+    """Yields `read` of each row. Blank lines are rows in .txt and ignored in .jsonl.
 
     Raises:
         JobError: if the source cannot be read.
@@ -153,12 +153,12 @@ def rows_of(source: Source, read: Callable[[RawRow], AnyRow]) -> Iterator[AnyRow
 
 
 def short_digest(content: bytes) -> int:
-    """64 bits that tell one row from another."""
+    """A 64-bit hash."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def given_id(value: dict[str, Any], *keys: str) -> str | int | None:
-    """The id of a row that may be a bad one: the first of these fields that could be one."""
+    """The id of a row that may be bad: the first of these fields with a valid id."""
     return next((value[key] for key in keys if type(value.get(key)) in (str, int)), None)
 
 
@@ -180,10 +180,10 @@ def _read_row(raw: RawRow, format: str, defaults: RowDefaults, tokenizer: Tokeni
 
 
 def text_line(content: bytes, unescape: bool) -> str:
-    """A line of .txt.
+    """Decodes a line of .txt.
 
     Raises:
-        BadRow: if it is not UTF-8, or has an escape that is none.
+        BadRow: if it is not UTF-8, or has an invalid escape.
     """
     try:
         text = content.decode()
@@ -205,10 +205,10 @@ def _unescaped(match: re.Match[str]) -> str:
 
 
 def json_object(content: bytes, example: str) -> dict[str, Any]:
-    """A line of .jsonl, such as `example`.
+    """Parses a line of .jsonl, such as `example`.
 
     Raises:
-        BadRow: if it is no JSON object.
+        BadRow: if it is not a JSON object.
     """
     try:
         value = from_json(content, allow_inf_nan=False)
@@ -239,7 +239,7 @@ def _texts(value: object) -> tuple[str, ...]:
 
 
 class _Fields(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
-    """What a row may say; null is as good as nothing."""
+    """The fields of a row; null is the same as leaving a field out."""
 
     prompt: pydantic.SkipValidation[Any] = None
     prompt_token_ids: list[int] | None = None
@@ -270,8 +270,8 @@ class _Fields(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
         """The request of row `index`.
 
         Raises:
-            BadRow: if there is no prompt, or two, or an option is out of range that `SamplingOptions` does not know.
-            RequestError: if another is.
+            BadRow: if there is no prompt or more than one, or `n` or the last seed is out of range.
+            RequestError: if another option is out of range.
         """
         if (self.prompt is None) == (self.prompt_token_ids is None):
             found = "has no prompt" if self.prompt is None else "has a prompt and prompt_token_ids"
@@ -295,13 +295,13 @@ class _Fields(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
 
 
 class _Row(_Fields, frozen=True):
-    """A row of our own shape."""
+    """A row in grok1's own format."""
 
     id: str | int | None = None
 
 
 class _OpenAIBody(_Fields, frozen=True):
-    """A completions request of OpenAI's API; what Grok-1 does not have may only stand there switched off."""
+    """A completion request of the OpenAI API; options that grok1 does not have must be switched off."""
 
     model: str | None = None
     user: str | None = None
@@ -320,7 +320,7 @@ class _OpenAIBody(_Fields, frozen=True):
 
 
 class _OpenAIRow(pydantic.BaseModel, extra="forbid", strict=True):
-    """A line of OpenAI's batch files."""
+    """A line of an OpenAI batch file."""
 
     custom_id: str
     method: Literal["POST"] | None = None
@@ -337,10 +337,10 @@ def _json_fields(value: dict[str, Any]) -> tuple[str | int | None, _Fields]:
 
 
 def checked_fields(kind: type[Fields], value: dict[str, Any]) -> Fields:
-    """A JSON object as an object of a kind.
+    """Validates a JSON object.
 
     Raises:
-        BadRow: if a field is none of its, or has a value that it cannot have.
+        BadRow: if a field is unknown or its value is invalid.
     """
     try:
         return kind.model_validate(value)
@@ -350,14 +350,14 @@ def checked_fields(kind: type[Fields], value: dict[str, Any]) -> Fields:
         raise BadRow("; ".join(faults[:_MAX_FAULTS]) + more) from None
 
 
-_MAX_FAULTS = 5  # of a row that are told
+_MAX_FAULTS = 5  # to report per row
 _EXPECTED = {
     "less_than_equal": "expected 0",
     "greater_than_equal": "expected 0",
     "too_long": "expected it to be empty",
     "bool_type": "expected true or false",
 }
-"""What pydantic would say less clearly."""
+"""Clearer messages than those of pydantic."""
 
 
 def _fault(fault: Any) -> str:

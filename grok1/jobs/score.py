@@ -36,24 +36,24 @@ if TYPE_CHECKING:
     from grok1.model import Model, TokenScores
 
 RESULT_VERSION = 2
-"""Version of the result lines. A job with a journal of another version cannot be resumed."""
+"""Version of the result lines; a journal with lines of another version cannot be resumed."""
 
 _EXAMPLE = '{"text": "The answer is 42."} or {"prompt": "The answer is", "completion": " 42."}'
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreRow:
-    """A text of an input.
+    """A text to score.
 
     Attributes:
-        index: counted from 0, bad rows too.
-        line: its number in the file.
-        digest: of the line.
-        id: as the row gives it.
+        index: counted from 0, bad rows included.
+        line: line number in the file, from 1.
+        digest: hash of the line.
+        id: the row's own id.
         tokens: token ids.
-        first: index of the first token that is scored.
-        windows: the parts in which it is read.
-        error: what is wrong with a bad row.
+        first: index of the first scored token.
+        windows: in which the text is read.
+        error: why the row is bad; None for a good one.
     """
 
     index: int
@@ -67,17 +67,17 @@ class ScoreRow:
 
     @property
     def sequences(self) -> int:
-        """How many windows it has."""
+        """Number of windows."""
         return len(self.windows)
 
     @property
     def wants_logprobs(self) -> bool:
-        """Never by itself."""
+        """Always false: scoring has its own option."""
         return False
 
 
 class _Fields(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
-    """What a row may say; null is as good as nothing."""
+    """The fields of a row; null is the same as leaving a field out."""
 
     id: str | int | None = None
     text: str | None = None
@@ -89,17 +89,17 @@ class _Fields(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
 def read_score_rows(
     source: Source, tokenizer: Tokenizer | None, config: ModelConfig, stride: int
 ) -> Iterator[ScoreRow]:
-    """Reads all rows, the bad ones too; `rows_of` says which lines are rows.
+    """Reads all rows, bad ones included; see `rows_of` for which lines are rows.
 
     Args:
         source: the lines.
-        tokenizer: None if there is none, which is right for token ids only.
-        config: the model.
-        stride: of the windows of texts that are longer than its context.
+        tokenizer: the model's; None if all rows are token ids.
+        config: of the model.
+        stride: of the windows of texts longer than the context.
 
     Raises:
         JobError: if the source cannot be read.
-        TokenizerError: if a row needs a tokenizer, and there is none.
+        TokenizerError: if a row needs a tokenizer and there is none.
     """
     return rows_of(source, lambda raw: _read_row(raw, source.format, tokenizer, config, stride))
 
@@ -122,7 +122,7 @@ def _read_row(raw: RawRow, format: str, tokenizer: Tokenizer | None, config: Mod
 
 
 def _tokens(fields: _Fields, tokenizer: Tokenizer | None) -> tuple[list[int], int]:
-    """The tokens of a row, and the index of the first that is scored."""
+    """The tokens of a row, and the index of the first scored one."""
     kinds = [
         name
         for name, given in (
@@ -143,7 +143,7 @@ def _tokens(fields: _Fields, tokenizer: Tokenizer | None) -> tuple[list[int], in
         raise BadRow(f"it has no {lacking}: expected one such as {_EXAMPLE}")
     prompt = required(tokenizer).encode(fields.prompt)
     whole = required(tokenizer).encode(fields.prompt + fields.completion)
-    # Where a token reaches over the end of the prompt it is the completion's.
+    # A token that spans the end of the prompt belongs to the completion.
     first = shared_prefix(prompt, whole)
     if not 0 < first < len(whole):
         raise BadRow("its prompt and completion are one token together: give a longer prompt")
@@ -151,14 +151,14 @@ def _tokens(fields: _Fields, tokenizer: Tokenizer | None) -> tuple[list[int], in
 
 
 def chunk_rows(tokens: list[int], length: int, bos: int | None) -> Iterator[ScoreRow]:
-    """A text cut into chunks, of each of which the second half is scored, as llama.cpp's perplexity does.
+    """Splits a text into chunks, to score the second half of each, as llama.cpp's perplexity does.
 
-    What is left at the end and fills no chunk is not read.
+    An incomplete chunk at the end is ignored.
 
     Args:
         tokens: the text.
-        length: tokens of a chunk, at least 4.
-        bos: a token that takes the place of each chunk's first; None leaves it.
+        length: number of tokens of a chunk, at least 4.
+        bos: a token to replace the first of each chunk; None replaces none.
     """
     for index in range(len(tokens) // length):
         chunk = tokens[index * length : (index + 1) * length]
@@ -171,11 +171,11 @@ def chunk_rows(tokens: list[int], length: int, bos: int | None) -> Iterator[Scor
 
 @dataclasses.dataclass(frozen=True)
 class RowScore:
-    """How likely the scored tokens of a row are.
+    """The score of a row.
 
     Attributes:
-        logprobs: of each.
-        likeliest: the likeliest token in each place.
+        logprobs: of each scored token.
+        likeliest: the likeliest token at each position.
         num_bytes: number of UTF-8 bytes of the scored tokens; None without a tokenizer.
     """
 
@@ -227,13 +227,13 @@ def bits_per_byte(total: float, num_bytes: int | None) -> float | None:
 
 @dataclasses.dataclass
 class Corpus:
-    """What rows come to together.
+    """Totals over all rows.
 
     Attributes:
-        rows: how many were scored.
-        num_scored: their scored tokens.
+        rows: number of scored rows.
+        num_scored: number of scored tokens.
         num_bytes: number of UTF-8 bytes of these tokens; None without a tokenizer.
-        totals: the sum of each row's log-probabilities, and of their squares; None for what is not finite.
+        totals: of each row, the sums of the log-probabilities and of their squares; None if not finite.
     """
 
     rows: int = 0
@@ -242,7 +242,7 @@ class Corpus:
     totals: list[tuple[float | None, float | None]] = dataclasses.field(default_factory=list)
 
     def add(self, line: str) -> None:
-        """Takes a line of results."""
+        """Adds a line of results."""
         told = json.loads(line)
         if "error" not in told:
             self.rows += 1
@@ -260,26 +260,26 @@ class Corpus:
 
     @property
     def perplexity(self) -> float | None:
-        """Of all tokens together; None if there are none or it is not finite."""
+        """Over all tokens; None if there are none or it is not finite."""
         total = self._sum(0)
         return None if total is None or not self.num_scored else perplexity(total, self.num_scored)
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Of all tokens together; None if they have no bytes, there is no tokenizer, or it is not finite."""
+        """Over all tokens; None if they have no bytes, there is no tokenizer, or it is not finite."""
         total = self._sum(0)
         return None if total is None else bits_per_byte(total, self.num_bytes)
 
     @property
     def standard_error(self) -> float | None:
-        """Of the perplexity, from the spread of the tokens' log-probabilities, as llama.cpp gives it."""
+        """Of the perplexity, from the variance of the tokens' log-probabilities, as in llama.cpp."""
         total, squares, count, value = self._sum(0), self._sum(1), self.num_scored, self.perplexity
         if total is None or squares is None or value is None or count < 2:
             return None
         return value * math.sqrt(max(0.0, squares / count - (total / count) ** 2) / (count - 1))
 
     def line(self) -> str:
-        """The line after all rows."""
+        """The last line of the output."""
         told = {
             "rows": self.rows,
             "num_scored": self.num_scored,

@@ -1,4 +1,4 @@
-"""The lines of an input file, which are read twice: to check all of them, and to work on them."""
+"""The lines of an input file, which are read twice: first to validate them, then to process them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from grok1.errors import JobError, RequestError
 Format = Literal["txt", "jsonl"]
 
 MAX_LINE_BYTES = 16 << 20
-"""A line longer than this is no row: the context of the release takes a hundredth of it."""
+"""Maximum length of a row; a prompt that fills the release's context takes a hundredth of it."""
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_KEPT_IN_MEMORY = 16 << 20  # bytes of a pipe; more goes to a temporary file
+_KEPT_IN_MEMORY = 16 << 20  # bytes of a pipe that are not written to a temporary file
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Line:
     """A line of an input.
 
     Attributes:
-        number: counted from 1.
-        content: without what ends it; None if it is longer than `MAX_LINE_BYTES`.
+        number: from 1.
+        content: without the line end; None if it is longer than `MAX_LINE_BYTES`.
     """
 
     number: int
@@ -39,7 +39,7 @@ class Line:
 
 
 class Source:
-    """An input of rows, a line each.
+    """An input with one row per line.
 
         source = Source.open(Path("prompts.jsonl.gz"))
         for line in source.lines():
@@ -48,8 +48,8 @@ class Source:
 
     Attributes:
         name: for messages.
-        format: what the lines are.
-        sha256: hexadecimal, of all bytes that the last `lines` has read, decompressed.
+        format: of the lines.
+        sha256: hexadecimal, of the decompressed bytes that the last call of `lines` has read.
     """
 
     def __init__(self, name: str, format: Format, path: Path | None, spooled: IO[bytes] | None):
@@ -62,14 +62,14 @@ class Source:
 
     @classmethod
     def open(cls, path: Path, format: Format | None = None) -> Source:
-        """The source of a file's rows.
+        """Opens a file of rows.
 
         Args:
-            path: a file, with ".gz" at the end if it is compressed; "-" is standard input, which is read to its end.
-            format: None goes by the ending, and takes standard input for JSON lines.
+            path: a file, compressed if its name ends in ".gz"; "-" is standard input, which is read to its end.
+            format: of the lines; None infers it from the name, and assumes JSON lines for standard input.
 
         Raises:
-            JobError: if there is no such file or its ending says nothing.
+            JobError: if the file does not exist or its format cannot be inferred.
         """
         if str(path) == "-":
             if sys.stdin is None:
@@ -86,7 +86,7 @@ class Source:
                 "of its lines with --format"
             )
         spooled = None
-        if not path.is_file():  # a pipe, which can be read once only
+        if not path.is_file():  # a pipe, which can be read only once
             try:
                 with path.open("rb") as file:
                     spooled = _spooled(file, str(path))
@@ -95,7 +95,7 @@ class Source:
         return cls(str(path), format or cast(Format, ending[1:]), path, spooled)
 
     def lines(self) -> Iterator[Line]:
-        """Reads all lines from the first on.
+        """Reads all lines from the beginning.
 
         Raises:
             JobError: if they cannot be read.
@@ -117,7 +117,7 @@ class Source:
         self.sha256 = digest.hexdigest()
 
     def content(self) -> bytes:
-        """All of it, where it is not lines that matter.
+        """The whole input as one text.
 
         Raises:
             JobError: if it cannot be read.
@@ -152,7 +152,7 @@ class Source:
 
 
 def _spooled(file: IO[bytes], name: str) -> IO[bytes]:
-    """All that a pipe has to say, kept to be read twice."""
+    """Reads a pipe to its end into a temporary file, so that it can be read twice."""
     spooled = tempfile.SpooledTemporaryFile(_KEPT_IN_MEMORY)  # noqa: SIM115 - it lives as long as its source
     try:
         while block := file.read(1 << 20):
