@@ -11,11 +11,10 @@ from grok1.engine.occupancy import Occupancy
 from grok1.jobs.result_json import completion_object, json_line
 from grok1.jobs.rows import Row, RowDefaults, read_rows
 from grok1.jobs.run import Batching, Job
-from grok1.text.prompt import required
+from grok1.text.prompt import Request, required
 
 if TYPE_CHECKING:
     from grok1.model import Completion, Model
-    from grok1.text.prompt import Request
 
 
 @dataclasses.dataclass

@@ -315,7 +315,7 @@ class JobRunner(Generic[AnyRow]):
     def _process(self, model: Model, validation: Validation, batching: Batching) -> dict[str, Any]:
         """Processes rows until none is left or the job is stopped."""
         progress, occupancy = self._progress, self._progress.occupancy
-        results = self.journal if self.journal is not None else OrderedResults(self._write)
+        results: Results = OrderedResults(self._write) if self.journal is None else self.journal
         start, before = time.perf_counter(), progress.done
         rows = validation.unchanged(self.job.rows())
         with self.reporter.processing(lambda: self._describe(validation, start, before)):
