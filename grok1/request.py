@@ -1,47 +1,57 @@
-"""What a caller asks of the engine, in token ids, and what comes back. Nothing here imports JAX."""
+"""Requests to complete a prompt, their sampling options, and log-probabilities. Nothing here imports JAX."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import secrets
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from grok1.errors import RequestError
 
 FinishReason = Literal["eos", "stop", "max_tokens", "context"]
-"""Why a completion ended: the end-of-text token, a stop text, the limit asked for, or the end of the context."""
+"""Why a completion ended: end-of-text token, stop text, `max_tokens`, or a full context."""
 
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
+
+
+def _on_device(default: float, dtype: str, neutral: float) -> Any:
+    """A sampling option that is applied on the device; with the value `neutral` it has no effect.
+
+    See `grok1.engine.sampling`, which has an array of `dtype` for each of them.
+    """
+    return dataclasses.field(default=default, metadata={"dtype": dtype, "neutral": neutral})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """How to continue a prompt.
 
-    The temperature divides the logits first; then the filters apply in the order top-k, top-p, min-p.
+    Logits are divided by the temperature; then top-k, top-p and min-p apply, in this order.
 
     Attributes:
-        max_tokens: the most tokens to generate.
-        temperature: 0 always takes the likeliest token; 1 draws from the model's own distribution.
-        top_p: draw from the smallest set of likeliest tokens whose mass reaches this; 1 is off.
-        top_k: draw from this many likeliest tokens; 0 is off.
-        min_p: draw from tokens at least this times as likely as the likeliest; 0 is off.
-        seed: of the random stream; None draws a fresh one. Sample i of several has the seed `seed + i`.
-        stop: texts before which the completion is cut.
-        ignore_eos: go on after the end-of-text token.
-        logprobs: report log-probabilities, with this many of the likeliest tokens at each place; None reports none.
+        max_tokens: maximum number of tokens to generate.
+        temperature: 0 is greedy; 1 samples from the model's own distribution.
+        top_k: sample from this many of the likeliest tokens; 0 is off.
+        top_p: sample from the smallest set of likeliest tokens with at least this probability; 1 is off.
+        min_p: sample from tokens with at least this fraction of the likeliest token's probability; 0 is off.
+        seed: of the random stream; None draws one. Sample i of several uses `seed + i`.
+        stop: the completion ends before the first of these texts.
+        ignore_eos: whether to continue after the end-of-text token.
+        logprobs: how many of the likeliest tokens to report at each position, with the log-probability of the chosen
+            one; None reports nothing.
 
     Raises:
         RequestError: on construction, if a value is out of range.
     """
 
     max_tokens: int = 128
-    temperature: float = 0.7
-    top_p: float = 0.95
-    top_k: int = 0
-    min_p: float = 0.0
+    temperature: float = _on_device(0.7, "float32", neutral=0)
+    top_k: int = _on_device(0, "int32", neutral=0)
+    top_p: float = _on_device(0.95, "float32", neutral=1)
+    min_p: float = _on_device(0.0, "float32", neutral=0)
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
@@ -59,9 +69,10 @@ class SamplingOptions:
         wanted = self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS
         _check("logprobs", self.logprobs, wanted, f"0 to {MAX_LOGPROBS}")
 
-    def with_seed(self) -> SamplingOptions:
-        """The same options with a seed, a fresh one if there was none."""
-        return self if self.seed is not None else dataclasses.replace(self, seed=secrets.randbelow(2**32))
+
+def fresh_seed() -> int:
+    """A random seed of 32 bits, for requests without one."""
+    return secrets.randbelow(2**32)
 
 
 def _check(name: str, value: object, right: bool, expected: str) -> None:
@@ -69,13 +80,72 @@ def _check(name: str, value: object, right: bool, expected: str) -> None:
         raise RequestError(f"{name} is {value!r}, expected {expected}")
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenLogprobs:
-    """Log-probabilities at one place of a text, natural logarithm.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt to complete.
 
     Attributes:
-        logprob: of the token that stands there.
-        top: the likeliest tokens there with theirs, likeliest first.
+        prompt: text or token ids.
+        options: how to continue it.
+        num_samples: number of completions; sample i uses the seed `seed + i`.
+        truncate: whether to drop the beginning of a prompt that is too long instead of raising an error.
+
+    Raises:
+        RequestError: on construction, if `num_samples` is less than 1.
+    """
+
+    prompt: str | Sequence[int]
+    options: SamplingOptions = SamplingOptions()
+    num_samples: int = 1
+    truncate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise RequestError(f"num_samples is {self.num_samples}, expected at least 1")
+
+    @classmethod
+    def of(
+        cls, request: Request | str | Sequence[int], *, greedy: bool = False, truncate: bool = False, **options: Any
+    ) -> Request:
+        """Build a request from a prompt and keyword arguments; return a request unchanged.
+
+        Args:
+            request: a request, or a prompt as text or token ids.
+            greedy: the same as `temperature=0`.
+            truncate: see `Request`.
+            **options: fields of `SamplingOptions`.
+
+        Raises:
+            RequestError: if an option is out of range.
+            TypeError: if an option is unknown, or a request comes with options.
+        """
+        if isinstance(request, Request):
+            if greedy or truncate or options:
+                raise TypeError("a Request has its own options: pass a prompt, or no options")
+            return request
+        if greedy:
+            options["temperature"] = 0.0
+        return cls(prompt=request, options=SamplingOptions(**options), truncate=truncate)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodedRequest(Request):
+    """A request with its prompt encoded and checked: see `grok1.text.prompt.encode_request`.
+
+    Attributes:
+        tokens: the prompt's token ids, after truncation; 1 to `sequence_len - 1` of them.
+    """
+
+    tokens: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one position of a text, natural logarithms.
+
+    Attributes:
+        logprob: of the token at that position.
+        top: the likeliest tokens with their log-probabilities, likeliest first.
     """
 
     logprob: float

@@ -24,7 +24,7 @@ import numpy as np
 import grok1
 from grok1.config import ModelConfig, preset
 from grok1.diagnose.bench import device_copy_rate, estimate_of, matrix_rate
-from grok1.engine.engine import PromptPart
+from grok1.engine.chunks import PrefillChunk
 from grok1.host.atomic_write import whole_file
 from grok1.model import Model, random_model
 from grok1.ops.attention import reference_attention
@@ -254,9 +254,9 @@ def prefill_seconds(model: Model, length: int) -> float:
     for _ in range(3):
         start = time.perf_counter()
         for first in range(0, length, engine.max_chunk):
-            part = tokens[first : first + engine.max_chunk]
-            ending = (SamplingOptions(ignore_eos=True), 0) if first + len(part) == length else None
-            state, sampled, _ = engine.read_prompts(state, [PromptPart(0, part, first, ending)])
+            chunk = tokens[first : first + engine.max_chunk]
+            sampling = (SamplingOptions(ignore_eos=True), 0) if first + len(chunk) == length else None
+            state, sampled, _ = engine.prefill(state, [PrefillChunk(0, chunk, first, sampling)])
         jax.block_until_ready(sampled)
         found.append(time.perf_counter() - start)
     return min(found[1:])

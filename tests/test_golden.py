@@ -8,7 +8,7 @@ import pytest
 
 import grok1
 from grok1.checkpoint.reader import Checkpoint
-from grok1.engine.engine import PromptPart
+from grok1.engine.chunks import PrefillChunk
 from grok1.errors import MeshError
 from grok1.model import Model
 from grok1.params.sharding import make_mesh
@@ -78,10 +78,10 @@ def test_single_token_reads_continue_a_prompt(golden, golden_sequences, make_eng
     engine = make_engine(golden, (1, 1))
     sequence = golden_sequences[3]
     half = len(sequence.tokens) // 2
-    logits, cache = engine.read(engine.new_cache(1), sequence.tokens[None, :half], 0)
+    logits, cache = engine.logits(engine.new_cache(1), sequence.tokens[None, :half], 0)
     parts = [np.asarray(logits[0])]
     for position in range(half, len(sequence.tokens)):
-        logits, cache = engine.read(cache, sequence.tokens[None, position : position + 1], position)
+        logits, cache = engine.logits(cache, sequence.tokens[None, position : position + 1], position)
         parts.append(np.asarray(logits[0]))
     assert relative_error(np.concatenate(parts), sequence.float64) < FLOAT32_ERROR
 
@@ -91,8 +91,8 @@ def test_decoding_given_tokens_matches_the_whole_pass(golden, golden_sequences, 
     sequence = golden_sequences[3]
     half = len(sequence.tokens) // 2
     slots, slot = 4, 3
-    part = PromptPart(slot, sequence.tokens[:half], 0, (SamplingOptions(temperature=0), 0))
-    state, sampled, [row] = engine.read_prompts(engine.new_batch(slots), [part], logprobs=True)
+    chunk = PrefillChunk(slot, sequence.tokens[:half], 0, (SamplingOptions(temperature=0), 0))
+    state, sampled, [row] = engine.prefill(engine.new_batch(slots), [chunk], logprobs=True)
     active = np.arange(slots) == slot
     for position in range(half, len(sequence.tokens) + 1):
         expected = log_softmax(sequence.float64[position - 1])

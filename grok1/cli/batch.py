@@ -12,7 +12,7 @@ from grok1.cli.model_choice import ModelChoice
 from grok1.cli.options import batch_size_option, job_options, model_options, sampling_options, terminal_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.cli.text_input import stdin_is_terminal
-from grok1.request import SamplingOptions
+from grok1.request import SamplingOptions, fresh_seed
 
 
 @click.command("batch", short_help="Complete a file of prompts, resumably.")
@@ -75,9 +75,10 @@ def command(
     if str(input_file) == "-" and stdin_is_terminal():
         terminal.note("reading rows from the terminal; Ctrl-D at the beginning of a line ends them")
     with opened_files(terminal, choice, input_file, row_format, output, restart) as files:
-        if sampling.seed is None and files.begun.get("seed") is not None:
-            sampling = dataclasses.replace(sampling, seed=files.begun["seed"])
-        defaults = RowDefaults(sampling.with_seed(), num_samples, echo, truncate, unescape)
+        if sampling.seed is None:
+            begun = files.begun.get("seed")
+            sampling = dataclasses.replace(sampling, seed=fresh_seed() if begun is None else begun)
+        defaults = RowDefaults(sampling, num_samples, echo, truncate, unescape)
         job = CompletionJob(files.source, files.checkpoint, files.tokenizer, defaults, not no_prompt)
         outcome = files.run(job, batch_size, skip_bad)
         seed = defaults.sampling.seed

@@ -1,9 +1,9 @@
-"""Printing completions: as text while they are generated, or as JSON, with one line of statistics."""
+"""Printing completions, as text while they are generated or as JSON, with one line of statistics."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from grok1.cli.terminal import Terminal
@@ -11,9 +11,10 @@ from grok1.host import memory
 from grok1.jobs.result_json import completion_object, json_line
 
 if TYPE_CHECKING:
-    from grok1.model import Completion, Model, Request
+    from grok1.model import Completion, Model
+    from grok1.request import Request
 
-_MOST_AT_A_TIME = 16  # samples that are generated together
+_MAX_BATCH = 16  # samples generated at a time
 
 _ENDED = {
     "eos": "end of text",
@@ -28,11 +29,11 @@ class CompletionPrinter:
     """Completes prompts with one model and prints the results.
 
     Attributes:
-        terminal: where to.
+        terminal: where to print.
         model: the model.
-        load_seconds: how long it took to load.
-        as_json: whether to print JSON, an object a sample, rather than text.
-        echo: whether to print the prompt before its text.
+        load_seconds: time it took to load.
+        as_json: whether to print JSON, one object per sample, instead of text.
+        echo: whether to print the prompt before the text.
     """
 
     terminal: Terminal
@@ -43,7 +44,7 @@ class CompletionPrinter:
     _compiled: bool = dataclasses.field(default=False, init=False)
 
     def run(self, request: Request) -> None:
-        """Completes a prompt and prints all its samples."""
+        """Complete a prompt and print all its samples."""
         if request.num_samples > 1:
             self._print_samples(request)
         else:
@@ -52,17 +53,19 @@ class CompletionPrinter:
     def _print_stream(self, request: Request) -> None:
         terminal = self.terminal
         terminal.show_status("reading the prompt")
-        stream = self.model.stream(request.prompt, truncate=request.truncate, **_fields(request.options))
+        stream = self.model.stream(request)
         if self.as_json:
             for count, _ in enumerate(stream, 1):
                 terminal.show_status(f"generating, {count} pieces of text so far")
             terminal.write(self._json_line(stream.completion))
         else:
-            before = str(request.prompt) if self.echo else ""
-            for piece in self._after_compiling(stream):
-                terminal.write(before + piece)
-                before = ""
-            terminal.write(before)
+            first = (str(request.prompt) if self.echo else "") + next(stream, "")
+            if not self._compiled and terminal.shows:
+                first += next(stream, "")  # decoding is compiled between the two, and reported on the same line
+            self._compiled = True
+            terminal.write(first)
+            for piece in stream:
+                terminal.write(piece)
             self._end_text()
         terminal.note(self._statistics([stream.completion]))
 
@@ -71,7 +74,7 @@ class CompletionPrinter:
         finished: dict[int, Completion] = {}
         completions: list[Completion] = []
         terminal.show_status(f"generating {count} samples")
-        together = min(count, _MOST_AT_A_TIME, self.model.max_sequences or count)
+        together = min(count, _MAX_BATCH, self.model.max_sequences or count)
         for completion in self.model.complete_many([request], batch_size=together):
             finished[completion.sample] = completion
             while len(completions) in finished:
@@ -92,18 +95,8 @@ class CompletionPrinter:
         self.terminal.write(completion.text)
         self._end_text()
 
-    def _after_compiling(self, pieces: Iterator[str]) -> Iterator[str]:
-        """The pieces; the model's first waits for the second, because decoding is compiled between the two.
-
-        The line that tells of compiling would stand in the text.
-        """
-        if not self._compiled and self.terminal.shows:
-            yield next(pieces, "") + next(pieces, "")
-        self._compiled = True
-        yield from pieces
-
     def _end_text(self) -> None:
-        """Ends a printed text: on a terminal at the start of a line, elsewhere with exactly one more newline."""
+        """End a printed text: move to the start of a line on a terminal, else print exactly one newline."""
         if self.terminal.shows_results:
             self.terminal.end_line()
         else:

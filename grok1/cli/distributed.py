@@ -116,12 +116,12 @@ def _follow(terminal: Terminal, runtime: Runtime, choice: ModelChoice) -> None:
     terminal.quiet = True
 
     _end_patiently(runtime)
-    from grok1.model.worker import follow
+    from grok1.model.worker import worker_loop
 
     try:
         runtime.start(terminal.abort)
         start_jax(terminal, choice.threads)
-        follow(runtime, choice.checkpoint, choice.load_memory, choice.threads)
+        worker_loop(runtime, choice.checkpoint, choice.load_memory, choice.threads)
     except Exception as error:
         if _is_exchange(error):
             runtime.await_cause()

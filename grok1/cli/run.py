@@ -1,4 +1,4 @@
-"""`grok1 run`: completes a prompt, or prompts as they are typed."""
+"""`grok1 run`: complete a prompt, or prompts as they are typed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from grok1.cli.model_choice import ModelChoice
 from grok1.cli.options import model_options, output_options, sampling_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.cli.text_input import given_text
-from grok1.request import SamplingOptions
+from grok1.request import Request, SamplingOptions
 
 
 @click.command("run", short_help="Complete a prompt, or prompts as they are typed.")
@@ -61,7 +61,7 @@ def command(
 
     from grok1.cli.completions import CompletionPrinter
     from grok1.cli.loading import load_model, open_model
-    from grok1.text.prompt import Request, encode_prompt, required
+    from grok1.text.prompt import encode_request, required
 
     checkpoint, tokenizer = open_model(choice, terminal)
     required(tokenizer)
@@ -69,13 +69,13 @@ def command(
     def request(prompt: str) -> Request:
         return Request(prompt=prompt, options=sampling, num_samples=num_samples, truncate=truncate)
 
-    if text is not None:
-        encode_prompt(request(text), tokenizer, checkpoint.config)  # reports errors before the model is loaded
+    if text is not None:  # report errors before the model is loaded
+        encoded = encode_request(request(text), tokenizer, checkpoint.config)
     with terminal.interruptible():
         model, load_seconds = load_model(choice, terminal, checkpoint, tokenizer)
         printer = CompletionPrinter(terminal, model, load_seconds, as_json, echo)
         if text is not None:
-            printer.run(request(text))
+            printer.run(encoded)
             return
     from grok1.cli.session import run_session
 

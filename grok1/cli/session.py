@@ -1,4 +1,4 @@
-"""The interactive session of `grok1 run`: a line is a prompt."""
+"""The interactive session of `grok1 run`: each line is a prompt."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from prompt_toolkit.output import create_output
 
 from grok1.cli.completions import CompletionPrinter
 from grok1.errors import RequestError
-from grok1.text.prompt import Request
+from grok1.request import Request
 
 
 class PrivateHistory(FileHistory):
-    """Prompts of earlier sessions in a file that only the user can read, made when the first prompt is entered.
+    """Prompts of earlier sessions, in a file that only the user can read, created when the first prompt is entered.
 
-    Where it cannot be read or written, the session goes on without.
+    If it cannot be read or written, the session works without it.
     """
 
     def __init__(self, path: Path):
@@ -30,14 +30,14 @@ class PrivateHistory(FileHistory):
         self._path = path
 
     def load_history_strings(self) -> Iterable[str]:
-        """The prompts, latest first."""
+        """Return the prompts, latest first."""
         try:
             return list(super().load_history_strings())
         except OSError:
             return []
 
     def store_string(self, string: str) -> None:
-        """Adds a prompt."""
+        """Append a prompt."""
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
@@ -52,11 +52,11 @@ def _history() -> History:
 
 
 def run_session(printer: CompletionPrinter, request: Callable[[str], Request]) -> None:
-    """Reads prompts and prints their completions until Ctrl-D, or Ctrl-C at an empty prompt.
+    """Read prompts and print their completions until Ctrl-D, or Ctrl-C at an empty prompt.
 
     Args:
         printer: completes and prints.
-        request: what to ask for a prompt.
+        request: builds the request for a prompt.
     """
     terminal = printer.terminal
     # Results may go to a file while the prompt stays on the terminal.

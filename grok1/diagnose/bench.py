@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from grok1.config import ModelConfig
-from grok1.engine.engine import BatchState, Engine, PromptPart
+from grok1.engine.chunks import PrefillChunk
+from grok1.engine.engine import Engine
+from grok1.engine.programs import BatchState
 from grok1.engine.sampling import SampledTokens
 from grok1.errors import RequestError
 from grok1.host.memory import available_bytes
@@ -147,13 +149,13 @@ def measure(model: Model, prompt_tokens: int, batch: int, decode_steps: int) -> 
     check_measurable(model.config, engine.data_rows, model.max_sequences, prompt_tokens, batch, decode_steps)
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, model.config.vocab_size, (batch, prompt_tokens)).astype(np.int32)
-    state, _ = _read_prompts(engine, engine.new_batch(batch), prompts)  # compiles
+    state, _ = _prefill(engine, engine.new_batch(batch), prompts)  # compiles
     jax.block_until_ready(state)
     prefills: list[float] = []
     firsts: list[float] = []
     while len(prefills) < _PREFILLS and sum(prefills) < _PREFILL_SECONDS:
         start = time.perf_counter()
-        state, first_token = _read_prompts(engine, state, prompts)
+        state, first_token = _prefill(engine, state, prompts)
         jax.block_until_ready(state)
         prefills.append(time.perf_counter() - start)
         firsts.append(first_token - start)
@@ -190,8 +192,8 @@ def _decode(engine: Engine, state: BatchState, active: np.ndarray, steps: int) -
     return state
 
 
-def _read_prompts(engine: Engine, state: BatchState, prompts: np.ndarray) -> tuple[BatchState, float]:
-    """Reads a prompt into each slot, one for each data row at a time; also when the first token came to the host."""
+def _prefill(engine: Engine, state: BatchState, prompts: np.ndarray) -> tuple[BatchState, float]:
+    """Read a prompt into each slot, one for each data row at a time; also when the first token reached the host."""
     batch, length = prompts.shape
     slots_of_row = batch // engine.data_rows
     first_token: float | None = None
@@ -200,11 +202,9 @@ def _read_prompts(engine: Engine, state: BatchState, prompts: np.ndarray) -> tup
         slots = [row * slots_of_row + slot for row in range(engine.data_rows)]
         for start in range(0, length, engine.max_chunk):
             end = min(start + engine.max_chunk, length)
-            ending = [(SamplingOptions(ignore_eos=True), slot) if end == length else None for slot in slots]
-            parts = [
-                PromptPart(slot, prompts[slot, start:end], start, how) for slot, how in zip(slots, ending, strict=True)
-            ]
-            state, sampled = engine.read_prompts(state, parts)[:2]
+            sampling = (SamplingOptions(ignore_eos=True), slot) if end == length else None
+            chunks = [PrefillChunk(slot, prompts[slot, start:end], start, sampling) for slot in slots]
+            state, sampled, _ = engine.prefill(state, chunks)
             jax.block_until_ready(before)
             before = sampled.tokens
         if first_token is None:

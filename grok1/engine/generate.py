@@ -1,7 +1,7 @@
-"""The loop that continues sequences: gives prompts to free slots, dispatches steps, hands out tokens.
+"""The generation loop: admits prompts to free slots, dispatches steps, and hands out tokens.
 
-While sequences are continued, new prompts are read a part at a time between the decoding steps. The next step is
-dispatched before the tokens of the last are read, so that devices do not wait for the host.
+New prompts are read a chunk at a time between decoding steps. The next step is dispatched before the tokens of the
+previous one are read, so that the devices do not wait for the host.
 """
 
 from __future__ import annotations
@@ -9,57 +9,42 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from grok1.engine.engine import BatchState, Engine, PromptPart
+from grok1.engine.engine import Engine
 from grok1.engine.occupancy import Occupancy
-from grok1.engine.scheduler import PromptSlots
-from grok1.request import FinishReason, SamplingOptions, TokenLogprobs
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerationRequest:
-    """A prompt in token ids, to be continued `samples` times.
-
-    Attributes:
-        tokens: the prompt, of 1 to `sequence_len - 1` tokens.
-        options: how to continue; its seed is not None. Stop texts are the reader's to find, see
-            `GeneratedSequence.stop`.
-        samples: how many continuations; the prompt is read once for all of them.
-        tag: anything, handed back in `GeneratedSequence.request`.
-    """
-
-    tokens: Sequence[int]
-    options: SamplingOptions
-    samples: int = 1
-    tag: object = None
+from grok1.engine.programs import BatchState
+from grok1.engine.scheduler import Scheduler
+from grok1.request import EncodedRequest, FinishReason, TokenLogprobs, fresh_seed
 
 
 @dataclasses.dataclass(eq=False)
 class GeneratedSequence:
-    """One continuation while it grows.
+    """A continuation of a prompt while it grows.
 
     Attributes:
-        request: what it continues.
-        sample: which of the request's samples it is.
+        request: the request; stop texts are up to the reader, see `stop`.
+        request_index: index of the request among those given.
+        sample: index of the sample within the request.
         seed: of its random stream.
-        tokens: what has been generated so far; an end-of-text token that ended it is not among them.
-        logprobs: for each of these tokens, if asked for.
-        finish_reason: None while it goes on.
-        started: `time.perf_counter()` when it got a slot.
-        prompt_read: when its first token was there.
-        finished: when its last token was there.
+        limit: maximum number of tokens.
+        tokens: the tokens so far, without the end-of-text token.
+        logprobs: for each of these tokens, if requested.
+        finish_reason: None until it has finished.
+        started: `time.perf_counter()` when it was admitted.
+        prompt_read: when its first token arrived.
+        finished: when its last token arrived.
         compile_seconds: time spent compiling before its first token.
         decode_compile_seconds: time spent compiling after it.
-        limit: the most tokens that it may get.
-        dispatched: tokens that it has got or that are being computed.
+        dispatched: number of tokens that have arrived or are being computed.
     """
 
-    request: GenerationRequest
+    request: EncodedRequest
+    request_index: int
     sample: int
     seed: int
     limit: int
@@ -75,11 +60,11 @@ class GeneratedSequence:
 
     @property
     def prefill_seconds(self) -> float:
-        """Time to read the prompt, with other prompts and decoding steps between, without compiling."""
+        """Time from admission to the first token, without compiling."""
         return max(0.0, self.prompt_read - self.started - self.compile_seconds)
 
     def stop(self) -> None:
-        """Ends the sequence with the reason "stop"; its slot is free from the next step on."""
+        """Finish the sequence with the reason "stop"; its slot is free from the next step on."""
         self._finish("stop")
 
     def _finish(self, reason: FinishReason) -> None:
@@ -89,137 +74,130 @@ class GeneratedSequence:
 
 @dataclasses.dataclass(frozen=True)
 class _Dispatched:
-    """A step whose tokens have not been read: the arrays, and the row of each sequence that gets one."""
+    """A step whose tokens have not been read: its outputs, and the rows of the sequences that get a token."""
 
     sampled: Any
     sequences: list[tuple[int, GeneratedSequence]]
 
 
-def _sequences(request: GenerationRequest, capacity: int) -> list[GeneratedSequence]:
-    """The sequences of a request, which have no slot yet."""
-    limit = min(request.options.max_tokens, capacity - len(request.tokens))
-    seed = request.options.seed
-    if limit < 1 or not request.tokens or seed is None:
-        raise ValueError("a request needs a seed, and a prompt that leaves room for a token")
-    return [GeneratedSequence(request, sample, seed + sample, limit) for sample in range(request.samples)]
+def _sequences(index: int, request: EncodedRequest, max_seq_len: int) -> list[GeneratedSequence]:
+    """The samples of a request."""
+    limit = min(request.options.max_tokens, max_seq_len - len(request.tokens))
+    if limit < 1 or not request.tokens:
+        raise ValueError(f"a prompt of {len(request.tokens)} tokens, expected 1 to {max_seq_len - 1}")
+    seed = fresh_seed() if request.options.seed is None else request.options.seed
+    return [GeneratedSequence(request, index, sample, seed + sample, limit) for sample in range(request.num_samples)]
 
 
 def generate(
     engine: Engine,
-    requests: Iterable[GenerationRequest],
+    requests: Iterable[EncodedRequest],
     slots: int,
     *,
     lanes: int = 1,
     logprobs: bool = False,
     occupancy: Occupancy | None = None,
 ) -> Iterator[GeneratedSequence]:
-    """Continues prompts, as many at a time as there are slots.
+    """Continue prompts, as many at a time as there are slots.
 
-    With several lanes every step is of one shape. Then what a sequence gets, to the last bit of its log-probabilities,
-    depends on its own request and on `slots`, `lanes` and `logprobs` alone, as long as the program's sums for one row
-    do not depend on what is in the other rows.
+    With several lanes every step has the same shape. The result of a sequence, to the last bit of its
+    log-probabilities, then depends only on its own request and on `slots`, `lanes` and `logprobs`, provided that the
+    sums that the program computes for one row do not depend on the other rows.
 
     Args:
         engine: the model.
         requests: taken one by one, when a slot is free.
-        slots: how many sequences go on at a time; rounded up to a multiple of the mesh's data axis.
-        lanes: a step reads this many parts of prompts, of `LANE_TOKENS` each, on each data row; with 1, a part of one
-            prompt, as long as it needs up to the engine's `max_chunk`.
-        logprobs: computes log-probabilities in every step, rather than only where a sequence in it wants them.
-        occupancy: is kept up to date.
+        slots: number of sequences continued at a time; rounded up to a multiple of the mesh's data axis.
+        lanes: a step reads this many chunks of prompts, of `LANE_TOKENS` each, on each data row; with 1, one chunk, as
+            long as it needs up to the engine's `max_chunk`.
+        logprobs: computes log-probabilities in every step, rather than only for sequences that request them.
+        occupancy: kept up to date.
 
     Yields:
-        a sequence, each time it has got a token or has finished. The caller may `stop()` it then.
+        a sequence, each time it has a new token or has finished. The caller may `stop()` it then.
     """
-    yield from _Loop(engine, iter(requests), slots, lanes, logprobs, occupancy or Occupancy()).run()
+    return _Loop(engine, iter(requests), slots, lanes, logprobs, occupancy or Occupancy()).run()
 
 
 class _Loop:
     def __init__(
         self,
         engine: Engine,
-        requests: Iterator[GenerationRequest],
+        requests: Iterator[EncodedRequest],
         slots: int,
         lanes: int,
         logprobs: bool,
         occupancy: Occupancy,
     ):
         self._engine = engine
-        self._requests = requests
+        self._requests = enumerate(requests)
         self._lanes = lanes
         self._logprobs = logprobs
-        self._slots: PromptSlots[GeneratedSequence] = PromptSlots(engine, slots, lanes, occupancy)
+        self._scheduler: Scheduler[GeneratedSequence] = Scheduler(engine, slots, lanes, occupancy)
+        self._slots = self._scheduler.slots
         self._state: BatchState = engine.new_batch(len(self._slots))
         self._waiting: deque[GeneratedSequence] = deque()  # samples of the last request without a slot
         self._occupancy = occupancy
 
     def run(self) -> Iterator[GeneratedSequence]:
-        before: list[_Dispatched] = []
+        previous: list[_Dispatched] = []
         while True:
             self._admit()
-            if not self._slots.count_round():
-                return  # what is still dispatched belongs to nobody
-            alone = self._lanes == 1 and not any(slot.owner and not slot.reading for slot in self._slots)
-            steps = self._read_prompts()
-            if alone:  # nobody else waits: hand out the first token before anything else
+            if not self._scheduler.count_step():
+                return  # the results of the steps still running belong to finished sequences
+            only_prefill = self._lanes == 1 and not any(slot.owner and not slot.prefilling for slot in self._slots)
+            steps = self._prefill()
+            if only_prefill:  # no sequence is waiting for a token: hand out the first one before anything else
                 for step in steps:
                     yield from self._hand_out(step)
                 steps = []
             steps += self._decode()
-            for step in before:
+            for step in previous:
                 yield from self._hand_out(step)
-            before = steps
+            previous = steps
 
     def _admit(self) -> None:
-        """Gives free slots to sequences."""
-        while self._slots.has_free:
+        """Give free slots to sequences."""
+        while self._scheduler.has_free_slot:
             if not self._waiting:
-                request = next(self._requests, None)
+                index, request = next(self._requests, (0, None))
                 if request is None:
                     return
-                self._waiting.extend(_sequences(request, self._engine.capacity))
+                self._waiting.extend(_sequences(index, request, self._engine.max_seq_len))
             sequence = self._waiting.popleft()
             sequence.started = time.perf_counter()
             prompt = np.asarray(sequence.request.tokens, np.int32)
-            self._slots.take(sequence, prompt, len(prompt) - 1)  # the last token has to be read for its logits
+            sharable = len(prompt) - 1  # the last token has to be read for its logits
+            self._scheduler.admit(sequence, prompt, sharable, sampling=(sequence.request.options, sequence.seed))
 
-    def _copy_beginnings(self) -> None:
-        self._state = dataclasses.replace(self._state, cache=self._slots.copy_beginnings(self._state.cache))
-
-    def _read_prompts(self) -> list[_Dispatched]:
-        """Starts a step that reads parts of prompts, if there are any to read."""
-        before = self._engine.compile_seconds
-        self._copy_beginnings()
-        readers = self._slots.readers
-        chosen = self._slots.next_parts()
-        if not chosen:
+    def _prefill(self) -> list[_Dispatched]:
+        """Dispatch a step that reads chunks of prompts, if there are any to read."""
+        seconds = self._engine.compile_seconds
+        self._state = self._scheduler.copy_prefixes(self._state)
+        prefilling = self._scheduler.prefilling
+        chunks = self._scheduler.next_chunks()
+        if not chunks:
             return []
-        parts: list[PromptPart] = []
-        ending = []
-        for slot, start, end in chosen:
-            sequence = slot.owner
-            assert sequence is not None
-            ends = (sequence.request.options, sequence.seed) if end == len(slot.prompt) else None
-            if ends:
-                ending.append((len(parts), sequence))
-            parts.append(PromptPart(slot.index, slot.prompt[start:end], start, ends))
-        wanted = self._wants_logprobs(sequence for _, sequence in ending)
-        self._state, sampled, places = self._engine.read_prompts(self._state, parts, self._lanes, wanted)
-        first = chosen[0].slot
-        self._engine.report_reading(first.read, len(first.prompt))
-        self._copy_beginnings()  # before a slot that has been read can be given to another
-        compiling = self._engine.compile_seconds - before
-        for sequence in readers:
-            sequence.compile_seconds += compiling
-        for _, sequence in ending:
+        owners = [self._slots[chunk.slot].owner if chunk.sampling is not None else None for chunk in chunks]
+        wanted = self._wants_logprobs(owners)
+        self._state, sampled, rows = self._engine.prefill(self._state, chunks, self._lanes, wanted)
+        first = self._slots[chunks[0].slot]
+        self._engine.report_prefill(first.read, len(first.prompt))
+        self._state = self._scheduler.copy_prefixes(self._state)  # before a slot that has been read can be reused
+        seconds = self._engine.compile_seconds - seconds
+        for sequence in prefilling:
+            sequence.compile_seconds += seconds
+        started = [(row, owner) for row, owner in zip(rows, owners, strict=True) if owner is not None]
+        for _, sequence in started:
             sequence.dispatched = 1
-        return [_Dispatched(sampled, [(places[index], sequence) for index, sequence in ending])]
+        return [_Dispatched(sampled, started)]
 
-    def _wants_logprobs(self, sequences: Iterable[GeneratedSequence]) -> bool:
-        return self._logprobs or any(sequence.request.options.logprobs is not None for sequence in sequences)
+    def _wants_logprobs(self, sequences: Iterable[GeneratedSequence | None]) -> bool:
+        wanting = (sequence is not None and sequence.request.options.logprobs is not None for sequence in sequences)
+        return self._logprobs or any(wanting)
 
     def _decode(self) -> list[_Dispatched]:
-        """Starts a step for every sequence that wants another token."""
+        """Dispatch a step for every sequence that wants another token."""
         rows = [
             (slot.index, slot.owner)
             for slot in self._slots
@@ -232,15 +210,15 @@ class _Loop:
             active[index] = True
             sequence.dispatched += 1
         wanted = self._wants_logprobs(sequence for _, sequence in rows)
-        before = self._engine.compile_seconds
+        seconds = self._engine.compile_seconds
         self._state, sampled = self._engine.decode(self._state, active, wanted)
-        compiling = self._engine.compile_seconds - before
+        seconds = self._engine.compile_seconds - seconds
         for _, sequence in rows:
-            sequence.decode_compile_seconds += compiling
+            sequence.decode_compile_seconds += seconds
         return [_Dispatched(sampled, rows)]
 
     def _hand_out(self, step: _Dispatched) -> Iterator[GeneratedSequence]:
-        """Takes the tokens of a step, waiting for it; tokens of sequences that have ended since are dropped."""
+        """Wait for a step and hand out its tokens, except those of sequences that have finished since."""
         sampled = jax.device_get(step.sampled)
         now = time.perf_counter()
         eos = self._engine.config.eos_id
@@ -263,4 +241,4 @@ class _Loop:
                     sequence._finish("max_tokens" if sequence.limit == options.max_tokens else "context")
             yield sequence
             if sequence.finish_reason is not None:
-                self._slots.free(sequence)
+                self._scheduler.release(sequence)

@@ -1,4 +1,4 @@
-"""How busy a batch is. Nothing here imports JAX."""
+"""Slot use of a batch. Nothing here imports JAX."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import dataclasses
 
 @dataclasses.dataclass(eq=False)
 class Occupancy:
-    """How busy a batch is and has been.
+    """Statistics about the slots of a batch.
 
     Attributes:
-        slots: how many there are.
-        busy: how many have a sequence now.
-        rounds: steps so far, a reading and a decoding step together for one.
-        busy_rounds: sum over these of the slots that had a sequence.
-        read_tokens: tokens of prompts that were read.
-        copied_tokens: tokens of prompts that were copied from another slot's beginning, or were still there.
+        slots: number of slots.
+        busy: number of slots with a sequence now.
+        rounds: steps so far; a prefill step and the decoding step after it count as one.
+        busy_rounds: sum over these of the slots with a sequence.
+        read_tokens: prompt tokens that were read.
+        copied_tokens: prompt tokens that were copied from another slot, or were still in the slot.
         generated_tokens: tokens handed out.
     """
 
@@ -29,5 +29,5 @@ class Occupancy:
 
     @property
     def mean_use(self) -> float | None:
-        """Mean share of the slots that had a sequence; None before the first step."""
+        """Mean fraction of the slots with a sequence; None before the first step."""
         return self.busy_rounds / (self.rounds * self.slots) if self.rounds else None

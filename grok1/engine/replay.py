@@ -1,7 +1,7 @@
-"""Steps as messages: what one process of a mesh tells the others to run with it.
+"""Steps as messages, which one process of a mesh sends to the others to replay.
 
-A step is its kind and sizes, a handle for the cache or batch that it takes over and gives back, and the arrays that
-come from the host. As bytes it is one line of JSON and the arrays' own bytes behind it; nothing in it is executed.
+A step is its key, a handle for its state, and the arrays that come from the host. As bytes it is one line of JSON
+followed by the bytes of the arrays; nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Step:
     """One step.
 
     Attributes:
-        key: its kind, and the sizes that its program is made for.
-        handle: of the cache or batch.
-        freed: handles that nobody will use any more.
-        arrays: from the host, in the order of the leaves.
+        key: its `StepKey`.
+        handle: of its state.
+        freed: handles of states that no longer exist.
+        arrays: the leaves of its host arrays.
     """
 
     key: tuple[Any, ...]
@@ -33,7 +33,7 @@ class Step:
     arrays: list[np.ndarray]
 
     def encode(self) -> bytes:
-        """The message."""
+        """Encode as a message."""
         told = {
             "key": self.key,
             "handle": self.handle,
@@ -44,7 +44,7 @@ class Step:
 
     @classmethod
     def decode(cls, message: bytes) -> Step:
-        """The step of a message."""
+        """Decode a message."""
         end = message.index(b"\n")
         told = json.loads(message[:end])
         arrays, offset = [], end + 1
@@ -56,13 +56,13 @@ class Step:
 
 
 class StepSender:
-    """Sends steps, and knows by which handle the others know a cache or batch.
+    """Sends steps, and keeps the handles of states.
 
-    What is held is known by one of its arrays, the owner, which every step consumes and gives anew.
+    A state is identified by one of its arrays, the owner, which every step donates and returns anew.
     """
 
     def __init__(self, send: Callable[[bytes], None]):
-        """`send` delivers a message to every other process, in order."""
+        """Create a sender; `send` delivers a message to every other process, in order."""
         self._send = send
         self._handles: dict[int, int] = {}  # by the id of the owner
         self._owners: dict[int, int] = {}  # the id of the owner by handle
@@ -70,15 +70,15 @@ class StepSender:
         self._count = 0
 
     def send(self, key: tuple[Any, ...], owner: jax.Array | None, arrays: Sequence[Any]) -> int:
-        """Sends a step.
+        """Send a step.
 
         Args:
             key: as in `Step`.
-            owner: of what it takes over; None if it makes it.
+            owner: of the state that it takes; None if it creates one.
             arrays: as in `Step`.
 
         Returns:
-            the handle of what it gives.
+            the handle of the state that it returns.
         """
         if owner is None:
             self._count += 1
@@ -89,8 +89,8 @@ class StepSender:
         self._send(Step(key, handle, freed, [np.asarray(array) for array in arrays]).encode())
         return handle
 
-    def given(self, handle: int, owner: jax.Array) -> None:
-        """Takes note of the owner that a step has given anew."""
+    def returned(self, handle: int, owner: jax.Array) -> None:
+        """Record the owner of the state that a step has returned."""
         self._handles[id(owner)] = handle
         self._owners[handle] = id(owner)
         weakref.finalize(owner, self._forget, id(owner), handle).atexit = False

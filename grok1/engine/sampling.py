@@ -1,9 +1,10 @@
-"""Drawing the next token of each sequence on the device, each with options and a random stream of its own."""
+"""Sampling the next token of each sequence on the device, with its own options and random stream."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from jax import lax
 from grok1.ops.sampling import filter_logits
 from grok1.request import SamplingOptions
 
+_DEVICE_OPTIONS = [field for field in dataclasses.fields(SamplingOptions) if "dtype" in field.metadata]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -20,40 +23,29 @@ class SamplingState:
     """The sampling options of a batch.
 
     Attributes:
-        temperature: float32 `[batch]`; 0 is greedy.
-        top_k: int32 `[batch]`; 0 is off.
-        top_p: float32 `[batch]`; 1 is off.
-        min_p: float32 `[batch]`; 0 is off.
+        options: `[batch]` for each field of `SamplingOptions` that has a dtype for the device.
         seed: uint32 `[batch, 2]`, high and low word.
     """
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
-    seed: jax.Array
+    options: OrderedDict[str, jax.Array | np.ndarray]
+    seed: jax.Array | np.ndarray
 
     @classmethod
     def of(cls, options: SamplingOptions, seed: int) -> SamplingState:
-        """The state of one sequence, as arrays with a leading axis of 1."""
-        values: dict[str, Any] = {
-            "temperature": np.asarray([options.temperature], np.float32),
-            "top_k": np.asarray([options.top_k], np.int32),
-            "top_p": np.asarray([options.top_p], np.float32),
-            "min_p": np.asarray([options.min_p], np.float32),
-            "seed": np.asarray([[seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF]], np.uint32),
-        }
-        return cls(**values)
+        """The state of one sequence, as NumPy arrays with a leading axis of 1."""
+        values = [(field, getattr(options, field.name)) for field in _DEVICE_OPTIONS]
+        return cls(
+            OrderedDict((field.name, np.asarray([value], field.metadata["dtype"])) for field, value in values),
+            np.asarray([[seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF]], np.uint32),
+        )
 
     @classmethod
     def empty(cls, batch: int) -> SamplingState:
-        """Greedy for every sequence of a batch, as NumPy arrays."""
+        """Greedy sampling for every sequence of a batch, as NumPy arrays."""
+        values = [(field.name, field.metadata["neutral"], field.metadata["dtype"]) for field in _DEVICE_OPTIONS]
         return cls(
-            temperature=np.zeros(batch, np.float32),  # type: ignore[arg-type]
-            top_k=np.zeros(batch, np.int32),  # type: ignore[arg-type]
-            top_p=np.ones(batch, np.float32),  # type: ignore[arg-type]
-            min_p=np.zeros(batch, np.float32),  # type: ignore[arg-type]
-            seed=np.zeros((batch, 2), np.uint32),  # type: ignore[arg-type]
+            OrderedDict((name, np.full(batch, neutral, dtype)) for name, neutral, dtype in values),
+            np.zeros((batch, 2), np.uint32),
         )
 
 
@@ -62,11 +54,11 @@ class SamplingState:
 class SampledTokens:
     """The next token of each sequence of a batch.
 
-    Log-probabilities are the model's own: of its logits before temperature and filters.
+    Log-probabilities are those of the model's own distribution, before the transformations of the logits.
 
     Attributes:
         tokens: int32 `[batch]`.
-        logprobs: float32 `[batch]`, of the chosen tokens.
+        logprobs: float32 `[batch]`, of the sampled tokens.
         top_tokens: int32 `[batch, K]`, the likeliest tokens, likeliest first.
         top_logprobs: float32 `[batch, K]`.
     """
@@ -77,36 +69,52 @@ class SampledTokens:
     top_logprobs: jax.Array
 
 
-def sample(logits: jax.Array, state: SamplingState, positions: jax.Array, top_logprobs: int) -> SampledTokens:
-    """Chooses a token for each sequence.
+def _apply_temperature(logits: jax.Array, options: Mapping[str, jax.Array]) -> jax.Array:
+    return logits / jnp.maximum(options["temperature"], 1e-6)[:, None]
 
-    The random numbers of a token depend on its sequence's seed and its position alone.
+
+def _filter(logits: jax.Array, options: Mapping[str, jax.Array]) -> jax.Array:
+    top_k, top_p, min_p = options["top_k"], options["top_p"], options["min_p"]
+    return lax.cond(
+        jnp.any((top_k > 0) | (top_p < 1) | (min_p > 0)),
+        lambda: filter_logits(logits, top_k, top_p, min_p),
+        lambda: logits,
+    )
+
+
+_TRANSFORMATIONS: list[Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array]] = [_apply_temperature, _filter]
+"""What sampling options do to the logits `[batch, vocab]` of sequences that are not greedy, in this order."""
+
+
+def sample(logits: jax.Array, state: SamplingState, positions: jax.Array, top_logprobs: int) -> SampledTokens:
+    """Sample a token for each sequence.
+
+    The random numbers of a token depend only on the seed of its sequence and its position.
 
     Args:
         logits: float32 `[batch, vocab]`.
         state: the sequences' options.
-        positions: int32 `[batch]`, the positions that the chosen tokens will have.
+        positions: int32 `[batch]`, positions of the sampled tokens.
         top_logprobs: how many of the likeliest tokens to report.
     """
+    temperature = state.options["temperature"]
 
     def draw() -> jax.Array:
-        warmed = logits / jnp.maximum(state.temperature, 1e-6)[:, None]
-        filtered = jnp.any((state.top_k > 0) | (state.top_p < 1) | (state.min_p > 0))
-        warmed = lax.cond(
-            filtered, lambda: filter_logits(warmed, state.top_k, state.top_p, state.min_p), lambda: warmed
-        )
+        transformed = logits
+        for transform in _TRANSFORMATIONS:
+            transformed = transform(transformed, state.options)
         keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.seed, impl="threefry2x32"), positions)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
-        return jnp.argmax(warmed + noise, axis=-1).astype(jnp.int32)
+        return jnp.argmax(transformed + noise, axis=-1).astype(jnp.int32)
 
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    drawn = lax.cond(jnp.any(state.temperature > 0), draw, lambda: greedy)
-    tokens = jnp.where(state.temperature > 0, drawn, greedy)
+    drawn = lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)
+    tokens = jnp.where(temperature > 0, drawn, greedy)
     return token_logprobs(logits, tokens, top_logprobs)
 
 
 def token_logprobs(logits: jax.Array, tokens: jax.Array, top_logprobs: int) -> SampledTokens:
-    """The log-probabilities of given tokens and of the likeliest ones.
+    """Log-probabilities of given tokens and of the likeliest ones.
 
     Args:
         logits: float32 `[batch, vocab]`.

@@ -1,118 +1,130 @@
-"""Which prompt is in which slot of a batch, what of it is to be read next, and what is copied from another slot.
+"""Scheduling prompts on the slots of a batch: admission, prefix reuse, and the chunks that each step reads.
 
-What a prompt has in common with one that a slot holds, or is going to hold, is copied from there instead of being read
-again, in whole lanes.
+A prefix that a prompt shares with one that a slot holds, or will hold, is copied from there instead of being read
+again, in multiples of `LANE_TOKENS`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
-from grok1.engine.engine import LANE_TOKENS, Engine
+from grok1.engine.chunks import LANE_TOKENS, PrefillChunk
+from grok1.engine.engine import Engine
 from grok1.engine.occupancy import Occupancy
-from grok1.network import KVCache
+from grok1.engine.programs import State
+from grok1.request import SamplingOptions
 
 Owner = TypeVar("Owner")
+AnyState = TypeVar("AnyState", bound=State)
 
 
 @dataclasses.dataclass(eq=False)
-class PromptSlot(Generic[Owner]):
-    """One place of the batch.
+class Slot(Generic[Owner]):
+    """A slot of the batch.
 
     Attributes:
-        index: of the place.
-        owner: who has it; None if it is free.
-        prompt: int32, the prompt whose keys and values its cache holds, or is going to hold.
-        read: how many of the prompt's tokens it holds, as soon as everything dispatched is done.
-        source: another slot that is reading what this one begins with, and has to be waited for.
-        shared: how much of that is to be copied.
+        index: its index.
+        owner: the sequence in it; None if it is free.
+        prompt: int32, the prompt whose keys and values its cache holds, or will hold.
+        read: how many of the prompt's tokens the cache holds once everything dispatched is done.
+        source: another slot that is still reading the shared prefix.
+        shared: length of that prefix.
+        sampling: `PrefillChunk.sampling` of the prompt's last chunk.
+        targets: `PrefillChunk.targets` of the whole prompt.
     """
 
     index: int
     owner: Owner | None = None
     prompt: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
     read: int = 0
-    source: PromptSlot[Owner] | None = None
+    source: Slot[Owner] | None = None
     shared: int = 0
+    sampling: tuple[SamplingOptions, int] | None = None
+    targets: np.ndarray | None = None
 
     @property
-    def reading(self) -> bool:
-        """Whether it has an owner whose prompt is not wholly read yet."""
+    def prefilling(self) -> bool:
+        """Whether it has an owner whose prompt has not been read completely."""
         return self.owner is not None and self.read < len(self.prompt)
 
+    def next_chunk(self, length: int) -> PrefillChunk:
+        """Take the next chunk of the prompt, of at most `length` tokens, to be read now."""
+        part = slice(self.read, min(self.read + length, len(self.prompt)))
+        self.read = part.stop
+        return PrefillChunk(
+            self.index,
+            self.prompt[part],
+            part.start,
+            sampling=self.sampling if self.read == len(self.prompt) else None,
+            targets=None if self.targets is None else self.targets[part],
+        )
 
-class Part(NamedTuple, Generic[Owner]):
-    """Tokens `start` to `end` of a slot's prompt."""
 
-    slot: PromptSlot[Owner]
-    start: int
-    end: int
-
-
-class PromptSlots(Generic[Owner]):
+class Scheduler(Generic[Owner]):
     """The slots of a batch and what has been read into them.
 
-    Whoever uses it reads every part that `next_parts` gives.
+    The caller reads every chunk that `next_chunks` returns.
     """
 
     def __init__(self, engine: Engine, slots: int, lanes: int, occupancy: Occupancy):
-        """Free slots.
+        """Create free slots.
 
         Args:
             engine: the model.
             slots: how many; rounded up to a multiple of the mesh's data axis.
-            lanes: how many parts of prompts a step reads on each data row.
-            occupancy: is kept up to date.
+            lanes: number of chunks that a step reads on each data row.
+            occupancy: kept up to date.
         """
         self._engine = engine
         self._lanes = lanes
         self._row_slots = -(-slots // engine.data_rows)
-        self._slots: list[PromptSlot[Owner]] = [
-            PromptSlot(index) for index in range(self._row_slots * engine.data_rows)
-        ]
-        self._reading: list[PromptSlot[Owner]] = []  # in the order in which they came
+        self.slots: list[Slot[Owner]] = [Slot(index) for index in range(self._row_slots * engine.data_rows)]
+        self._prefilling: list[Slot[Owner]] = []  # in order of admission
         self._occupancy = occupancy
-        occupancy.slots = len(self._slots)
-
-    def __len__(self) -> int:
-        return len(self._slots)
-
-    def __iter__(self) -> Iterator[PromptSlot[Owner]]:
-        return iter(self._slots)
+        occupancy.slots = len(self.slots)
 
     @property
-    def has_free(self) -> bool:
+    def has_free_slot(self) -> bool:
         """Whether a slot is free."""
-        return any(slot.owner is None for slot in self._slots)
+        return any(slot.owner is None for slot in self.slots)
 
     @property
-    def readers(self) -> list[Owner]:
-        """Whose prompts are being read."""
-        return [slot.owner for slot in self._reading if slot.owner is not None]
+    def prefilling(self) -> list[Owner]:
+        """Owners whose prompts are being read."""
+        return [slot.owner for slot in self._prefilling if slot.owner is not None]
 
-    def count_round(self) -> int:
-        """Counts a step for the statistics; how many slots have an owner."""
+    def count_step(self) -> int:
+        """Count a step for the statistics, and return the number of slots with an owner."""
         occupancy = self._occupancy
-        occupancy.busy = sum(slot.owner is not None for slot in self._slots)
+        occupancy.busy = sum(slot.owner is not None for slot in self.slots)
         if occupancy.busy:
             occupancy.rounds += 1
             occupancy.busy_rounds += occupancy.busy
         return occupancy.busy
 
-    def take(self, owner: Owner, prompt: np.ndarray, sharable: int) -> None:
-        """Gives a free slot to an owner.
+    def admit(
+        self,
+        owner: Owner,
+        prompt: np.ndarray,
+        sharable: int,
+        *,
+        sampling: tuple[SamplingOptions, int] | None = None,
+        targets: np.ndarray | None = None,
+    ) -> None:
+        """Give a free slot to an owner.
 
         Args:
             owner: not None.
             prompt: int32, at least one token.
             sharable: how many of its first tokens may be copied instead of being read.
+            sampling: see `PrefillChunk`; for the last chunk.
+            targets: see `PrefillChunk`; for the whole prompt.
         """
-        source, shared = self._longest_beginning(prompt[:sharable])
-        free = [slot for slot in self._slots if slot.owner is None]
+        source, shared = self._longest_prefix(prompt[:sharable])
+        free = [slot for slot in self.slots if slot.owner is None]
         if source is None:
             target = min(free, key=lambda slot: (self._busy(slot), len(slot.prompt)))
         elif source.owner is None:
@@ -120,65 +132,65 @@ class PromptSlots(Generic[Owner]):
         else:
             target = min((slot for slot in free if self._same_row(slot, source)), key=lambda slot: len(slot.prompt))
         target.owner, target.prompt, target.read = owner, prompt, 0
+        target.sampling, target.targets = sampling, targets
         if target is source:
             target.read = shared
             self._occupancy.copied_tokens += shared
         elif source is not None:
             target.source, target.shared = source, shared
-        self._reading.append(target)
+        self._prefilling.append(target)
 
-    def free(self, owner: Owner) -> None:
-        """Takes an owner's slot back; what was read into it stays there."""
-        for slot in self._slots:
+    def release(self, owner: Owner) -> None:
+        """Free an owner's slot; its cache keeps what was read into it."""
+        for slot in self.slots:
             if slot.owner is owner:
                 slot.owner = None
 
-    def _longest_beginning(self, prompt: np.ndarray) -> tuple[PromptSlot[Owner] | None, int]:
-        """The slot that holds or is reading most of a prompt's beginning, in whole lanes, and how much."""
-        best, most = None, 0
-        for slot in self._slots:
-            if not any(other.owner is None and self._same_row(slot, other) for other in self._slots):
+    def _longest_prefix(self, prompt: np.ndarray) -> tuple[Slot[Owner] | None, int]:
+        """The slot that holds or will hold the longest prefix of a prompt, in whole lanes, and its length."""
+        best, longest = None, 0
+        for slot in self.slots:
+            if not any(other.owner is None and self._same_row(slot, other) for other in self.slots):
                 continue
-            # A free slot holds what it has read; one that is reading will hold its whole prompt.
-            held = slot.prompt[: slot.read] if slot.owner is None else slot.prompt
-            length = min(len(held), len(prompt))
-            differs = np.flatnonzero(held[:length] != prompt[:length])
+            # A free slot holds what it has read; a busy one will hold its whole prompt.
+            tokens = slot.prompt[: slot.read] if slot.owner is None else slot.prompt
+            length = min(len(tokens), len(prompt))
+            differs = np.flatnonzero(tokens[:length] != prompt[:length])
             common = int(differs[0]) if len(differs) else length
             common -= common % LANE_TOKENS
-            if common > most or (common == most and best is not None and slot.owner is None):
-                best, most = slot, common
-        return best, most
+            if common > longest or (common == longest and best is not None and slot.owner is None):
+                best, longest = slot, common
+        return best, longest
 
-    def _same_row(self, slot: PromptSlot[Owner], other: PromptSlot[Owner]) -> bool:
+    def _same_row(self, slot: Slot[Owner], other: Slot[Owner]) -> bool:
         return slot.index // self._row_slots == other.index // self._row_slots
 
-    def _busy(self, slot: PromptSlot[Owner]) -> int:
-        """How many slots of its data row are taken."""
-        return sum(other.owner is not None and self._same_row(slot, other) for other in self._slots)
+    def _busy(self, slot: Slot[Owner]) -> int:
+        """Number of busy slots in its data row."""
+        return sum(other.owner is not None and self._same_row(slot, other) for other in self.slots)
 
-    def copy_beginnings(self, cache: KVCache) -> KVCache:
-        """Copies all that waits for another slot that has read it by now; the cache is consumed.
+    def copy_prefixes(self, state: AnyState) -> AnyState:
+        """Copy every shared prefix that its source has read by now; the cache or batch is donated.
 
-        It comes before `next_parts`, and once more before a slot that has been read is given to another.
+        Call it before `next_chunks`, and again before a slot that has been read is given to another owner.
         """
-        for slot in self._reading:
+        for slot in self._prefilling:
             if slot.source is not None and slot.source.read >= slot.shared:
-                cache = self._engine.copy_beginning(cache, slot.source.index, slot.index, slot.shared)
+                state = self._engine.copy_prefix(state, slot.source.index, slot.index, slot.shared)
                 self._occupancy.copied_tokens += slot.shared
                 slot.read, slot.source = slot.shared, None
-        return cache
+        return state
 
-    def next_parts(self) -> list[Part[Owner]]:
-        """The parts to be read in the next step; on each data row who came first reads first."""
+    def next_chunks(self) -> list[PrefillChunk]:
+        """The chunks to read in the next step; on each data row the first admitted prompt is read first."""
         length = LANE_TOKENS if self._lanes > 1 else self._engine.max_chunk
         free = [self._lanes] * self._engine.data_rows
-        parts = []
-        for slot in self._reading:
+        chunks = []
+        for slot in self._prefilling:
             row = slot.index // self._row_slots
             while slot.source is None and slot.read < len(slot.prompt) and free[row]:
-                start, slot.read = slot.read, min(slot.read + length, len(slot.prompt))
-                parts.append(Part(slot, start, slot.read))
-                self._occupancy.read_tokens += slot.read - start
+                chunks.append(slot.next_chunk(length))
+                self._occupancy.read_tokens += len(chunks[-1].tokens)
                 free[row] -= 1
-        self._reading = [slot for slot in self._reading if slot.reading]
-        return parts
+        self._prefilling = [slot for slot in self._prefilling if slot.prefilling]
+        return chunks

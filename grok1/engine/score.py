@@ -1,4 +1,4 @@
-"""How likely given texts are: reads them as prompts are read, many at a time."""
+"""Scoring texts: they are read like prompts, many at a time."""
 
 from __future__ import annotations
 
@@ -9,25 +9,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from grok1.engine.engine import Engine, ScoredPart
+from grok1.engine.engine import Engine
 from grok1.engine.occupancy import Occupancy
 from grok1.engine.sampling import SampledTokens
-from grok1.engine.scheduler import PromptSlots
+from grok1.engine.scheduler import Scheduler
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoringRequest:
-    """A text in token ids.
+    """A text to score.
 
     Attributes:
-        tokens: 2 to `sequence_len + 1` ids; the last is only scored, not read.
-        first: index of the first token to be scored, at least 1. What is before it may be shared with other texts.
-        tag: anything, handed back in `ScoredSequence.request`.
+        tokens: 2 to `sequence_len + 1` token ids; the last is only scored, not read.
+        first: index of the first token to score, at least 1. The tokens before it may be shared with other texts.
     """
 
     tokens: Sequence[int]
     first: int = 1
-    tag: object = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -35,11 +33,13 @@ class ScoredSequence:
     """A text that is being scored.
 
     Attributes:
-        request: which.
-        pieces: NumPy arrays, an entry for each token from `request.first` on, as far as they are there.
+        request: the text.
+        request_index: index of the request among those given.
+        pieces: NumPy arrays with an entry for each token from `request.first` on, as far as they have arrived.
     """
 
     request: ScoringRequest
+    request_index: int
     pieces: list[SampledTokens] = dataclasses.field(default_factory=list)
 
     @property
@@ -50,7 +50,7 @@ class ScoredSequence:
 
 @dataclasses.dataclass(frozen=True)
 class _Dispatched:
-    """A step whose results have not been read: of which sequence each row is, and which of its places are wanted."""
+    """A step whose results have not been read: its outputs, the wanted part of each row, and the texts that it ends."""
 
     scored: Any
     rows: list[tuple[int, ScoredSequence, slice]]
@@ -66,54 +66,52 @@ def score(
     logprobs: bool = False,
     occupancy: Occupancy | None = None,
 ) -> Iterator[ScoredSequence]:
-    """Scores texts, as many at a time as there are slots, sharing what they begin with.
+    """Score texts, as many at a time as there are slots, with shared prefixes read once.
 
     Args:
         engine: the model.
         requests: taken one by one, when a slot is free.
-        slots: how many texts are read at a time; rounded up to a multiple of the mesh's data axis.
-        lanes: parts of texts that a step reads, as for `grok1.engine.generate.generate`.
-        logprobs: whether the 20 likeliest tokens are wanted in each place, rather than the one.
-        occupancy: is kept up to date.
+        slots: number of texts read at a time; rounded up to a multiple of the mesh's data axis.
+        lanes: number of chunks in a step, as for `grok1.engine.generate.generate`.
+        logprobs: whether to report the 20 likeliest tokens at each position, rather than only the likeliest.
+        occupancy: kept up to date.
 
     Yields:
-        each text when it is done, in the order in which they are.
+        each text when it is done.
     """
-    places: PromptSlots[ScoredSequence] = PromptSlots(engine, slots, lanes, occupancy or Occupancy())
-    cache = engine.new_cache(len(places))
-    waiting = iter(requests)
-    before: _Dispatched | None = None
+    scheduler: Scheduler[ScoredSequence] = Scheduler(engine, slots, lanes, occupancy or Occupancy())
+    cache = engine.new_cache(len(scheduler.slots))
+    waiting = enumerate(requests)
+    previous: _Dispatched | None = None
     while True:
-        while places.has_free and (request := next(waiting, None)) is not None:
-            if not 1 <= request.first < len(request.tokens) <= engine.capacity + 1:
+        while scheduler.has_free_slot and (numbered := next(waiting, None)) is not None:
+            index, request = numbered
+            if not 1 <= request.first < len(request.tokens) <= engine.max_seq_len + 1:
                 raise ValueError(f"{len(request.tokens)} tokens, to be scored from {request.first} on")
-            places.take(ScoredSequence(request), np.asarray(request.tokens[:-1], np.int32), request.first - 1)
-        places.count_round()
-        cache = places.copy_beginnings(cache)
+            tokens = np.asarray(request.tokens, np.int32)
+            scheduler.admit(ScoredSequence(request, index), tokens[:-1], request.first - 1, targets=tokens[1:])
+        scheduler.count_step()
+        cache = scheduler.copy_prefixes(cache)
         step = None
-        if chosen := places.next_parts():
-            parts = []
-            for slot, start, end in chosen:
-                assert slot.owner is not None
-                targets = np.asarray(slot.owner.request.tokens[start + 1 : end + 1], np.int32)
-                parts.append(ScoredPart(slot.index, slot.prompt[start:end], start, targets))
-            cache, scored, rows = engine.score_parts(cache, parts, lanes, logprobs)
-            cache = places.copy_beginnings(cache)
+        if chunks := scheduler.next_chunks():
+            cache, scored, rows = engine.score(cache, chunks, lanes, logprobs)
+            cache = scheduler.copy_prefixes(cache)
             step = _Dispatched(scored, [], [])
-            for (slot, start, end), row in zip(chosen, rows, strict=True):
+            engine.report_prefill(chunks[0].end, len(scheduler.slots[chunks[0].slot].prompt))
+            for chunk, row in zip(chunks, rows, strict=True):
+                slot = scheduler.slots[chunk.slot]
                 sequence = slot.owner
                 assert sequence is not None
-                wanted = slice(max(0, sequence.request.first - 1 - start), end - start)
+                wanted = slice(max(0, sequence.request.first - 1 - chunk.start), len(chunk.tokens))
                 step.rows.append((row, sequence, wanted))
-                if end == len(slot.prompt):
+                if chunk.end == len(slot.prompt):
                     step.ended.append(sequence)
-                    places.free(sequence)
-            engine.report_reading(chosen[0].end, len(chosen[0].slot.prompt))
-        if before is not None:
-            arrays = jax.device_get(before.scored)
-            for row, sequence, wanted in before.rows:
+                    scheduler.release(sequence)
+        if previous is not None:
+            arrays = jax.device_get(previous.scored)
+            for row, sequence, wanted in previous.rows:
                 sequence.pieces.append(jax.tree.map(lambda array, row=row, wanted=wanted: array[row][wanted], arrays))
-            yield from before.ended
-        if step is None and before is None and not places.readers:
+            yield from previous.ended
+        if step is None and previous is None and not scheduler.prefilling:
             return
-        before = step
+        previous = step

@@ -23,8 +23,7 @@ from tqdm import tqdm
 
 from grok1.errors import RequestError
 from grok1.jobs.validate import shared_prefix
-from grok1.request import SamplingOptions
-from grok1.text.prompt import Request
+from grok1.request import Request, SamplingOptions
 
 if TYPE_CHECKING:
     from grok1.model import Model

@@ -11,7 +11,8 @@ from grok1.engine.occupancy import Occupancy
 from grok1.jobs.result_json import completion_object, json_line
 from grok1.jobs.rows import Row, RowDefaults, read_rows
 from grok1.jobs.run import Batching, Job
-from grok1.text.prompt import Request, required
+from grok1.request import EncodedRequest
+from grok1.text.prompt import required
 
 if TYPE_CHECKING:
     from grok1.model import Completion, Model
@@ -46,13 +47,13 @@ class CompletionJob(Job[Row]):
             "no_prompt": not self.prompts,
         }
 
-    def requests(self, row: Row) -> list[Request]:
+    def requests(self, row: Row) -> list[EncodedRequest]:
         """The request of a row."""
         assert row.request is not None
-        return [dataclasses.replace(row.request, prompt=row.tokens)]
+        return [row.request]
 
     def outputs(
-        self, model: Model, requests: Iterator[Request], batching: Batching, occupancy: Occupancy
+        self, model: Model, requests: Iterator[EncodedRequest], batching: Batching, occupancy: Occupancy
     ) -> Iterator[tuple[int, Completion]]:
         """Yields completions as they finish, each with the number of its request."""
         for completion in model.complete_many(

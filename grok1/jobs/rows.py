@@ -15,8 +15,8 @@ from pydantic_core import PydanticCustomError, from_json
 from grok1.config import ModelConfig
 from grok1.errors import RequestError
 from grok1.jobs.source import MAX_LINE_BYTES, Line, Source
-from grok1.request import MAX_SEED, SamplingOptions
-from grok1.text.prompt import Request, encode_prompt
+from grok1.request import MAX_SEED, EncodedRequest, Request, SamplingOptions
+from grok1.text.prompt import encode_request
 from grok1.text.tokenizer import Tokenizer
 
 Fields = TypeVar("Fields", bound=pydantic.BaseModel)
@@ -52,7 +52,7 @@ class Row:
     line: int
     digest: int
     id: str | int | None = None
-    request: Request | None = None
+    request: EncodedRequest | None = None
     tokens: list[int] = dataclasses.field(default_factory=list)
     echo: bool = False
     error: str | None = None
@@ -171,10 +171,9 @@ def _read_row(raw: RawRow, format: str, defaults: RowDefaults, tokenizer: Tokeni
             value = json_object(raw.content, _EXAMPLE)
             given = given_id(value, "id", "custom_id")
             given, fields = _json_fields(value)
-        request = fields.request(raw.index, defaults)
-        tokens = encode_prompt(request, tokenizer, config)
+        request = encode_request(fields.request(raw.index, defaults), tokenizer, config)
         echo = defaults.echo if fields.echo is None else fields.echo
-        return Row(raw.index, raw.line.number, raw.digest, given, request, tokens, echo)
+        return Row(raw.index, raw.line.number, raw.digest, given, request, request.tokens, echo)
     except (BadRow, RequestError) as error:
         return Row(raw.index, raw.line.number, raw.digest, given, error=str(error))
 

@@ -4,7 +4,7 @@ from grok1.model.load import load, random_model
 from grok1.model.model import Model
 from grok1.model.results import Completion, CompletionStream, Score, Timings, TokenScores
 from grok1.progress import Progress, ProgressCallback
-from grok1.text.prompt import Request
+from grok1.request import Request
 
 __all__ = [
     "Completion",

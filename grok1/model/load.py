@@ -33,7 +33,6 @@ from grok1.plan.devices import Devices, present_devices
 from grok1.plan.estimate import Estimate
 from grok1.plan.verdict import room
 from grok1.progress import Progress, ProgressCallback
-from grok1.text.prompt import Request as Request
 from grok1.text.tokenizer import Tokenizer, find_tokenizer
 
 

@@ -1,4 +1,4 @@
-"""The results of a model: completions, scores, and the text of a completion while it is generated."""
+"""Results of a model: completions, their text while it is generated, and scores."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from grok1.request import FinishReason, TokenLogprobs
 
 @dataclasses.dataclass(frozen=True)
 class Timings:
-    """How long a completion took, in seconds.
+    """Timings of a completion, in seconds.
 
     Attributes:
-        prompt_tokens: tokens of the prompt.
-        completion_tokens: tokens generated.
-        prefill_seconds: reading the prompt; 0 if another sample of the same prompt has read it.
-        decode_seconds: from the first token to the last.
-        compile_seconds: compiling programs on the way; in neither of the two above.
-        time_to_first_token: from the start to the first token, compiling included.
+        prompt_tokens: number of tokens of the prompt.
+        completion_tokens: number of tokens generated.
+        prefill_seconds: time to read the prompt; 0 if another sample of the same prompt has read it.
+        decode_seconds: time from the first token to the last.
+        compile_seconds: time spent compiling, which is in neither of the two above.
+        time_to_first_token: time from the start to the first token, including compilation.
     """
 
     prompt_tokens: int
@@ -31,12 +31,12 @@ class Timings:
 
     @property
     def prefill_tokens_per_second(self) -> float | None:
-        """Speed of reading the prompt; None if it took no time."""
+        """Prefill speed; None if it took no time."""
         return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds > 0 else None
 
     @property
     def decode_tokens_per_second(self) -> float | None:
-        """Speed of generating after the first token; None if there was no second."""
+        """Decoding speed after the first token; None if there was no second."""
         steps = self.completion_tokens - 1
         return steps / self.decode_seconds if steps > 0 and self.decode_seconds > 0 else None
 
@@ -46,16 +46,16 @@ class Completion:
     """A finished completion.
 
     Attributes:
-        prompt: the prompt as it was given.
+        prompt: the prompt of the request.
         prompt_tokens: the prompt's token ids, after truncation.
-        text: what follows the prompt, cut before a stop text; the space between the two is part of it.
-        tokens: the generated token ids, a stop text's included, without an end-of-text token that ended it.
+        text: the text after the prompt, up to a stop text; it includes the space between the two.
+        tokens: the generated token ids, including a stop text's, without the end-of-text token.
         finish_reason: "eos", "stop", "max_tokens" or "context".
         stop_text: the stop text that ended it.
-        seed: repeats this completion.
-        sample: which of the request's samples it is.
-        request_index: the place of its request among those given.
-        logprobs: for each of `tokens`, if asked for.
+        seed: the seed that reproduces it.
+        sample: index of the sample within the request.
+        request_index: index of the request among those given.
+        logprobs: for each of `tokens`, if requested.
         timings: how long it took.
     """
 
@@ -74,12 +74,12 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How likely a text is.
+    """The log-probabilities of a text, natural logarithms.
 
     Attributes:
         tokens: the text's token ids.
-        logprobs: for each token but the first, natural logarithms, with the likeliest tokens in its place.
-        num_bytes: number of UTF-8 bytes of all tokens but the first; None without a tokenizer.
+        logprobs: for each token except the first, with the likeliest tokens at its position.
+        num_bytes: number of UTF-8 bytes of all tokens except the first; None without a tokenizer.
     """
 
     tokens: list[int]
@@ -104,12 +104,12 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class TokenScores:
-    """How likely the tokens of one of many texts are, from the first that was to be scored on.
+    """The log-probabilities of the scored tokens of one of many texts, natural logarithms.
 
     Attributes:
-        index: the place of the text among those given.
-        logprobs: for each token, natural logarithms, with the likeliest tokens in its place.
-        likeliest: the likeliest token in each place.
+        index: index of the text among those given.
+        logprobs: for each token, with the likeliest tokens at its position.
+        likeliest: the likeliest token at each position.
     """
 
     index: int
@@ -118,9 +118,9 @@ class TokenScores:
 
 
 class CompletionStream(Iterator[str]):
-    """The text of a completion, piece by piece as it is generated.
+    """Iterator over the text of a completion as it is generated.
 
-    Iterate to get the pieces; they join to `completion.text`. No piece ends inside a character.
+    The pieces concatenate to `completion.text`. No piece ends inside a character.
     """
 
     def __init__(self, events: Iterator[tuple[str, Completion | None]]):
@@ -136,11 +136,11 @@ class CompletionStream(Iterator[str]):
 
     @property
     def completion(self) -> Completion:
-        """The whole, once the stream has ended.
+        """The completion, once the stream has ended.
 
         Raises:
-            RuntimeError: if it has not.
+            RuntimeError: if the stream has not ended.
         """
         if self._completion is None:
-            raise RuntimeError("the completion is known when its stream has ended")
+            raise RuntimeError("the stream has not ended: iterate over it to the end first")
         return self._completion

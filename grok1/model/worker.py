@@ -1,6 +1,6 @@
-"""Following process 0: loading what it loads, and repeating its steps.
+"""The loop of worker processes: they load what process 0 loads, and replay its steps.
 
-Process 0 has the user; it sends what is to be loaded as a line of JSON, and then its steps.
+Process 0 talks to the user. It sends what to load as a line of JSON, and then its steps.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _LOAD = b"load "
 
 
 def tell_load(runtime: Runtime, mesh: tuple[int, int] | None, dtype: str | None, kernels: str) -> None:
-    """Tells the other processes to load their checkpoint with this one, with arguments as for `grok1.load`."""
+    """Tell the worker processes to load their checkpoint; arguments as for `grok1.load`."""
     _tell(runtime, mesh=mesh, dtype=dtype, kernels=kernels)
 
 
 def tell_random(
     runtime: Runtime, config: ModelConfig, mesh: tuple[int, int] | None, dtype: str | None, kernels: str
 ) -> None:
-    """Tells the other processes to make random weights with this one, with arguments as for `random_model`."""
+    """Tell the worker processes to make random weights; arguments as for `random_model`."""
     _tell(runtime, config=dataclasses.asdict(config), mesh=mesh, dtype=dtype, kernels=kernels)
 
 
@@ -34,12 +34,12 @@ def _tell(runtime: Runtime, **told: Any) -> None:
     runtime.send(_LOAD + json.dumps(told).encode())
 
 
-def follow(runtime: Runtime, checkpoint: Path, load_memory: int, threads: int | None) -> None:
-    """Does what process 0 does, until that ends this process.
+def worker_loop(runtime: Runtime, checkpoint: Path, load_memory: int, threads: int | None) -> None:
+    """Load what process 0 loads and replay its steps, until it ends this process.
 
     Args:
-        runtime: of a process that is not process 0.
-        checkpoint: as this host finds it.
+        runtime: of a process other than process 0.
+        checkpoint: its path on this host.
         load_memory: as for `grok1.load`.
         threads: as for `grok1.load`.
 
@@ -53,10 +53,10 @@ def follow(runtime: Runtime, checkpoint: Path, load_memory: int, threads: int | 
             told = json.loads(message[len(_LOAD) :])
             config = told.pop("config", None)
             told["mesh"] = None if told["mesh"] is None else tuple(told["mesh"])
-            model = None  # its memory comes before that of the next
+            model = None  # free its memory first
             if config is None:
                 model = load(checkpoint, load_memory=load_memory, threads=threads, runtime=runtime, **told)
             else:
                 model = random_model(ModelConfig(**config), threads=threads, runtime=runtime, **told)
         elif model is not None:
-            model.engine.repeat(Step.decode(message))
+            model.engine.replay(Step.decode(message))

@@ -1,4 +1,4 @@
-"""Keys and values of the positions that a model has read."""
+"""The key/value cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class KVCache:
     """Keys (rotated) and values of every layer.
 
     Attributes:
-        keys: `[layers, batch, kv_heads, max_seq_len, key]` in the activations' dtype.
+        keys: `[layers, slots, kv_heads, max_seq_len, key]` in the activations' dtype.
         values: the same.
     """
 
@@ -33,21 +33,22 @@ class KVCache:
         slots: jax.Array | None = None,
         keep_layout: bool = False,
     ) -> KVCache:
-        """The cache with new keys and values of one layer.
+        """Return the cache with new keys and values of one layer.
 
         Args:
             layer: which layer.
             keys: `[rows, seq, kv_heads, key]`.
             values: the same.
             positions: int32 `[rows, seq]`; nothing is written for negative ones.
-            slots: int32 `[rows]`, the sequence of the cache that each row belongs to; by default one after the other.
-            keep_layout: whether to constrain the result to the cache's layout.
+            slots: int32 `[rows]`, the slot of each row; by default row i belongs to slot i.
+            keep_layout: whether to constrain the result to the cache's layout. The TPU compiler would otherwise choose
+                another one, and copy the whole cache to it and back.
         """
-        rows = (jnp.arange(positions.shape[0]) if slots is None else slots)[:, None]
+        slots = (jnp.arange(positions.shape[0]) if slots is None else slots)[:, None]
         indices = jnp.where(positions < 0, self.keys.shape[3], positions)  # past the end: dropped
 
         def put(cache: jax.Array, new: jax.Array) -> jax.Array:
-            written = cache.at[layer, rows, :, indices].set(new.astype(cache.dtype), mode="drop")
+            written = cache.at[layer, slots, :, indices].set(new.astype(cache.dtype), mode="drop")
             return with_layout_constraint(written, _ROW_MAJOR) if keep_layout else written
 
         return KVCache(put(self.keys, keys), put(self.values, values))

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from grok1.config import ModelConfig
 from grok1.engine.engine import Engine
+from grok1.engine.programs import StepKey
 from grok1.errors import CompileError, MeshError
 from grok1.ops.kernels import kernels_without_packing
 from grok1.params.sharding import make_mesh
@@ -162,25 +163,21 @@ def compile_steps(
     rows = engine.data_rows
     if slots < 1 or slots % rows:
         raise MeshError(f"{slots} sequences do not divide by the mesh's {rows} data rows: use a multiple of {rows}")
-    length = min(prefill_tokens, engine.max_chunk)
-    cases: tuple[tuple[str, int, int, Callable[[], jax.stages.Lowered]], ...] = (
-        ("decode", slots, 1, lambda: engine.lower_decode(slots)),
-        ("prefill", slots, engine.part_bucket(length), lambda: engine.lower_prefill(slots, length)),
-    )
-    for name, sequences, tokens, lower in cases:
+    length = engine.chunk_bucket(min(prefill_tokens, engine.max_chunk))
+    for key in (StepKey("decode", slots), StepKey("prefill", slots, rows, length)):
         if progress is not None:
-            progress(name)
+            progress(key.kind)
         start = time.perf_counter()
-        program = _compile(name, lower(), engine.compiler_options)
+        program = _compile(key.kind, engine.lower(key), engine.compiler_options)
         seconds = time.perf_counter() - start
         yield CompiledStep(
-            name=name,
+            name=key.kind,
             device=mesh.devices.flat[0].device_kind,
             kernels=engine.kernels.backend,
-            sequences=sequences,
-            tokens=tokens,
+            sequences=slots,
+            tokens=key.length or 1,
             weight_bytes=device_bytes(engine.params),
-            cache_bytes=device_bytes(engine.abstract_cache(sequences)),
+            cache_bytes=device_bytes(engine.abstract_cache(slots)),
             layer_seconds=_estimated_seconds(program),
             collectives=collectives(program.as_text() or ""),
             compile_seconds=seconds,

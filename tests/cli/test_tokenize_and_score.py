@@ -145,7 +145,7 @@ def test_ids_are_scored_without_a_tokenizer(score, checkpoint, tmp_path):
     ("arguments", "stdin", "words"),
     [
         (["--ids"], b"5", "1 tokens, expected at least 2"),
-        (["--ids"], b"5 512", "token id 512 is none of the model's"),
+        (["--ids"], b"5 512", "token id 512 is out of range"),
         (["-"], b"ab\xff", "0xff at offset 2"),
     ],
 )

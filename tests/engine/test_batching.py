@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from grok1.engine.engine import LANE_TOKENS, Engine
-from grok1.engine.generate import GenerationRequest, generate
-from grok1.request import SamplingOptions
+from grok1.engine.chunks import LANE_TOKENS
+from grok1.engine.engine import Engine
+from grok1.engine.generate import generate
+from grok1.request import EncodedRequest, SamplingOptions
 
 
 @pytest.fixture(scope="module")
@@ -20,19 +21,19 @@ def engine(make_checkpoint, make_engine, small_config):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """What the engine does from now on: "decode", or the parts of prompts that a step reads."""
+    """What the engine does from now on: "decode", or the chunks of prompts that a step reads."""
     done = []
-    read_prompts, decode = Engine.read_prompts, Engine.decode
+    prefill, decode = Engine.prefill, Engine.decode
 
-    def reading(self, state, parts, *rest):
-        done.append([SimpleNamespace(slot=part.slot, start=part.start, count=len(part.tokens)) for part in parts])
-        return read_prompts(self, state, parts, *rest)
+    def reading(self, state, chunks, *rest):
+        done.append([SimpleNamespace(slot=chunk.slot, start=chunk.start, count=len(chunk.tokens)) for chunk in chunks])
+        return prefill(self, state, chunks, *rest)
 
     def decoding(self, *arguments):
         done.append("decode")
         return decode(self, *arguments)
 
-    monkeypatch.setattr(Engine, "read_prompts", reading)
+    monkeypatch.setattr(Engine, "prefill", reading)
     monkeypatch.setattr(Engine, "decode", decoding)
     return done
 
@@ -45,17 +46,17 @@ def prompt(length, seed=0):
     return [int(token) for token in np.random.default_rng(seed).integers(3, 64, length)]
 
 
-def request(tokens, tag=None, samples=1, **options):
+def request(tokens, samples=1, **options):
     options = {"max_tokens": 4, "temperature": 0.0, "seed": 5, "ignore_eos": True} | options
-    return GenerationRequest(tokens=tokens, options=SamplingOptions(**options), samples=samples, tag=tag)
+    return EncodedRequest(prompt=tokens, tokens=tokens, options=SamplingOptions(**options), num_samples=samples)
 
 
 def run(engine, requests, slots, **shape):
-    """All sequences, by their requests' tags and their samples."""
+    """All sequences, by the indices of their requests and their samples."""
     ended = {}
     for sequence in generate(engine, requests, slots, **shape):
         if sequence.finish_reason is not None:
-            ended[sequence.request.tag, sequence.sample] = sequence
+            ended[sequence.request_index, sequence.sample] = sequence
     return ended
 
 
@@ -73,7 +74,7 @@ def mixed_requests():
         if i % 3 == 0:
             tokens = header[: int(rng.integers(10, 70))] + tokens
         options = {"max_tokens": int(rng.integers(1, 30)), "temperature": 1.3 * (i % 2), "seed": i, "logprobs": 5}
-        requests.append(request(tokens, tag=i, samples=1 + (i % 5 == 0), **options))
+        requests.append(request(tokens, samples=1 + (i % 5 == 0), **options))
     return requests
 
 
@@ -83,11 +84,9 @@ def test_results_are_equal_to_the_last_bit_in_any_company(engine):
     together = run(engine, requests, 3, **shape)
     assert len(together) == 29
     backwards = run(engine, requests[::-1], 3, **shape)
-    alone = {}
-    for each in requests:
-        alone |= run(engine, [each], 3, **shape)
-    for key, sequence in together.items():
-        assert bits(sequence) == bits(backwards[key]) == bits(alone[key])
+    alone = [run(engine, [each], 3, **shape) for each in requests]
+    for (i, sample), sequence in together.items():
+        assert bits(sequence) == bits(backwards[23 - i, sample]) == bits(alone[i][0, sample])
 
 
 def test_a_row_that_wants_no_log_probabilities_has_none(engine):
@@ -99,7 +98,7 @@ def test_a_row_that_wants_no_log_probabilities_has_none(engine):
 def test_a_common_beginning_is_read_once(lanes, engine, steps):
     header = prompt(200)
     rows = [header + prompt(9, seed=1 + i) for i in range(100)]
-    found = run(engine, (request(tokens, tag=i) for i, tokens in enumerate(rows)), 8, lanes=lanes)
+    found = run(engine, (request(tokens) for tokens in rows), 8, lanes=lanes)
     shared = 200 - 200 % LANE_TOKENS
     assert tokens_read(steps) == 209 + 99 * (209 - shared)
     for i in (0, 1, 7, 50, 99):
@@ -119,15 +118,15 @@ def test_samples_of_a_prompt_share_its_reading(engine, steps):
 
 def test_a_beginning_that_another_slot_kept_is_used_again(engine, steps):
     rows = [prompt(64), prompt(40, seed=1), prompt(64) + prompt(10, seed=2)]
-    run(engine, (request(tokens, tag=i) for i, tokens in enumerate(rows)), 1, lanes=4)
+    run(engine, (request(tokens) for tokens in rows), 1, lanes=4)
     assert tokens_read(steps) == 64 + 40 + 74  # one slot: the first prompt is no longer there
     steps.clear()
-    run(engine, (request(tokens, tag=i, max_tokens=1) for i, tokens in enumerate(rows)), 2, lanes=4)
+    run(engine, (request(tokens, max_tokens=1) for tokens in rows), 2, lanes=4)
     assert tokens_read(steps) == 64 + 40 + 10
 
 
 def test_several_prompts_are_read_in_one_step(engine, steps):
-    requests = [request(prompt(10, seed=i), tag=i, max_tokens=2) for i in range(8)]
+    requests = [request(prompt(10, seed=i), max_tokens=2) for i in range(8)]
     run(engine, requests, 8, lanes=8)
     assert len([step for step in steps if step != "decode"]) == 1
     assert {part.slot for part in steps[0]} == set(range(8))
@@ -136,13 +135,13 @@ def test_several_prompts_are_read_in_one_step(engine, steps):
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_a_long_prompt_does_not_stall_the_others(lanes, engine, steps, monkeypatch):
     monkeypatch.setattr(Engine, "max_chunk", 32)
-    requests = [request(prompt(3), tag=0, max_tokens=30), request(prompt(300, seed=1), tag=1, max_tokens=2)]
+    requests = [request(prompt(3), max_tokens=30), request(prompt(300, seed=1), max_tokens=2)]
     run(engine, requests, 2, lanes=lanes)
     reading = [i for i, step in enumerate(steps) if step != "decode"]
     assert len(reading) >= 300 // 32
     begun = steps.index("decode")
     between = [later - earlier for earlier, later in itertools.pairwise(reading) if earlier > begun]
-    assert between == [2] * len(between)  # a decoding step after each part
+    assert between == [2] * len(between)  # a decoding step after each chunk
     assert len(between) > 5
 
 
@@ -161,21 +160,21 @@ def test_the_next_step_is_dispatched_before_tokens_are_read(engine, monkeypatch)
 
 def test_data_rows_read_beside_each_other(make_checkpoint, make_engine, small_config, steps):
     rows = make_engine(make_checkpoint(dataclasses.replace(small_config, sequence_len=400, num_experts=2)), (2, 2))
-    requests = [request(prompt(100, seed=i), tag=i) for i in range(2)]
+    requests = [request(prompt(100, seed=i)) for i in range(2)]
     found = run(rows, requests, 2, lanes=4)
     reading = [step for step in steps if step != "decode"]
     assert all({part.slot for part in step} == {0, 1} for step in reading)
     steps.clear()
-    for each in requests:
+    for i, each in enumerate(requests):
         [alone] = run(rows, [each], 2).values()
-        assert found[each.tag, 0].tokens == alone.tokens
+        assert found[i, 0].tokens == alone.tokens
 
 
 def test_greedy_on_the_golden_checkpoint_is_one_for_every_batch_size(golden, golden_sequences, make_engine):
     engine = make_engine(golden, (1, 1))
     requests = [
-        request(sequence.tokens[:length].tolist(), tag=(i, length), max_tokens=12)
-        for i, sequence in enumerate(golden_sequences)
+        request(sequence.tokens[:length].tolist(), max_tokens=12)
+        for sequence in golden_sequences
         for length in {max(1, len(sequence.tokens) // 2), len(sequence.tokens)}
     ]
     first, *others = [run(engine, requests, slots, lanes=4) for slots in (1, 3, 8)]
@@ -191,7 +190,7 @@ def test_a_beginning_is_copied_before_its_slot_has_another_prompt(engine):
     header = prompt(160)
     rows = [[*header, 5], [*header, 6, 7], prompt(170, seed=1), prompt(150, seed=2)]
     for lanes in (1, 2):
-        found = run(engine, [request(tokens, tag=i, max_tokens=1) for i, tokens in enumerate(rows)], 2, lanes=lanes)
+        found = run(engine, [request(tokens, max_tokens=1) for tokens in rows], 2, lanes=lanes)
         for i, tokens in enumerate(rows):
             [alone] = run(engine, [request(tokens, max_tokens=1)], 1).values()
             assert found[i, 0].tokens == alone.tokens

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from grok1.config import ModelConfig
+from grok1.engine.programs import StepKey
 from grok1.params.weights import panels_shape
 
 CONFIG = ModelConfig(
@@ -28,7 +29,7 @@ def step(request, kernels, make_checkpoint, make_engine):
     """The compiled step and the batch that it takes."""
     engine = make_engine(make_checkpoint(CONFIG), kernels=kernels)
     state, _ = engine.decode(engine.new_batch(request.param), np.ones(request.param, bool))
-    return engine._programs["decode", request.param, 0], state
+    return engine.compiled[StepKey("decode", request.param)], state
 
 
 def test_no_matrix_is_held_dequantised(step):

@@ -5,7 +5,9 @@ import re
 import numpy as np
 import pytest
 
-from grok1.engine.engine import Engine, PromptPart
+from grok1.engine.chunks import PrefillChunk
+from grok1.engine.engine import Engine
+from grok1.engine.programs import StepKey
 from grok1.params.sharding import make_mesh
 from grok1.params.tree import abstract_parameters
 
@@ -24,6 +26,13 @@ def _sizes(program):
     ]
 
 
+def _check(engine, abstract, key):
+    ran = engine.compiled[key]
+    compiled = abstract.lower(key).compile(abstract.compiler_options)
+    assert _computation(compiled) == _computation(ran)
+    assert _sizes(compiled) == _sizes(ran)
+
+
 @pytest.fixture(scope="module", params=[(1, 1), (1, 8), (2, 4)], ids=str)
 def engines(request, make_checkpoint, make_engine, small_config):
     """An engine with weights and one without, on the same mesh."""
@@ -38,17 +47,26 @@ def test_the_decode_step(engines):
     engine, abstract = engines
     slots = 2 * engine.data_rows
     engine.decode(engine.new_batch(slots), np.ones(slots, bool))
-    ran = engine._programs["decode", slots, 0]
-    compiled = abstract.lower_decode(slots).compile(abstract.compiler_options)
-    assert _computation(compiled) == _computation(ran)
-    assert _sizes(compiled) == _sizes(ran)
+    _check(engine, abstract, StepKey("decode", slots))
 
 
 def test_the_prefill_step(engines):
     engine, abstract = engines
     slots = 2 * engine.data_rows
-    engine.read_prompts(engine.new_batch(slots), [PromptPart(0, np.arange(3, 23), 0, None)])
-    ran = engine._programs["prompts", slots, engine.data_rows, 32, 0]
-    compiled = abstract.lower_prefill(slots, 20).compile(abstract.compiler_options)
-    assert _computation(compiled) == _computation(ran)
-    assert _sizes(compiled) == _sizes(ran)
+    engine.prefill(engine.new_batch(slots), [PrefillChunk(0, np.arange(3, 23), 0)])
+    _check(engine, abstract, StepKey("prefill", slots, engine.data_rows, abstract.chunk_bucket(20)))
+
+
+def test_the_other_steps(engines):
+    engine, abstract = engines
+    slots, tokens = 2 * engine.data_rows, np.arange(3, 8)
+    cache = engine.copy_prefix(engine.new_cache(slots), 0, 1, 16)
+    _, cache = engine.logits(cache, np.tile(tokens, (slots, 1)), 0)
+    engine.score(cache, [PrefillChunk(0, tokens, 0, targets=tokens)])
+    for key in (
+        StepKey("new_cache", slots),
+        StepKey("copy_prefix", slots, engine.data_rows),
+        StepKey("logits", slots, length=16),
+        StepKey("score", slots, engine.data_rows, 16, 1),
+    ):
+        _check(engine, abstract, key)

@@ -1,12 +1,10 @@
 """Prompts of every length, read in chunks of a few fixed lengths."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
 
-from grok1.engine.engine import LANE_TOKENS, PromptPart
+from grok1.engine.chunks import LANE_TOKENS, PrefillChunk
 from grok1.model import Model
 from grok1.request import SamplingOptions
 
@@ -37,11 +35,11 @@ def read_prompt(engine, state, slot, tokens, lanes=1):
     size = engine.max_chunk if lanes == 1 else LANE_TOKENS
     ending = SamplingOptions(temperature=0), 0
     parts = [
-        PromptPart(slot, tokens[start : start + size], start, ending if start + size >= len(tokens) else None)
+        PrefillChunk(slot, tokens[start : start + size], start, ending if start + size >= len(tokens) else None)
         for start in range(0, len(tokens), size)
     ]
     for start in range(0, len(parts), lanes):
-        state, first, places = engine.read_prompts(state, parts[start : start + lanes], lanes, logprobs=True)
+        state, first, places = engine.prefill(state, parts[start : start + lanes], lanes, logprobs=True)
     return state, jax.tree.map(lambda array: np.asarray(array)[places[-1]], first)
 
 
@@ -65,15 +63,15 @@ def test_parts_of_several_prompts_in_one_step(long_folder, tokens, whole, make_e
     engine = make_engine(long_folder)
     ending = SamplingOptions(temperature=0), 0
     parts = [
-        PromptPart(2, tokens[:16], 0, None),
-        PromptPart(0, tokens[:5], 0, ending),
-        PromptPart(2, tokens[16:32], 16, None),  # of one prompt, another between them
-        PromptPart(2, tokens[32:39], 32, ending),
-        PromptPart(1, tokens[:16], 0, ending),
+        PrefillChunk(2, tokens[:16], 0, None),
+        PrefillChunk(0, tokens[:5], 0, ending),
+        PrefillChunk(2, tokens[16:32], 16, None),  # of one prompt, another between them
+        PrefillChunk(2, tokens[32:39], 32, ending),
+        PrefillChunk(1, tokens[:16], 0, ending),
     ]
-    _, first, places = engine.read_prompts(engine.new_batch(3), parts, 8, logprobs=True)
+    _, first, places = engine.prefill(engine.new_batch(3), parts, 8, logprobs=True)
     for part, place in zip(parts, places, strict=True):
-        if part.ending:
+        if part.sampling:
             end = part.start + len(part.tokens)
             check(jax.tree.map(lambda array, place=place: np.asarray(array)[place], first), whole[end - 1])
 
@@ -82,17 +80,17 @@ def test_a_copied_beginning_is_as_good_as_one_read(long_folder, tokens, whole, m
     engine = make_engine(long_folder)
     for shared in (16, 256, 272, 1024):
         state, _ = read_prompt(engine, engine.new_batch(3), 2, tokens[: shared + 1])
-        state = dataclasses.replace(state, cache=engine.copy_beginning(state.cache, 2, 0, shared))
-        parts = [PromptPart(0, tokens[shared : shared + 20], shared, (SamplingOptions(temperature=0), 0))]
-        _, first, [place] = engine.read_prompts(state, parts, logprobs=True)
+        state = engine.copy_prefix(state, 2, 0, shared)
+        parts = [PrefillChunk(0, tokens[shared : shared + 20], shared, (SamplingOptions(temperature=0), 0))]
+        _, first, [place] = engine.prefill(state, parts, logprobs=True)
         check(jax.tree.map(lambda array, place=place: np.asarray(array)[place], first), whole[shared + 19])
 
 
 def test_only_a_few_lengths_are_compiled(long_folder, make_engine):
     engine = make_engine(long_folder)
-    lengths = {engine.chunk_length(count) for count in range(1, engine.max_chunk + 1)}
-    assert len(lengths) <= 7
-    assert all(count <= engine.chunk_length(count) <= max(16, 2 * count) for count in range(1, 513))
+    lengths = {engine.chunk_bucket(count) for count in range(1, engine.max_chunk + 1)}
+    assert len(lengths) <= 6
+    assert all(count <= engine.chunk_bucket(count) <= max(16, 2 * count) for count in range(1, 513))
 
 
 def test_data_rows_read_prompts_of_their_own(make_checkpoint, small_config, make_engine, make_reference):
@@ -100,8 +98,8 @@ def test_data_rows_read_prompts_of_their_own(make_checkpoint, small_config, make
     engine = make_engine(folder, (2, 2))
     prompts = {1: [5, 6, 7], 2: [9, 8, 7, 6, 5], 3: [11]}
     ending = SamplingOptions(temperature=0), 0
-    parts = [PromptPart(slot, np.asarray(prompt), 0, ending) for slot, prompt in prompts.items()]
-    _, first, places = engine.read_prompts(engine.new_batch(4), parts, 2, logprobs=True)
+    parts = [PrefillChunk(slot, np.asarray(prompt), 0, ending) for slot, prompt in prompts.items()]
+    _, first, places = engine.prefill(engine.new_batch(4), parts, 2, logprobs=True)
     for part, place in zip(parts, places, strict=True):
         logits = make_reference(folder)(part.tokens)[0][-1]
         check(jax.tree.map(lambda array, place=place: np.asarray(array)[place], first), logits)
@@ -109,7 +107,7 @@ def test_data_rows_read_prompts_of_their_own(make_checkpoint, small_config, make
 
 def test_parts_that_do_not_fit_a_step_are_refused(long_folder, tokens, make_engine):
     engine = make_engine(long_folder)
-    with pytest.raises(ValueError, match="2 parts"):
-        engine.read_prompts(engine.new_batch(2), [PromptPart(i, tokens[:3], 0, None) for i in range(2)])
+    with pytest.raises(ValueError, match="2 chunks"):
+        engine.prefill(engine.new_batch(2), [PrefillChunk(i, tokens[:3], 0, None) for i in range(2)])
     with pytest.raises(ValueError, match="17 tokens"):
-        engine.read_prompts(engine.new_batch(2), [PromptPart(0, tokens[:17], 0, None)], lanes=2)
+        engine.prefill(engine.new_batch(2), [PrefillChunk(0, tokens[:17], 0, None)], lanes=2)

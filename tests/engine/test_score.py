@@ -41,7 +41,7 @@ def check(sequence, exact, first, ids):
 )
 def test_one_text(length, first, lanes, long_folder, tokens, log_probabilities, make_engine):
     ids = tokens[:length]
-    request = ScoringRequest(tokens=ids.tolist(), first=first, tag="it")
+    request = ScoringRequest(tokens=ids.tolist(), first=first)
     [done] = score(make_engine(long_folder), [request], 1, lanes=lanes, logprobs=True)
     assert done.request is request
     assert done.scored.top_tokens.shape == (length - first, 20)
@@ -57,16 +57,13 @@ def test_many_texts_that_begin_alike(
     texts += [rng.integers(0, 64, int(rng.integers(2, 90))) for _ in range(6)]
     firsts = [150] * 12 + [1] * 6
     occupancy = Occupancy()
-    requests = [
-        ScoringRequest(tokens=ids.tolist(), first=first, tag=i)
-        for i, (ids, first) in enumerate(zip(texts, firsts, strict=True))
-    ]
+    requests = [ScoringRequest(tokens=ids.tolist(), first=first) for ids, first in zip(texts, firsts, strict=True)]
     done = list(score(make_engine(long_folder, mesh), requests, slots, lanes=lanes, occupancy=occupancy))
-    assert sorted(sequence.request.tag for sequence in done) == list(range(18))
+    assert sorted(sequence.request_index for sequence in done) == list(range(18))
     for sequence in done:
-        ids = texts[sequence.request.tag]
+        ids = texts[sequence.request_index]
         assert sequence.scored.top_tokens.shape[1] == 1
-        check(sequence, log_probabilities(ids), firsts[sequence.request.tag], ids)
+        check(sequence, log_probabilities(ids), firsts[sequence.request_index], ids)
     rows = mesh[0]
     read = sum(len(ids) - 1 for ids in texts)
     assert occupancy.read_tokens + occupancy.copied_tokens == read
@@ -77,14 +74,14 @@ def test_scores_are_equal_to_the_last_bit_in_any_company(long_folder, make_engin
     rng = np.random.default_rng(2)
     header = rng.integers(0, 64, 50).tolist()
     requests = [
-        ScoringRequest(tokens=header + rng.integers(0, 64, int(rng.integers(1, 60))).tolist(), first=50, tag=i)
-        for i in range(9)
+        ScoringRequest(tokens=header + rng.integers(0, 64, int(rng.integers(1, 60))).tolist(), first=50)
+        for _ in range(9)
     ]
-    together = {done.request.tag: done.scored for done in score(make_engine(long_folder), requests, 3, lanes=4)}
-    for request in requests:
+    together = {done.request_index: done.scored for done in score(make_engine(long_folder), requests, 3, lanes=4)}
+    for i, request in enumerate(requests):
         [alone] = score(make_engine(long_folder), [request], 3, lanes=4)
         for found, expected in zip(
-            (together[request.tag].logprobs, together[request.tag].top_logprobs),
+            (together[i].logprobs, together[i].top_logprobs),
             (alone.scored.logprobs, alone.scored.top_logprobs),
             strict=True,
         ):
@@ -93,14 +90,14 @@ def test_scores_are_equal_to_the_last_bit_in_any_company(long_folder, make_engin
 
 def test_the_next_step_is_dispatched_before_scores_are_read(long_folder, tokens, make_engine, monkeypatch):
     steps = []
-    step = Engine.score_parts
-    monkeypatch.setattr(Engine, "score_parts", lambda self, *rest: steps.append(1) or step(self, *rest))
-    texts = (ScoringRequest(tokens=tokens[i : i + 9].tolist(), tag=i) for i in range(5))
+    step = Engine.score
+    monkeypatch.setattr(Engine, "score", lambda self, *rest: steps.append(1) or step(self, *rest))
+    texts = (ScoringRequest(tokens=tokens[i : i + 9].tolist()) for i in range(5))
     taken = score(make_engine(long_folder), texts, 1)
     for count in range(1, 5):
-        assert next(taken).request.tag == count - 1
+        assert next(taken).request_index == count - 1
         assert len(steps) == count + 1
-    assert next(taken).request.tag == 4
+    assert next(taken).request_index == 4
 
 
 def test_what_cannot_be_scored(long_folder, make_engine):

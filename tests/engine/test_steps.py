@@ -1,4 +1,4 @@
-"""Steps that one engine sends and another repeats."""
+"""Steps that one engine sends and another replays."""
 
 import gc
 
@@ -29,7 +29,7 @@ def test_a_message_is_the_step(key, handle, freed, arrays):
         np.testing.assert_array_equal(found, expected)
 
 
-def test_an_engine_that_repeats_steps_holds_what_the_first_does(make_checkpoint, small_config, make_engine):
+def test_an_engine_that_replays_steps_has_the_states_of_the_first(make_checkpoint, small_config, make_engine):
     original = make_engine(make_checkpoint(small_config), (2, 2))
     messages = []
     parts = (original.config, original.params, original.mesh)
@@ -39,14 +39,12 @@ def test_an_engine_that_repeats_steps_holds_what_the_first_does(make_checkpoint,
     model.complete([1, 2, 3], greedy=True, max_tokens=6, ignore_eos=True)
     model.score(list(range(1, 40)))
     model.logits([4, 5, 6])
-    held = first.new_batch(4)
-    held = first.copy_beginning(held.cache, 0, 1, 16), held
+    batch = first.copy_prefix(first.new_batch(4), 0, 1, 16)
     gc.collect()
     kept = first.new_cache(2)  # tells what is free by now
     for message in messages:
-        second.repeat(Step.decode(message))
-    assert len(second._repeated) == 2
-    caches = [getattr(one, "cache", one) for one in second._repeated.values()]
-    for found, expected in zip(caches, (held[0], kept), strict=True):
+        second.replay(Step.decode(message))
+    assert len(second._replayed) == 2
+    for found, expected in zip(second._replayed.values(), (batch, kept), strict=True):
         for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_array_equal(np.asarray(one), np.asarray(other))

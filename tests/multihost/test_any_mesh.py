@@ -30,11 +30,11 @@ def end(sentence, code):
 
 runtime = join(given_cluster(f":{port}", int(count), int(process), None, 120), {})
 runtime.start(end)
-from grok1.model.worker import follow, tell_load
+from grok1.model.worker import tell_load, worker_loop
 from grok1.model import load
 
 if not runtime.leads:
-    follow(runtime, Path(folder), DEFAULT_LOAD_MEMORY, None)
+    worker_loop(runtime, Path(folder), DEFAULT_LOAD_MEMORY, None)
 found = {}
 told = {}
 with np.load(Path(folder) / "logits.npz") as stored:

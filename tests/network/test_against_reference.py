@@ -96,7 +96,7 @@ def test_logits_are_those_of_float64(name, mesh, make_checkpoint, make_engine, c
     engine = make_engine(folder, mesh)
     tokens, expected = clear_sequences(folder, mesh[0], LENGTH)
     rows = engine.data_rows  # another sequence on each
-    logits, _ = engine.read(engine.new_cache(rows), tokens.astype(np.int32), 0)
+    logits, _ = engine.logits(engine.new_cache(rows), tokens.astype(np.int32), 0)
     for row in range(rows):
         assert relative_error(logits[row], expected[row]) < FLOAT32_ERROR
 
@@ -108,7 +108,7 @@ def test_bfloat16_differs_by_rounding_only(mesh, make_checkpoint, make_engine, c
     engine = make_engine(folder, mesh, "bfloat16")
     tokens, expected = clear_sequences(folder, mesh[0], LENGTH)
     rows = engine.data_rows
-    logits, cache = engine.read(engine.new_cache(rows), tokens.astype(np.int32), 0)
+    logits, cache = engine.logits(engine.new_cache(rows), tokens.astype(np.int32), 0)
     assert cache.keys.dtype == "bfloat16"
     assert logits.dtype == np.float32
     error = relative_error(logits, expected)

@@ -12,6 +12,7 @@ import pytest
 
 from grok1.config import PRESETS, ModelConfig
 from grok1.engine.engine import Engine
+from grok1.engine.programs import StepKey
 from grok1.errors import CompileError, MeshError
 from grok1.ops.gpu.kernels import KERNELS as GPU
 from grok1.ops.tpu.kernels import KERNELS as TPU
@@ -94,8 +95,8 @@ def test_two_sums_of_a_layer_are_of_bfloat16_activations(kernels):
     mesh = virtual_cpu_mesh(WIDE, (1, 8))
     dtype = ml_dtypes.bfloat16
     engine = Engine(WIDE, abstract_parameters(WIDE, mesh, dtype), mesh, dtype, kernels=kernels)
-    for program, tokens in ((engine.lower_decode(1), 1), (engine.lower_prefill(1, 16), 16)):
-        text = program.as_text()
+    for key, tokens in ((StepKey("decode", 1), 1), (StepKey("prefill", 1, 1, 16), 16)):
+        text = engine.lower(key).as_text()
         # One for the embedding of the tokens, and two in the loop over the layers.
         sums = re.findall(r'"stablehlo\.all_reduce".*?\}\) : \(tensor<([\w.]+)>\)', text, re.DOTALL)
         assert sums == [*2 * [f"1x{tokens}x{WIDE.emb_size}xbf16"], f"{tokens}x{WIDE.emb_size}xbf16"]
