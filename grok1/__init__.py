@@ -23,14 +23,14 @@ from grok1.errors import (
     RequestError,
     TokenizerError,
 )
-from grok1.request import SamplingOptions, TokenLogprobs
+from grok1.request import Request, SamplingOptions, TokenLogprobs
 
 if TYPE_CHECKING:
-    from grok1.model import Completion, CompletionStream, Model, Progress, Request, Score, Timings, load
+    from grok1.model import Completion, CompletionStream, Model, Progress, Score, Timings, load
 
 __version__ = VERSION
 
-_FROM_MODEL = ("Completion", "CompletionStream", "Model", "Progress", "Request", "Score", "Timings", "load")
+_FROM_MODEL = ("Completion", "CompletionStream", "Model", "Progress", "Score", "Timings", "load")
 
 __all__ = [
     "PRESETS",

@@ -202,8 +202,11 @@ def _prefill(engine: Engine, state: BatchState, prompts: np.ndarray) -> tuple[Ba
         slots = [row * slots_of_row + slot for row in range(engine.data_rows)]
         for start in range(0, length, engine.max_chunk):
             end = min(start + engine.max_chunk, length)
-            sampling = (SamplingOptions(ignore_eos=True), slot) if end == length else None
-            chunks = [PrefillChunk(slot, prompts[slot, start:end], start, sampling) for slot in slots]
+            sampling = [(SamplingOptions(ignore_eos=True), slot) if end == length else None for slot in slots]
+            chunks = [
+                PrefillChunk(slot, prompts[slot, start:end], start, how)
+                for slot, how in zip(slots, sampling, strict=True)
+            ]
             state, sampled, _ = engine.prefill(state, chunks)
             jax.block_until_ready(before)
             before = sampled.tokens

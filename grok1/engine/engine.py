@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grok1.config import ModelConfig
 from grok1.engine.chunks import LANE_TOKENS, PrefillChunk
-from grok1.engine.programs import CACHE_STATE, PROGRAMS, BatchState, State, StepKey, host_partition, is_spec
+from grok1.engine.programs import CACHE_STATE, PROGRAMS, AnyState, BatchState, State, StepKey, host_partition, is_spec
 from grok1.engine.replay import Step, StepSender
 from grok1.engine.sampling import SampledTokens
 from grok1.network import KVCache, ModelShard
@@ -207,7 +207,7 @@ class Engine:
         """
         return self._run(StepKey("decode", len(active), top_logprobs=self._top_logprobs(logprobs)), state, active)
 
-    def copy_prefix(self, state: Any, source: int, target: int, length: int) -> Any:
+    def copy_prefix(self, state: AnyState, source: int, target: int, length: int) -> AnyState:
         """Copy the first `length` positions of a slot to another slot of the same data row.
 
         Args:
@@ -294,7 +294,7 @@ class Engine:
         if self._sender is not None:
             handle = self._sender.send(key, None if state is None else _cache(state).keys, jax.tree.leaves(host))
         batch = state if isinstance(state, BatchState) and program.state is CACHE_STATE else None
-        taken = () if state is None else (state if batch is None else batch.cache,)
+        taken: tuple[Any, ...] = () if state is None else (state if batch is None else batch.cache,)
         weights = (self.params,) if program.takes_weights else ()
         arguments = (*weights, *taken, *self._on_mesh(host))
         if key not in self.compiled:

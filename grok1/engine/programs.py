@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import haiku as hk
 import jax
@@ -69,6 +69,8 @@ class BatchState:
 
 State = KVCache | BatchState
 """The donated argument of a step, which returns it updated."""
+
+AnyState = TypeVar("AnyState", KVCache, BatchState)
 
 
 # States
@@ -209,6 +211,11 @@ def host_partition(arrays: tuple[Any, ...]) -> Any:
     return jax.tree.map(lambda array: BATCH if array.ndim else REPLICATED, arrays)
 
 
+def _gather_outputs(step: Callable[..., tuple[Any, Any]], *arguments: Any) -> tuple[Any, Any]:
+    state, outputs = step(*arguments)
+    return state, jax.tree.map(lambda array: lax.all_gather(array, DATA_AXIS, tiled=True), outputs)
+
+
 def _no_arrays(key: StepKey) -> tuple[Any, ...]:
     return ()
 
@@ -246,17 +253,12 @@ class Program:
             new = partial(self.state.new, shard, key.slots)
             return jax.jit(lambda: (new(), ()), out_shardings=(shardings(partition), ()))
         step: Callable[..., tuple[Any, Any]] = partial(self.step, shard, key)
-        specs = (partition, *host_partition(self.host(key)))
+        specs: tuple[Any, ...] = (partition, *host_partition(self.host(key)))
         if self.takes_weights:
             specs = (jax.tree.map(lambda array: array.sharding.spec, params), *specs)
         outputs = BATCH
         if self.replicate_outputs and not single_process:
-            outputs, own_rows = REPLICATED, step
-
-            def step(*arguments: Any) -> tuple[Any, Any]:
-                state, rows = own_rows(*arguments)
-                return state, jax.tree.map(lambda array: lax.all_gather(array, DATA_AXIS, tiled=True), rows)
-
+            step, outputs = partial(_gather_outputs, step), REPLICATED
         mapped = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(partition, outputs), check_vma=False)
         return jax.jit(mapped, in_shardings=shardings(specs), donate_argnums=int(self.takes_weights))
 

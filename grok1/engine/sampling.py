@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +28,8 @@ class SamplingState:
         seed: uint32 `[batch, 2]`, high and low word.
     """
 
-    options: OrderedDict[str, jax.Array | np.ndarray]
-    seed: jax.Array | np.ndarray
+    options: OrderedDict[str, Any]
+    seed: Any
 
     @classmethod
     def of(cls, options: SamplingOptions, seed: int) -> SamplingState:

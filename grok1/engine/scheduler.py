@@ -14,11 +14,10 @@ import numpy as np
 from grok1.engine.chunks import LANE_TOKENS, PrefillChunk
 from grok1.engine.engine import Engine
 from grok1.engine.occupancy import Occupancy
-from grok1.engine.programs import State
+from grok1.engine.programs import AnyState
 from grok1.request import SamplingOptions
 
 Owner = TypeVar("Owner")
-AnyState = TypeVar("AnyState", bound=State)
 
 
 @dataclasses.dataclass(eq=False)
