@@ -134,7 +134,7 @@ class RawRow:
             BadRow: if it is too long.
         """
         if self.line.content is None:
-            raise BadRow(f"it is longer than {MAX_LINE_BYTES >> 20} MiB: expected one row per line")
+            raise BadRow(f"it is longer than {MAX_LINE_BYTES >> 20} MiB: give one row a line")
         return self.line.content
 
 
@@ -198,9 +198,7 @@ def _unescaped(match: re.Match[str]) -> str:
     try:
         return _ESCAPED[match[1]]
     except KeyError:
-        raise BadRow(
-            f"{match[0]} at character {match.start()} is not an escape: expected \\n, \\t, \\r or \\\\"
-        ) from None
+        raise BadRow(f"{match[0]} at character {match.start()} is no escape: expected \\n, \\t, \\r or \\\\") from None
 
 
 def json_object(content: bytes, example: str) -> dict[str, Any]:
@@ -212,9 +210,9 @@ def json_object(content: bytes, example: str) -> dict[str, Any]:
     try:
         value = from_json(content, allow_inf_nan=False)
     except ValueError as error:
-        raise BadRow(f"invalid JSON ({error}); use --format txt for lines of plain text") from None
+        raise BadRow(f"it is no JSON ({error}); lines of plain text are read with --format txt") from None
     if not isinstance(value, dict):
-        raise BadRow(f"expected a JSON object such as {example}")
+        raise BadRow(f"it is JSON, but no object: expected one such as {example}")
     return value
 
 
@@ -362,7 +360,7 @@ _EXPECTED = {
 def _fault(fault: Any) -> str:
     place = ".".join(str(part) for part in fault["loc"] if part not in ("str", "int"))
     if fault["type"] == "extra_forbidden":
-        return f'unknown field "{place}"'
+        return f"{place} is no field of a row"
     if fault["type"] == "missing":
         return f"{place} is missing"
     if fault["type"] == "best_of":

@@ -133,7 +133,7 @@ def _tokens(fields: _Fields, tokenizer: Tokenizer | None) -> tuple[list[int], in
         if given
     ]
     if len(kinds) != 1:
-        raise BadRow(f"it has {' and '.join(kinds) or 'no text'}: expected one such as {_EXAMPLE}")
+        raise BadRow(f"it has {' beside '.join(kinds) or 'no text'}: expected one such as {_EXAMPLE}")
     if fields.token_ids is not None:
         return fields.token_ids, 1
     if fields.text is not None:

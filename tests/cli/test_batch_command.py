@@ -147,7 +147,7 @@ def test_bad_rows_stop_everything_before_it_begins(batch, tmp_path, monkeypatch)
             assert (result.code, result.out) == (1, "")
             lines = result.err.splitlines()
             assert lines[0].startswith(f"{file}, line 2: the prompt is empty")
-            assert lines[1].startswith(f'{file}, line 4: unknown field "propmt"')
+            assert lines[1].startswith(f"{file}, line 4: propmt is no field")
             assert lines[2] == (
                 f"grok1: error: 2 of 4 rows of {file} are bad; nothing was processed: fix them or pass --skip-bad"
             )
