@@ -11,7 +11,6 @@ import ml_dtypes
 import numpy as np
 
 from bard_training.model import EMBEDDINGS, LAYER, Params, norm_name
-from grok1.params.table import CHECKPOINT_DIR, TensorSpec
 from grok1.checkpoint.reader import Checkpoint
 from grok1.checkpoint.writer import write_checkpoint
 from grok1.config import ModelConfig
