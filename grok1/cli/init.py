@@ -10,11 +10,11 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from grok1.byte_size import format_bytes
 from grok1.cli.options import LAYERS, output_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.config import PRESETS, TRAINED, ModelConfig
 from grok1.config import preset as preset_config
+from grok1.host.sizes import format_bytes
 from grok1.jobs.result_json import json_line
 
 
