@@ -1,5 +1,6 @@
 import builtins
 import errno
+import importlib
 import os
 import re
 
@@ -114,7 +115,8 @@ def test_what_cannot_be_measured_is_told_at_once(arguments, code, sentence, grok
     "arguments", [("--prompt", "63"), ("--mesh", "2,1", "--batch", "3"), ("--batch", "1,1000000000")]
 )
 def test_nothing_is_loaded_for_what_cannot_be_measured(arguments, grok1, checkpoint, monkeypatch):
-    monkeypatch.setattr("grok1.model.load_parameters", lambda *_: pytest.fail("weights were loaded"))
+    module = importlib.import_module("grok1.model.load")
+    monkeypatch.setattr(module, "load_parameters", lambda *_: pytest.fail("weights were loaded"))
     result = grok1("bench", "-c", checkpoint, *arguments)
     assert result.code == 1
     assert "grok1: error: " in result.err
@@ -129,7 +131,8 @@ def test_a_picture_that_cannot_be_written_is_told_before_anything_is_loaded(grok
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(command.tempfile, "TemporaryFile", refuse)
-    monkeypatch.setattr("grok1.model.load_parameters", lambda *_: pytest.fail("weights were loaded"))
+    module = importlib.import_module("grok1.model.load")
+    monkeypatch.setattr(module, "load_parameters", lambda *_: pytest.fail("weights were loaded"))
     result = grok1("bench", "-c", checkpoint, "--plot", tmp_path / "r.png")
     assert result.code == 1
     assert "r.png cannot be written (Read-only file system): name another file with --plot" in result.err

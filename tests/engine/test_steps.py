@@ -33,8 +33,8 @@ def test_an_engine_that_replays_steps_has_the_states_of_the_first(make_checkpoin
     original = make_engine(make_checkpoint(small_config), (2, 2))
     messages = []
     parts = (original.config, original.params, original.mesh)
-    first = Engine(*parts, sender=StepSender(messages.append))
-    second = Engine(*parts)
+    first = Engine(*parts, kernels=original.kernels, sender=StepSender(messages.append))
+    second = Engine(*parts, kernels=original.kernels)
     model = Model(first, None)
     model.complete([1, 2, 3], greedy=True, max_tokens=6, ignore_eos=True)
     model.score(list(range(1, 40)))

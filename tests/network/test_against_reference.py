@@ -115,5 +115,5 @@ def test_bfloat16_differs_by_rounding_only(mesh, make_checkpoint, make_engine, c
     assert FLOAT32_ERROR < error < 0.1  # about 4 % is usual
     alone = make_engine(folder, (1, 1), "bfloat16")
     for row in range(rows):
-        single, _ = alone.read(alone.new_cache(1), tokens[row : row + 1].astype(np.int32), 0)
+        single, _ = alone.logits(alone.new_cache(1), tokens[row : row + 1].astype(np.int32), 0)
         assert relative_error(logits[row], np.asarray(single[0])) < 0.1

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from grok1.ops.gpu.kernels import KERNELS as GPU
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu_check.py"
 
 
@@ -22,7 +24,7 @@ def gpu_check():
 
 def test_every_operation_is_compared_with_its_definition(gpu_check, small_config):
     report = gpu_check.Report({"device": "interpreter"})
-    gpu_check.check_operations(report, small_config, "gpu", [20], gpu_check.Limits(1e9, 1e9))
+    gpu_check.check_operations(report, small_config, GPU, [20], gpu_check.Limits(1e9, 1e9))
     assert report.data["failures"] == []
     done = {(row["operation"], row["kernels"]) for row in report.data["operations"]}
     names = {"matrix product", "experts", "attention of 1", "attention of 48"}
@@ -39,9 +41,9 @@ def test_what_is_wrong_or_fails_is_told(gpu_check):
     def fail():
         raise RuntimeError("out of registers\nand more")
 
-    gpu_check.compare(report, "product", 1, "gpu", 1, 1, limits, jnp.ones(3), lambda: jnp.full(3, 1.5))
-    gpu_check.compare(report, "product", 1, "gpu", 1, 1, limits, jnp.ones(3), lambda: jnp.full(3, jnp.nan))
-    gpu_check.compare(report, "product", 1, "gpu", 1, 1, limits, jnp.ones(3), fail)
+    gpu_check.compare(report, "product", 1, GPU, 1, 1, limits, jnp.ones(3), lambda: jnp.full(3, 1.5))
+    gpu_check.compare(report, "product", 1, GPU, 1, 1, limits, jnp.ones(3), lambda: jnp.full(3, jnp.nan))
+    gpu_check.compare(report, "product", 1, GPU, 1, 1, limits, jnp.ones(3), fail)
     assert [failure.split(" by gpu")[1] for failure in report.data["failures"]] == [
         " is wrong by 0.5",
         " is wrong by nan",
