@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -33,11 +34,15 @@ def interrupts_end_within_a_second(
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    report_unraisable = sys.unraisablehook
+    # Raised within a callback, the exception is reported and dropped; the watcher then ends the process.
+    sys.unraisablehook = lambda found: None if found.exc_type is KeyboardInterrupt else report_unraisable(found)
     watcher = threading.Thread(target=_watch, args=(reader, patient, hint, leave), name="grok1-interrupt", daemon=True)
     watcher.start()
     try:
         yield
     finally:
+        sys.unraisablehook = report_unraisable
         signal.set_wakeup_fd(before)
         os.write(writer, _BLOCK_LEFT)
         watcher.join()
