@@ -14,9 +14,9 @@ namespace {
 
 constexpr int kWidth = 16;
 
-#include "scales.h"
-#include "prepare.h"
-#include "floats.h"
+#include "scales-inl.h"
+#include "prepare-inl.h"
+#include "floats-inl.h"
 
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileBytes = 64;                       // of a tile's row

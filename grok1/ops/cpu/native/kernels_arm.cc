@@ -12,10 +12,10 @@ namespace {
 
 constexpr int kWidth = 4;
 
-#include "scales.h"
-#include "prepare.h"
-#include "dot_product.h"
-#include "floats.h"
+#include "scales-inl.h"
+#include "prepare-inl.h"
+#include "dot_product-inl.h"
+#include "floats-inl.h"
 
 struct DotProduct {
   using Vector = int32x4_t;

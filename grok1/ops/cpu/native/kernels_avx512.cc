@@ -9,10 +9,10 @@ namespace {
 
 constexpr int kWidth = 16;
 
-#include "scales.h"
-#include "prepare.h"
-#include "dot_product.h"
-#include "floats.h"
+#include "scales-inl.h"
+#include "prepare-inl.h"
+#include "dot_product-inl.h"
+#include "floats-inl.h"
 
 struct Avx512 {
   using Vector = __m512i;

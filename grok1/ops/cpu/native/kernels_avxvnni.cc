@@ -10,10 +10,10 @@ namespace {
 
 constexpr int kWidth = 8;
 
-#include "scales.h"
-#include "prepare.h"
-#include "dot_product.h"
-#include "floats.h"
+#include "scales-inl.h"
+#include "prepare-inl.h"
+#include "dot_product-inl.h"
+#include "floats-inl.h"
 
 struct AvxVnni {
   using Vector = __m256i;

@@ -7,9 +7,9 @@ namespace {
 
 constexpr int kWidth = 4;
 
-#include "scales.h"
-#include "floats.h"
-#include "float_product.h"
+#include "scales-inl.h"
+#include "floats-inl.h"
+#include "float_product-inl.h"
 
 bool Available() { return true; }
 

@@ -1,5 +1,5 @@
 // What kernels do with floats: GELU, and attention over a cache. Included by each set of kernels, in a namespace of its
-// own after `scales.h` and with `kWidth`, the floats of a vector, so that the compiler makes it for that processor.
+// own after `scales-inl.h` and with `kWidth`, the floats of a vector, so that the compiler makes it for that processor.
 
 typedef float Floats __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));

@@ -1,5 +1,5 @@
 // Integer products with a vector instruction that sums four products of bytes. Included by kernels for one kind of
-// processor, in a namespace of their own, after `prepare.h`.
+// processor, in a namespace of their own, after `prepare-inl.h`.
 //
 // `V` is what the processor has: `Vector` of `kColumns` sums of 32 bits, `Load` of a quad's part for as many columns,
 // `Prefetch`, `Broadcast` of a quad of activations, `Dot`, `Add`, `Store`, and `kAccumulators`, how many sums it can hold

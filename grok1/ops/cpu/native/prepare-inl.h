@@ -1,5 +1,5 @@
 // Activations in three signed bytes each. Included by kernels that multiply integers, in a namespace of their own,
-// after `scales.h`.
+// after `scales-inl.h`.
 //
 // A row is rounded to 24 bits, as many as a float has, so that a product is three integer dot products. Integer sums are
 // exact: all of these kernels give the same bits.

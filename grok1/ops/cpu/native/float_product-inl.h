@@ -1,5 +1,5 @@
 // Products with floats, for processors that have no dot products of bytes. Included by kernels in a namespace of their
-// own, after `floats.h`.
+// own, after `floats-inl.h`.
 
 static_assert(kWidth % 4 == 0, "a vector holds whole quads");
 
