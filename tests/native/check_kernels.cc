@@ -1,5 +1,5 @@
-// Checks every set of kernels that this processor can run against sums in double precision, without JAX: so it also runs
-// for other processors under an emulator, and under sanitizers.
+// Checks every set of kernels that this processor can run against sums in double precision, without JAX: so it also
+// runs for other processors under an emulator, and under sanitizers.
 
 #include <cmath>
 #include <cstdint>
@@ -110,8 +110,8 @@ void CheckAttention(const Kernels& kernels, int64_t queries, int64_t positions, 
   counts[0] = static_cast<int32_t>(positions);
   if (queries > 1) counts[1] = -1;
   std::vector<float> out(queries * size), mass(queries);
-  AttentionTask task = {queries, query.data(), counts.data(), keys.data(), values.data(), bfloat16, size, 0.3f, 30.0f,
-                        out.data(), mass.data()};
+  AttentionTask task = {queries, query.data(), counts.data(), keys.data(), values.data(), bfloat16,
+                        size,    0.3f,         30.0f,         out.data(),  mass.data()};
   if (bfloat16) task.keys = short_keys.data(), task.values = short_values.data();
   std::vector<float> scratch(task.scratch_floats());
   kernels.attend(task, scratch.data());
@@ -150,7 +150,8 @@ void CheckTransposed(const Kernels& kernels, int64_t rows, int64_t entries, int6
       double expected = 0;
       for (int64_t d = 0; d < size; ++d) expected += static_cast<double>(x[row * size + d]) * table[n * size + d];
       Expect(std::fabs(found[row * entries + n] - expected) <= 1e-5 * static_cast<double>(size), kernels,
-             "a product with a table", std::to_string(rows) + " x " + std::to_string(entries) + " x " + std::to_string(size));
+             "a product with a table",
+             std::to_string(rows) + " x " + std::to_string(entries) + " x " + std::to_string(size));
     }
 }
 

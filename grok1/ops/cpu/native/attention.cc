@@ -19,8 +19,7 @@ constexpr int64_t kTaskPositions = 1024;  // that a task for one token looks at
 
 ffi::Error Attention(ffi::Buffer<ffi::F32> query, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                      ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> slots,
-                     float multiplier, float cap, std::string_view kernel_name,
-                     ffi::Result<ffi::Buffer<ffi::F32>> y) {
+                     float multiplier, float cap, std::string_view kernel_name, ffi::Result<ffi::Buffer<ffi::F32>> y) {
   const Kernels* kernels = FindKernels(kernel_name);
   if (kernels == nullptr) return ffi::Error::InvalidArgument("this processor has no such kernels");
   const auto q = query.dimensions(), c = keys.dimensions(), v = values.dimensions();
@@ -64,7 +63,8 @@ ffi::Error Attention(ffi::Buffer<ffi::F32> query, ffi::AnyBuffer keys, ffi::AnyB
     for (int64_t t = 0; t < task.tokens; ++t)
       for (int64_t h = 0; h < shared; ++h) {
         const int64_t i = t * shared + h;
-        float* to = y->typed_data() + (((task.row * tokens) + task.first_token + t) * heads + task.head * shared + h) * size;
+        float* to =
+            y->typed_data() + (((task.row * tokens) + task.first_token + t) * heads + task.head * shared + h) * size;
         const float inverse = mass[i] > 0 ? 1.0f / mass[i] : 0.0f;
         for (int64_t d = 0; d < size; ++d) to[d] = out[i * size + d] * inverse;
       }
@@ -89,8 +89,8 @@ ffi::Error Attention(ffi::Buffer<ffi::F32> query, ffi::AnyBuffer keys, ffi::AnyB
     float* const scratch = gathered + queries * size + result_floats;
     for (int64_t t = 0; t < task.tokens; ++t) {
       const int64_t token = task.row * tokens + task.first_token + t;
-      std::memcpy(gathered + t * shared * size,
-                  query.typed_data() + (token * heads + task.head * shared) * size, shared * size * sizeof(float));
+      std::memcpy(gathered + t * shared * size, query.typed_data() + (token * heads + task.head * shared) * size,
+                  shared * size * sizeof(float));
       const int64_t seen = positions.typed_data()[token] + 1 - task.first_position;
       for (int64_t h = 0; h < shared; ++h)
         counts[t * shared + h] = static_cast<int32_t>(std::min(seen, task.positions));

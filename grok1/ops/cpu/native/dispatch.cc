@@ -11,7 +11,7 @@ struct Choice {
   Choice() {
     static const Kernels* const known[] = {
 #ifdef __x86_64__
-        &kAmxKernels, &kAvx512Kernels, &kAvxVnniKernels, &kAvx2Kernels,
+        &kAmxKernels,        &kAvx512Kernels, &kAvxVnniKernels, &kAvx2Kernels,
 #endif
 #ifdef __aarch64__
         &kDotProductKernels,

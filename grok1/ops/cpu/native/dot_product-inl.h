@@ -2,8 +2,8 @@
 // processor, in a namespace of their own, after `prepare-inl.h`.
 //
 // `V` is what the processor has: `Vector` of `kColumns` sums of 32 bits, `Load` of a quad's part for as many columns,
-// `Prefetch`, `Broadcast` of a quad of activations, `Dot`, `Add`, `Store`, and `kAccumulators`, how many sums it can hold
-// in registers.
+// `Prefetch`, `Broadcast` of a quad of activations, `Dot`, `Add`, `Store`, and `kAccumulators`, how many sums it can
+// hold in registers.
 
 template <class V, int kRows, int kVectors>
 inline void SumBlock(const int8_t* rows, int64_t plane, const uint8_t* const* panels, int64_t quads, int32_t* sums) {
@@ -35,12 +35,12 @@ inline void SumBlock(const int8_t* rows, int64_t plane, const uint8_t* const* pa
     }
 }
 
-// `kRows` rows times `kPanels` panels, or a part of one panel after the other where the processor's vectors are shorter.
+// `kRows` rows times `kPanels` panels, or parts of a panel one after the other if vectors are shorter than a panel.
 template <class V, int kRows, int kPanels>
 inline void MultiplyBlock(const Rows& rows, int64_t first_row, const Matrix& matrix, int64_t first_panel, float* out,
                           int64_t stride) {
-  constexpr int kParts = kPanelColumns / V::kColumns;                  // of a panel
-  constexpr int kFit = V::kAccumulators / (kRows * kPlanes);           // vectors that registers have room for
+  constexpr int kParts = kPanelColumns / V::kColumns;         // of a panel
+  constexpr int kFit = V::kAccumulators / (kRows * kPlanes);  // vectors that registers have room for
   constexpr int kVectors = kFit < 1 ? 1 : kFit < kParts ? kFit : kParts * kPanels;
   constexpr int kAtOnce = kVectors > kParts * kPanels ? kParts * kPanels : kVectors;
   const int64_t plane = PlaneBytes(matrix), quads = matrix.quads(), row_bytes = PlanesRowBytes(matrix);
@@ -87,9 +87,7 @@ template <class V>
 void MultiplyRows(const Rows& rows, const Matrix& matrix, int64_t first_panel, int64_t panels, float* out,
                   int64_t stride) {
   int64_t row = 0;
-  for (; row + 4 <= rows.count; row += 4)
-    MultiplyPanels<V, 4>(rows, row, matrix, first_panel, panels, out, stride);
-  for (; row + 2 <= rows.count; row += 2)
-    MultiplyPanels<V, 2>(rows, row, matrix, first_panel, panels, out, stride);
+  for (; row + 4 <= rows.count; row += 4) MultiplyPanels<V, 4>(rows, row, matrix, first_panel, panels, out, stride);
+  for (; row + 2 <= rows.count; row += 2) MultiplyPanels<V, 2>(rows, row, matrix, first_panel, panels, out, stride);
   for (; row < rows.count; ++row) MultiplyPanels<V, 1>(rows, row, matrix, first_panel, panels, out, stride);
 }

@@ -76,7 +76,7 @@ inline float Sum(Floats x) {
   return lanes[0];
 }
 
-// Dot products of some rows, `stride` floats apart, with one more; each is summed in the same order whatever their number.
+// Dot products of `kRows` rows, `stride` floats apart, with one more. The order of summation does not depend on `kRows`.
 template <int kRows>
 inline void Dots(const float* rows, int64_t stride, const float* other, int64_t size, float* out, int64_t out_stride) {
   Floats total[kRows][2] = {};
@@ -134,9 +134,9 @@ inline const float* AsFloats(const void* cache, bool bfloat16, int64_t start, in
 
 void Attend(const AttentionTask& task, float* scratch) {
   const int64_t size = task.size;
-  float* logits = scratch;                                        // [queries, kBlockPositions]
-  float* transposed = logits + task.queries * kBlockPositions;         // [size, kBlockPositions]
-  float* converted = transposed + size * kBlockPositions;              // [kBlockPositions, size]
+  float* logits = scratch;                                      // [queries, kBlockPositions]
+  float* transposed = logits + task.queries * kBlockPositions;  // [size, kBlockPositions]
+  float* converted = transposed + size * kBlockPositions;       // [kBlockPositions, size]
   int64_t most = 0;
   for (int64_t i = 0; i < task.queries; ++i) most = task.counts[i] > most ? task.counts[i] : most;
   const bool many = task.queries >= 8;

@@ -19,9 +19,9 @@ constexpr int kWidth = 16;
 #include "floats-inl.h"
 
 constexpr int64_t kTileRows = 16;
-constexpr int64_t kTileBytes = 64;                       // of a tile's row
-constexpr int64_t kTileQuads = kTileBytes / kQuadRows;   // quads that one tile of a panel holds
-constexpr int64_t kMostRows = 128;                       // whose sums are kept at a time
+constexpr int64_t kTileBytes = 64;                      // of a tile's row
+constexpr int64_t kTileQuads = kTileBytes / kQuadRows;  // quads that one tile of a panel holds
+constexpr int64_t kMostRows = 128;                      // whose sums are kept at a time
 constexpr int64_t kSumColumns = 4 * kPanelColumns;
 
 bool Available() {
@@ -45,8 +45,8 @@ struct alignas(64) TileShapes {
   uint8_t rows[16] = {};
 };
 
-// Tiles 0 to 3 hold sums, 4 and 5 planes of activations, 6 and 7 weights. With two tiles of planes, sums 0 and 1 are the
-// first's with two panels, 2 and 3 the second's; with one, sums 0 to 3 are its with four panels.
+// Tiles 0 to 3 hold sums, 4 and 5 planes of activations, 6 and 7 weights. With two tiles of planes, sums 0 and 1 are
+// the first's with two panels, 2 and 3 the second's; with one, sums 0 to 3 are its with four panels.
 void Configure(int64_t first_rows, int64_t second_rows) {
   TileShapes shapes;
   for (int tile = 0; tile < 8; ++tile) shapes.row_bytes[tile] = kTileBytes;
@@ -60,8 +60,7 @@ void Configure(int64_t first_rows, int64_t second_rows) {
 
 // Asks for the weights of the turn after the next.
 inline void Prefetch(const uint8_t* from) {
-  for (int64_t i = 0; i < kTileRows; ++i)
-    _mm_prefetch(from + 2 * kTileRows * kTileBytes + i * kTileBytes, _MM_HINT_T0);
+  for (int64_t i = 0; i < kTileRows; ++i) _mm_prefetch(from + 2 * kTileRows * kTileBytes + i * kTileBytes, _MM_HINT_T0);
 }
 
 void ZeroSums() {
@@ -158,8 +157,7 @@ void MultiplyTiles(const Rows& rows, const Matrix& matrix, int64_t first_panel, 
         for (int i = 0; i < 4; ++i) {  // past the end the last one again, whose sums nobody reads
           const int64_t panel = p + i < panels ? p + i : panels - 1;
           starts[i] = matrix.panel(first_panel + panel) + group * quads * kQuadBytes;
-          if (tail_bytes)
-            __builtin_memcpy(tails[i], starts[i] + tiles * kTileRows * kTileBytes, tail_bytes);
+          if (tail_bytes) __builtin_memcpy(tails[i], starts[i] + tiles * kTileRows * kTileBytes, tail_bytes);
         }
         const uint8_t* const* rest = tail_bytes ? tail_starts : nullptr;
         const int64_t planes = count * kPlanes;
@@ -194,8 +192,7 @@ void MultiplyTiles(const Rows& rows, const Matrix& matrix, int64_t first_panel, 
 }  // namespace
 
 const Kernels kAmxKernels = {
-    "amx-int8", Available, PlanesRowBytes, PreparePlanes<true>, MultiplyTiles, GeluProducts, Attend,
-    MultiplyTransposed
+    "amx-int8", Available, PlanesRowBytes, PreparePlanes<true>, MultiplyTiles, GeluProducts, Attend, MultiplyTransposed,
 };
 
 }  // namespace grok1

@@ -48,8 +48,8 @@ bool Available() {
 }  // namespace
 
 const Kernels kDotProductKernels = {
-    "arm-dotprod", Available, PlanesRowBytes, PreparePlanes<false>, MultiplyRows<DotProduct>, GeluProducts, Attend,
-    MultiplyTransposed
+    "arm-dotprod", Available, PlanesRowBytes,     PreparePlanes<false>, MultiplyRows<DotProduct>,
+    GeluProducts,  Attend,    MultiplyTransposed,
 };
 
 }  // namespace grok1

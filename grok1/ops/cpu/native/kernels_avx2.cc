@@ -16,7 +16,7 @@ bool Available() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 }  // namespace
 
 const Kernels kAvx2Kernels = {
-    "avx2", Available, FloatRowBytes, PrepareFloats, MultiplyFloats, GeluProducts, Attend, MultiplyTransposed
+    "avx2", Available, FloatRowBytes, PrepareFloats, MultiplyFloats, GeluProducts, Attend, MultiplyTransposed,
 };
 
 }  // namespace grok1

@@ -38,8 +38,8 @@ bool Available() {
 }  // namespace
 
 const Kernels kAvx512Kernels = {
-    "avx512-vnni", Available, PlanesRowBytes, PreparePlanes<true>, MultiplyRows<Avx512>, GeluProducts, Attend,
-    MultiplyTransposed
+    "avx512-vnni",        Available,    PlanesRowBytes, PreparePlanes<true>,
+    MultiplyRows<Avx512>, GeluProducts, Attend,         MultiplyTransposed,
 };
 
 }  // namespace grok1

@@ -40,8 +40,8 @@ bool Available() {
 }  // namespace
 
 const Kernels kAvxVnniKernels = {
-    "avx-vnni", Available, PlanesRowBytes, PreparePlanes<true>, MultiplyRows<AvxVnni>, GeluProducts, Attend,
-    MultiplyTransposed
+    "avx-vnni",   Available, PlanesRowBytes,     PreparePlanes<true>, MultiplyRows<AvxVnni>,
+    GeluProducts, Attend,    MultiplyTransposed,
 };
 
 }  // namespace grok1

@@ -16,7 +16,7 @@ bool Available() { return true; }
 }  // namespace
 
 const Kernels kPortableKernels = {
-    "portable", Available, FloatRowBytes, PrepareFloats, MultiplyFloats, GeluProducts, Attend, MultiplyTransposed
+    "portable", Available, FloatRowBytes, PrepareFloats, MultiplyFloats, GeluProducts, Attend, MultiplyTransposed,
 };
 
 }  // namespace grok1

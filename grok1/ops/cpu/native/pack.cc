@@ -14,7 +14,8 @@ void PackQuad(const uint8_t* row, int64_t stride, uint8_t* quad) {
   uint32_t out[kPanelColumns];
   for (int64_t n = 0; n < kPanelColumns; ++n)
     out[n] = (row[n] | uint32_t{row[stride + n]} << 8 | uint32_t{row[2 * stride + n]} << 16 |
-              uint32_t{row[3 * stride + n]} << 24) ^ 0x80808080u;
+              uint32_t{row[3 * stride + n]} << 24) ^
+             0x80808080u;
   if constexpr (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__)
     for (uint32_t& four : out) four = __builtin_bswap32(four);
   std::memcpy(quad, out, sizeof out);
@@ -25,8 +26,8 @@ void PackQuad(const uint8_t* row, int64_t stride, uint8_t* quad) {
 
 #pragma GCC visibility push(default)
 
-// Puts a box of rows and columns of a matrix, [rows, columns] with `stride` bytes from row to row, in its place in a
-// packed matrix of `groups` groups of `group_rows` rows. Several threads may put boxes of one matrix that do not overlap.
+// Writes a box of a matrix, [rows, columns] with `stride` bytes from row to row, into a packed matrix of `groups` groups
+// of `group_rows` rows. Threads may write boxes that do not overlap at the same time.
 extern "C" void Grok1Pack(const uint8_t* box, int64_t stride, int64_t first_row, int64_t rows, int64_t first_column,
                           int64_t columns, uint8_t* packed, int64_t groups, int64_t group_rows) {
   using namespace grok1;

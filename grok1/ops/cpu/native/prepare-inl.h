@@ -1,19 +1,19 @@
 // Activations in three signed bytes each. Included by kernels that multiply integers, in a namespace of their own,
 // after `scales-inl.h`.
 //
-// A row is rounded to 24 bits, as many as a float has, so that a product is three integer dot products. Integer sums are
-// exact: all of these kernels give the same bits.
+// A row is rounded to 24 bits, as many as a float has, so that a product is three integer dot products. Integer sums
+// are exact: all of these kernels give the same bits.
 
 constexpr int kPlanes = 3;
-constexpr int64_t kPlanePadding = 64;  // keeps rows from lying a power of two apart, and lets a whole vector be read
+constexpr int64_t kPlanePadding = 64;   // keeps rows from lying a power of two apart, and lets a whole vector be read
 constexpr float kLargest = 8355700.0f;  // that three balanced bytes hold, with a margin for the rounding of a division
 
 inline int64_t PlaneBytes(const Matrix& shape) { return shape.groups * shape.quads() * kQuadRows + kPlanePadding; }
 
 inline int64_t PlanesRowBytes(const Matrix& shape) { return kPlanes * PlaneBytes(shape); }
 
-// Writes the planes of a row, upper bytes first, and for each group 128 times the sum of its integers: what the kernels'
-// sums have too much, as a packed matrix has 128 added to its values.
+// Writes the planes of a row, upper bytes first, and for each group 128 times the sum of its integers: what the
+// kernels' sums have too much, as a packed matrix has 128 added to its values.
 template <bool kBiased>
 void PreparePlanes(const float* x, const Matrix& shape, uint8_t* data, float* step, double* bias) {
   const int64_t inner = shape.inner(), plane = PlaneBytes(shape), padded = shape.quads() * kQuadRows;

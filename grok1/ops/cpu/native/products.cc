@@ -75,8 +75,8 @@ float* Scratch(int64_t floats) {
   return scratch.data();
 }
 
-// Row r of the result is row r / repeat of `x` times the matrix that `index[r]` names in `stack`; where there is a second
-// stack, gelu of that times the row's product with the second stack's matrix.
+// Row r of the result is row r / repeat of `x` times the matrix that `index[r]` names in `stack`; where there is a
+// second stack, gelu of that times the row's product with the second stack's matrix.
 ffi::Error Multiply(const ffi::Buffer<ffi::F32>& x, const Stack& stack, const Stack* values,
                     const ffi::Buffer<ffi::S32>& index, std::string_view kernel_name,
                     ffi::Result<ffi::Buffer<ffi::F32>>& y) {
@@ -141,8 +141,8 @@ ffi::Error Multiply(const ffi::Buffer<ffi::F32>& x, const Stack& stack, const St
     const int64_t count = static_cast<int64_t>(share.rows.size());
     for (int64_t row = 0; row < count; row += task_rows)
       for (int64_t panel = 0; panel < num_panels; panel += task_panels)
-        tasks.push_back({&share, row, std::min(task_rows, count - row), panel,
-                         std::min(task_panels, num_panels - panel)});
+        tasks.push_back(
+            {&share, row, std::min(task_rows, count - row), panel, std::min(task_panels, num_panels - panel)});
   }
   Pool::OfProcess().ForEach(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     const Task& task = tasks[i];
@@ -171,8 +171,8 @@ ffi::Error MultiplyPacked(ffi::Buffer<ffi::F32> x, Panels panels, Scales scales,
 }
 
 ffi::Error MultiplyGated(ffi::Buffer<ffi::F32> x, Panels panels, Scales scales, Panels value_panels,
-                         Scales value_scales, ffi::Buffer<ffi::S32> index, int64_t group_rows,
-                         std::string_view kernels, ffi::Result<ffi::Buffer<ffi::F32>> y) {
+                         Scales value_scales, ffi::Buffer<ffi::S32> index, int64_t group_rows, std::string_view kernels,
+                         ffi::Result<ffi::Buffer<ffi::F32>> y) {
   const auto stack = Stack::Of(panels, scales, group_rows), values = Stack::Of(value_panels, value_scales, group_rows);
   if (stack.has_error()) return stack.error();
   if (values.has_error()) return values.error();
