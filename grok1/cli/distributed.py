@@ -84,14 +84,14 @@ def joined(detect: bool, processes: ProcessOptions, choice: ModelChoice) -> Iter
 def _join(terminal: Terminal, detect: bool, processes: ProcessOptions) -> Runtime:
     terminal.show_status("starting JAX")
     from grok1.multihost.cluster import detected_cluster, given_cluster
-    from grok1.multihost.runtime import ToldError, join
+    from grok1.multihost.join import MismatchError, join
 
     cluster = detected_cluster(*processes) if detect else given_cluster(*processes)
     if cluster.process_id != 0:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # process 0 decides what an interrupt ends
     try:
-        return join(cluster, _options(), terminal.show_status, speaks=terminal.shows)
-    except ToldError:
+        return join(cluster, _options(), terminal.show_status, reports=terminal.shows)
+    except MismatchError:
         if cluster.process_id != 0 and not terminal.shows:
             terminal.abort(None, 1)
         raise

@@ -1,4 +1,4 @@
-"""Which processes make up a run: as the user says, or as a cluster's own variables do."""
+"""The processes of a run, as given by options or detected from a cluster's environment variables."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import socket
 from collections.abc import Mapping
 
 from grok1.errors import MultihostError
+from grok1.multihost import jax_private
 
 START_TIMEOUT = 300
-"""Seconds that a process waits for the others, unless the user says otherwise."""
+"""Seconds that a process waits for the others by default."""
 
-# By the names that JAX gives them; it has none for Kubernetes.
+# Keys are JAX's names; Kubernetes has none.
 _NAMES = {
     "slurm": "SLURM",
     "ompi": "Open MPI",
@@ -27,16 +28,16 @@ _NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """The processes of a run, and which of them this is.
+    """The processes of a run, and the index of this one.
 
     Attributes:
-        coordinator: host and port at which process 0 can be reached.
-        num_processes: how many there are.
-        process_id: which is this one, counted from 0.
-        bind: address that the coordinator listens on; None for the one of its host's name.
+        coordinator: `HOST:PORT` of process 0.
+        num_processes: number of processes.
+        process_id: index of this process, from 0.
+        bind: address that the coordinator listens on; None for the address of its host's name.
         timeout: seconds to wait for the others.
-        local_devices: which of this host's GPUs this process has; None for all.
-        found_by: the kind of cluster that was detected; None if the user has said it all.
+        local_devices: indices of this host's GPUs that this process uses; None for all.
+        found_by: name of the detected kind of cluster; None if everything was given by options.
     """
 
     coordinator: str
@@ -61,8 +62,9 @@ class Cluster:
     def bind_address(self) -> str:
         """The address that the coordinator listens on.
 
-        It is that of its host's name, so that a coordinator on the loopback address is seen by nobody else. A
-        cluster's name for a host may stand for its loopback address on that host; then the coordinator listens on all.
+        By default it is the address of its host's name, so that a coordinator on the loopback address is not visible to
+        other hosts. In a cluster, a host's own name may resolve to the loopback address; the coordinator then listens
+        on all addresses.
         """
         if self.bind is not None:
             return self.bind
@@ -75,69 +77,61 @@ class Cluster:
 def given_cluster(
     coordinator: str | None, num_processes: int | None, process_id: int | None, bind: str | None, timeout: int
 ) -> Cluster:
-    """The cluster that a user describes.
+    """Build a cluster from options.
 
     Args:
-        coordinator: `HOST:PORT`, or a port of the loopback address.
-        num_processes: how many processes there are.
-        process_id: which is this one.
+        coordinator: `HOST:PORT`, or `:PORT` for the loopback address.
+        num_processes: number of processes.
+        process_id: index of this process.
         bind: address that the coordinator listens on.
         timeout: seconds to wait for the others.
 
     Raises:
-        MultihostError: if something is missing or makes no sense.
+        MultihostError: if a value is missing or invalid.
     """
     given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if coordinator is None or num_processes is None or process_id is None:
         raise MultihostError(
-            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: --coordinator, --num-processes "
-            "and --process-id go together, or --distributed finds them in a cluster"
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: give --coordinator, "
+            "--num-processes and --process-id together, or --distributed in a cluster"
         )
     if not 0 <= process_id < num_processes:
-        raise MultihostError(f"process {process_id} is none of {num_processes}: expected 0 to {num_processes - 1}")
+        raise MultihostError(
+            f"process id {process_id} is out of range: expected 0 to {num_processes - 1} for {num_processes} processes"
+        )
     host, _, port = coordinator.rpartition(":")
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-        raise MultihostError(f"the coordinator {coordinator!r} has no port: expected HOST:PORT, such as 10.0.0.1:8476")
+        raise MultihostError(f'invalid coordinator "{coordinator}": expected HOST:PORT, such as 10.0.0.1:8476')
     return Cluster(f"{host or '127.0.0.1'}:{port}", num_processes, process_id, bind, timeout)
 
 
 def detected_cluster(
     coordinator: str | None, num_processes: int | None, process_id: int | None, bind: str | None, timeout: int
 ) -> Cluster:
-    """The cluster that SLURM, Open MPI, Kubernetes or Cloud TPU have put this process in, as JAX detects it.
+    """Detect the cluster of this process with JAX: SLURM, Open MPI, Kubernetes or Cloud TPU.
 
-    Args:
-        coordinator: as for `given_cluster`, as are the others; what is not None is taken as it is.
-        num_processes: how many processes there are.
-        process_id: which is this one.
-        bind: address that the coordinator listens on.
-        timeout: seconds to wait for the others.
+    Args: as for `given_cluster`; a value that is not None overrides the detected one.
 
     Raises:
-        MultihostError: if there is no cluster that can be detected, or it does not say enough.
+        MultihostError: if no cluster is detected, or it does not provide all values.
     """
-    from jax._src.clusters import ClusterEnv
-
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    kinds = [kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method]
-    found = next((kind for kind in kinds if kind.is_env_present()), None)
+    found = jax_private.cluster_environment()
     if found is None:
         if None not in (coordinator, num_processes, process_id):
             return given_cluster(coordinator, num_processes, process_id, bind, timeout)
         raise MultihostError(
-            "no cluster was detected (of SLURM, Open MPI, Kubernetes and Cloud TPU): start grok1 with the cluster's "
-            "own launcher, such as srun or mpirun, or say --coordinator, --num-processes and --process-id"
+            "no cluster was detected (SLURM, Open MPI, Kubernetes or Cloud TPU): start grok1 with the cluster's "
+            "launcher, such as srun or mpirun, or give --coordinator, --num-processes and --process-id"
         )
     name = _NAMES.get(found.name, found.__name__)
     try:
-        address, count, index, local = ClusterEnv.auto_detect_unset_distributed_params(
-            coordinator, num_processes, process_id, None, None, timeout
-        )
-    except Exception as error:  # whatever a cluster's variables or services lead to
+        address, count, index, local = jax_private.detect_process(coordinator, num_processes, process_id, timeout)
+    except Exception as error:  # of any type, depending on the cluster
         raise MultihostError(
-            f"{name} was detected, but it does not say who takes part ({error}): say --coordinator, --num-processes "
-            "and --process-id"
+            f"{name} was detected, but its settings are incomplete ({error}): give --coordinator, --num-processes and "
+            "--process-id"
         ) from None
     cluster = given_cluster(address, count, index, bind, timeout)
     devices = None if local is None or _alone_on_host(os.environ) else tuple(local)
@@ -145,9 +139,9 @@ def detected_cluster(
 
 
 def _alone_on_host(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher has put only one process on each host, which then has all of the host's GPUs.
+    """Return whether a launcher started one process per host, which then uses all GPUs of the host.
 
-    JAX would give it the first, as if there were one process for each.
+    JAX would assign it only the first GPU.
     """
     of_open_mpi = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", "")
     of_slurm = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
@@ -155,15 +149,15 @@ def _alone_on_host(environment: Mapping[str, str]) -> bool:
 
 
 def _address(host: str, port: int) -> str:
-    """The address of a host's name.
+    """Resolve a host name.
 
     Raises:
-        MultihostError: if it has none.
+        MultihostError: if it has no address.
     """
     try:
         return str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
         raise MultihostError(
-            f"the coordinator's host {host!r} has no address ({error.strerror}): give one that every host knows, or "
-            "its number"
+            f'cannot resolve the coordinator\'s host "{host}" ({error.strerror}): give a name that every host can '
+            "resolve, or an IP address"
         ) from None

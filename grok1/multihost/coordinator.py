@@ -1,17 +1,15 @@
-"""The program in which all processes of a run meet, beside process 0.
+"""The coordinator: a program at which all processes of a run meet. Process 0 starts it.
 
-First every process comes to its port and says who it is, in a line of JSON; when all are there and fit together, JAX's
-coordination service takes over the port, and everybody may connect to that. The first connections stay, and who loses
-its own without a word has died: all others hear of it at once.
+Each process connects to its port and introduces itself with a line of JSON. When all have arrived and fit together,
+JAX's coordination service takes over the port. The first connections stay open: if one closes without notice, its
+process has died, and all others are notified at once.
 
-It is a process of its own so that it outlives process 0 by a moment: a coordination service that ended with it would
-take the other processes down with a stack trace each, before they could say why. It ends when nobody is connected any
-more.
+The coordinator is a separate process so that it outlives process 0. If the coordination service ended with process 0,
+the others would abort with a stack trace before they could report why. It ends when no process is connected.
 
-Run as a script, so that nothing but jaxlib is imported. Lines to a process are {"wait": N} for how many are still to
-come, {"error": sentence}, {"go": [[host, machine, address], ...]}, {"loading": [[done, total], ...]}, {"failed":
-[process, sentence]} and {"end": code}; lines from it, after the first, {"loading": [done, total]}, {"failed":
-sentence} and {"end": code}.
+Messages are lines of JSON. From the coordinator: {"wait": N} (processes still missing), {"error": sentence}, {"go":
+[[host, machine, address], ...]}, {"loading": [[done, total], ...]}, {"failed": [process, sentence]} and {"end": code}.
+From a process, after its introduction: {"loading": [done, total]}, {"failed": sentence} and {"end": code}.
 """
 
 from __future__ import annotations
@@ -23,16 +21,24 @@ import sys
 import time
 from typing import Any
 
+from grok1.multihost.jax_private import start_coordination_service
+
 TICK_SECONDS = 0.5
 _LINE_BYTES = 1 << 20
 _LOOPBACK = ("127.", "::1")
 
 
 class Coordinator:
-    """Who has come, and what becomes of them."""
+    """The connected processes and the state of their run."""
 
     def __init__(self, count: int, timeout: float, silence: float):
-        """For `count` processes, of which none may be silent for more than `silence` seconds."""
+        """Create a coordinator.
+
+        Args:
+            count: number of processes.
+            timeout: seconds to wait for all processes to connect.
+            silence: seconds without a message after which a process is considered dead.
+        """
         self.count = count
         self.timeout = timeout
         self.silence = silence
@@ -45,7 +51,7 @@ class Coordinator:
         self.changed = asyncio.Event()
 
     async def run(self, host: str, port: int) -> None:
-        """Meets, hosts the service, and watches until nobody is left."""
+        """Wait for the processes, run the service, and watch until no process is connected."""
         try:
             server = await asyncio.start_server(self.serve, host, port, limit=_LINE_BYTES, reuse_address=True)
         except OSError as error:
@@ -55,37 +61,38 @@ class Coordinator:
         begin = time.monotonic()
         while len(self.hellos) < self.count and time.monotonic() - begin < self.timeout and not self.over:
             self.changed.clear()
-            self.tell({"wait": self.count - len(self.hellos)})
+            self.send({"wait": self.count - len(self.hellos)})
             await self.wait_for_change(self.timeout - (time.monotonic() - begin))
         server.close()
         missing = [process for process in range(self.count) if process not in self.hellos]
-        fault = None if self.over else self.missing(missing) if missing else self.difference()
+        fault = None if self.over else self.missing(missing) if missing else self.mismatch()
         service = None
         if self.over or fault is not None:
-            self.tell(
-                {"error": fault or "process 0 has ended before all processes were there: start all of them again"}
+            self.send(
+                {"error": fault or "process 0 ended before all processes had connected: start all processes again"}
             )
             self.over = True
         else:
-            service = self.start_service(host, port)
+            service = start_coordination_service(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", self.count)
             self.running = True
             self.seen = dict.fromkeys(self.seen, time.monotonic())
-            told = [[hello["host"], hello["machine"], self.address(i)] for i, hello in sorted(self.hellos.items())]
-            self.tell({"go": told})
+            machines = [[hello["host"], hello["machine"], self.address(i)] for i, hello in sorted(self.hellos.items())]
+            self.send({"go": machines})
         while self.writers:
             self.changed.clear()
             await self.wait_for_change(TICK_SECONDS)
             now = time.monotonic()
-            self.tell({"loading": self.loading})
+            self.send({"loading": self.loading})
             for process in [process for process in self.writers if now - self.seen[process] > self.silence]:
-                self.failed(process, f"it has not answered for {self.silence:.0f} seconds")
+                self.fail(process, f"no answer for {self.silence:.0f} seconds")
                 self.leave(process)
-        del service  # which ends it
+        del service  # stops it
 
     def address(self, process: int) -> str:
-        """The address at which others can reach a process: where it comes from.
+        """Return the address at which others can reach a process: normally the address that it connects from.
 
-        Processes of this host may come by the loopback address. Where others have reached this host is theirs then.
+        Processes on this host may connect from the loopback address. Their address is then the one at which other hosts
+        have reached this host.
         """
         ends = {i: writer.get_extra_info("peername")[0] for i, writer in self.writers.items()}
         elsewhere = [i for i, end in ends.items() if not _plain(end).startswith(_LOOPBACK)]
@@ -93,32 +100,26 @@ class Coordinator:
             return _plain(ends[process])
         return _plain(self.writers[elsewhere[0]].get_extra_info("sockname")[0])
 
-    def start_service(self, host: str, port: int) -> Any:
-        """JAX's coordination service."""
-        from jaxlib import _jax
-
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        return _jax.get_distributed_runtime_service(address, self.count)
-
     async def wait_for_change(self, seconds: float) -> None:
-        """Waits until something has happened."""
+        """Wait until a process connects or disconnects, at most this long."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.changed.wait(), max(0.0, seconds))
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection, from its first line to its end; who says nothing sensible at first is nobody."""
+        """Serve a connection until it ends; one whose first line is not an introduction is ignored."""
         process = None
         try:
             hello = json.loads(await asyncio.wait_for(reader.readline(), self.timeout))
             process = hello["process"]
             if process in self.hellos or not 0 <= process < self.count or hello["processes"] != self.count:
-                other = self.hellos.get(process, {}).get("host", "another")
-                fault = f"{hello['host']} says that it is process {process} of {hello['processes']}, "
-                fault += (
-                    f"which {other} is already: give every process a --process-id of its own"
-                    if hello["processes"] == self.count
-                    else f"and process 0 that there are {self.count}: start every process with the same --num-processes"
-                )
+                fault = f"{hello['host']} was started as process {process} of {hello['processes']}, "
+                if hello["processes"] != self.count:
+                    fault += f"but process 0 expects {self.count} processes: start all with the same --num-processes"
+                elif process in self.hellos:
+                    other = self.hellos[process]["host"]
+                    fault += f"as {other} already was: give each process a different --process-id"
+                else:
+                    fault += f"expected an index from 0 to {self.count - 1}: correct --process-id"
                 writer.write(json.dumps({"error": fault}).encode() + b"\n")
                 process = None
                 return
@@ -127,83 +128,83 @@ class Coordinator:
             self.changed.set()
             while line := await reader.readline():
                 self.seen[process] = time.monotonic()
-                self.heard(process, json.loads(line))
+                self.handle(process, json.loads(line))
             if not self.over:
-                self.failed(process, "it ended unexpectedly")
+                self.fail(process, "ended unexpectedly")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if process is not None and not self.over:
-                self.failed(process, f"its connection failed ({error})")
+                self.fail(process, f"the connection failed ({error})")
         finally:
             if process is not None:
                 self.leave(process)
             writer.close()
 
-    def heard(self, process: int, told: dict[str, Any]) -> None:
-        """What a process has to say."""
-        if "loading" in told:
-            self.loading = [told["loading"] if i == process else at for i, at in enumerate(self.loading)]
-        elif "failed" in told:
-            self.failed(process, told["failed"])
-        elif "end" in told:
+    def handle(self, process: int, message: dict[str, Any]) -> None:
+        """Handle a message of a process."""
+        if "loading" in message:
+            self.loading = [message["loading"] if i == process else at for i, at in enumerate(self.loading)]
+        elif "failed" in message:
+            self.fail(process, message["failed"])
+        elif "end" in message:
             self.over = True
-            self.tell({"end": told["end"]})
+            self.send({"end": message["end"]})
 
-    def failed(self, process: int, sentence: str) -> None:
-        """Ends the run because of a process. Before it has begun, there is only one fewer."""
+    def fail(self, process: int, sentence: str) -> None:
+        """End the run because a process failed; before the run has started, only wait for the process again."""
         if not self.running and process != 0:
             self.hellos.pop(process, None)
             self.changed.set()
         elif not self.over:
             self.over = True
-            self.tell({"failed": [process, sentence]})
+            self.send({"failed": [process, sentence]})
 
     def leave(self, process: int) -> None:
-        """Forgets a connection."""
+        """Close and forget a connection."""
         if process in self.writers:
             self.writers.pop(process).close()
         self.over |= process == 0
         self.changed.set()
 
-    def tell(self, told: dict[str, Any]) -> None:
-        """Says something to everybody."""
+    def send(self, message: dict[str, Any]) -> None:
+        """Send a message to all processes."""
         for writer in self.writers.values():
-            writer.write(json.dumps(told).encode() + b"\n")
+            writer.write(json.dumps(message).encode() + b"\n")
 
     def missing(self, processes: list[int]) -> str:
-        """The sentence about who has not come."""
+        """Return the error for processes that have not connected."""
         names = ", ".join(map(str, processes))
-        who = f"process {names} has" if len(processes) == 1 else f"processes {names} have"
         return (
-            f"{who} not come within {self.timeout:.0f} seconds, of {self.count} that were to: start every process with "
-            "the same --coordinator and --num-processes, and see that its host reaches this address"
+            f"process{'es' if len(processes) > 1 else ''} {names} of {self.count} did not connect within "
+            f"{self.timeout:.0f} seconds: start all processes with the same --coordinator and --num-processes, and "
+            "check that their hosts can reach this address"
         )
 
-    def difference(self) -> str | None:
-        """The sentence about what is not the same in all processes; None if they fit together."""
+    def mismatch(self) -> str | None:
+        """Return the error for the first value that differs between processes; None if all agree."""
         first = self.hellos[0]
         for process, other in sorted(self.hellos.items()):
             for kind, remedy in (
-                ("versions", "install the same version on both"),
-                ("options", "start every process with the same options"),
+                ("versions", "install the same version on both hosts"),
+                ("options", "start all processes with the same options"),
             ):
                 mine, theirs = first[kind], other[kind]
                 for name in [*mine, *(name for name in theirs if name not in mine)]:
                     if mine.get(name) != theirs.get(name):
                         return (
-                            f"process {process} ({other['host']}) has {name} {_shown(theirs.get(name))} and process 0 "
-                            f"({first['host']}) has {_shown(mine.get(name))}: {remedy}"
+                            f"{name} differs: {_shown(theirs.get(name))} in process {process} ({other['host']}), "
+                            f"{_shown(mine.get(name))} in process 0 ({first['host']}); {remedy}"
                         )
         return None
 
 
 def _plain(address: str) -> str:
-    """An address of version 4 as such, though it came by version 6."""
+    """Return an IPv4 address without its IPv6 prefix."""
     return address.removeprefix("::ffff:")
 
 
 def _shown(value: Any) -> str:
     if value is None:
-        return "not at all"
+        return "not given"
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     return repr(text if len(text) <= 40 else text[:37] + "...")
 

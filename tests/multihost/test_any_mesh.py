@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from grok1.host.memory import DEFAULT_LOAD_MEMORY
 from grok1.multihost.cluster import given_cluster
-from grok1.multihost.runtime import join
+from grok1.multihost.join import join
 
 process, count, port, folder, meshes, out = sys.argv[1:]
 def end(sentence, code):

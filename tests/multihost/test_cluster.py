@@ -24,7 +24,7 @@ MORE = ("SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE", "JAX_COORDINA
 
 @pytest.fixture
 def variables(monkeypatch):
-    """Sets variables, and no other cluster's."""
+    """Set variables of a cluster and remove those of others."""
     for name in (*SLURM, *OPEN_MPI, *MORE, "KUBERNETES_SERVICE_HOST", "TPU_WORKER_HOSTNAMES", "JAX_COORDINATOR_PORT"):
         monkeypatch.delenv(name, raising=False)
 
@@ -35,7 +35,7 @@ def variables(monkeypatch):
     return variables
 
 
-def test_a_port_alone_is_of_the_loopback_address():
+def test_a_port_without_host_is_on_the_loopback_address():
     found = given_cluster(":8476", 2, 1, None, 30)
     assert (found.coordinator, found.host, found.port, found.bind_address) == (
         "127.0.0.1:8476",
@@ -45,7 +45,7 @@ def test_a_port_alone_is_of_the_loopback_address():
     )
 
 
-def test_the_coordinator_listens_where_its_host_is_unless_told_otherwise():
+def test_the_coordinator_listens_at_its_host_or_at_bind():
     assert given_cluster("10.1.2.3:99", 2, 0, None, 30).bind_address == "10.1.2.3"
     assert given_cluster("10.1.2.3:99", 2, 0, "0.0.0.0", 30).bind_address == "0.0.0.0"
     assert given_cluster("[::1]:99", 2, 0, None, 30).bind_address == "::1"
@@ -56,30 +56,30 @@ def test_the_coordinator_listens_where_its_host_is_unless_told_otherwise():
     [
         (("h:1", None, 0), "--num-processes is missing: "),
         ((None, 2, None), "--coordinator and --process-id are missing: "),
-        (("h:1", 2, 2), "process 2 is none of 2: expected 0 to 1"),
-        (("h", 2, 0), "the coordinator 'h' has no port: expected HOST:PORT"),
-        (("h:0", 2, 0), "the coordinator 'h:0' has no port"),
-        (("h:65536", 2, 0), "the coordinator 'h:65536' has no port"),
-        (("h:\u0663", 2, 0), "the coordinator 'h:\u0663' has no port"),
+        (("h:1", 2, 2), "process id 2 is out of range: expected 0 to 1"),
+        (("h", 2, 0), 'invalid coordinator "h": expected HOST:PORT'),
+        (("h:0", 2, 0), 'invalid coordinator "h:0"'),
+        (("h:65536", 2, 0), 'invalid coordinator "h:65536"'),
+        (("h:\u0663", 2, 0), 'invalid coordinator "h:\u0663"'),
     ],
 )
-def test_what_makes_no_sense_is_refused(given, sentence):
+def test_invalid_options_are_refused(given, sentence):
     with pytest.raises(MultihostError) as error:
         given_cluster(*given, None, 30)
     assert str(error.value).startswith(sentence)
 
 
-def test_a_host_without_an_address_is_refused():
-    with pytest.raises(MultihostError, match=r"host 'no\.such\.host\.invalid' has no address"):
+def test_an_unknown_host_is_refused():
+    with pytest.raises(MultihostError, match=r'cannot resolve .* host "no\.such\.host\.invalid"'):
         _ = given_cluster("no.such.host.invalid:1", 2, 0, None, 30).bind_address
 
 
-def test_slurm_says_who_takes_part(variables):
+def test_slurm_is_detected(variables):
     variables(SLURM)
     found = detected_cluster(None, None, None, None, 30)
-    port = 4321 % 4096 + 61440  # as JAX takes one from the job's number
+    port = 4321 % 4096 + 61440  # as JAX derives it from the job id
     assert found == Cluster(f"localhost:{port}", 4, 2, None, 30, (0,), "SLURM")
-    assert found.bind_address in ("::", "0.0.0.0")  # the name is this host's own for itself
+    assert found.bind_address in ("::", "0.0.0.0")  # localhost resolves to the loopback address
 
 
 @pytest.mark.parametrize(
@@ -93,33 +93,33 @@ def test_slurm_says_who_takes_part(variables):
         (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, (1,)),
     ],
 )
-def test_a_process_alone_on_its_host_has_all_of_its_devices(variables, more, devices):
+def test_a_process_alone_on_its_host_uses_all_devices(variables, more, devices):
     variables(more)
     assert detected_cluster(None, None, None, None, 30).local_devices == devices
 
 
-def test_open_mpi_says_who_takes_part(variables):
+def test_open_mpi_is_detected(variables):
     variables(OPEN_MPI)
     found = detected_cluster(None, None, None, None, 30)
     assert (found.host, found.num_processes, found.process_id) == ("10.96.0.1", 2, 1)
     assert (found.local_devices, found.found_by, found.bind_address) == ((1,), "Open MPI", "10.96.0.1")
 
 
-def test_what_the_user_says_goes_before_what_is_found(variables):
+def test_options_override_detected_values(variables):
     variables(SLURM)
     found = detected_cluster("10.0.0.9:77", None, None, "0.0.0.0", 30)
     assert (found.coordinator, found.num_processes, found.bind_address) == ("10.0.0.9:77", 4, "0.0.0.0")
 
 
-def test_no_cluster_is_a_sentence_unless_all_is_said(variables):
+def test_without_a_cluster_all_options_are_needed(variables):
     with pytest.raises(MultihostError, match="no cluster was detected"):
         detected_cluster(None, 2, None, None, 30)
     assert detected_cluster("h:7", 2, 1, None, 30) == given_cluster("h:7", 2, 1, None, 30)
 
 
-def test_a_cluster_that_says_too_little_is_a_sentence(variables):
+def test_incomplete_settings_of_a_cluster_are_reported(variables):
     variables(SLURM | {"SLURM_NTASKS": "many"})
-    with pytest.raises(MultihostError, match="SLURM was detected, but it does not say who takes part"):
+    with pytest.raises(MultihostError, match="SLURM was detected, but its settings are incomplete"):
         detected_cluster(None, None, None, None, 30)
 
 
