@@ -1,16 +1,18 @@
 """Which kernels are chosen, and why not others."""
 
 import dataclasses
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from built import require_kernels
 
 from grok1.config import PRESETS
 from grok1.errors import KernelsError
-from grok1.ops.cpu import library
 from grok1.ops.gpu import kernels as gpu
 from grok1.ops.kernels import choose_kernels, kernels_in_use
 
@@ -77,14 +79,6 @@ def test_unknown_platforms_have_none(monkeypatch):
     assert kernels_in_use(mesh("abacus").devices[0, 0]).fallback == "there are none for devices of the platform abacus"
 
 
-def test_a_processor_without_kernels_says_how_to_have_them(monkeypatch):
-    monkeypatch.delenv("GROK1_KERNELS", raising=False)
-    monkeypatch.setattr(library, "kernel_names", tuple)
-    chosen = choose_kernels(RELEASE, mesh("cpu"))
-    assert chosen.name == "xla"
-    assert "install a C++ compiler" in chosen.fallback
-
-
 def test_kernels_are_tried_before_they_are_trusted(monkeypatch):
     device = jax.devices()[0]  # which interprets them
     assert gpu.why_not.__wrapped__(device) is None
@@ -99,3 +93,29 @@ def test_kernels_are_tried_before_they_are_trusted(monkeypatch):
     assert gpu.why_not.__wrapped__(device) == "cpu does not run them (no such instruction)"
     monkeypatch.setattr(gpu, "multiply", lambda *arguments: [jnp.full_like(right(*arguments)[0], jnp.nan)])
     assert "wrongly" in gpu.why_not.__wrapped__(device)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("library.LIBRARY = 'nowhere'", "no kernels for this processor were built (install a C++ compiler"),
+        ("jax.ffi.register_ffi_target = refuse", "the kernels were built for another version of jaxlib than"),
+    ],
+)
+def test_cpu_kernels_that_cannot_be_loaded_are_not_used(change, reason):
+    if "refuse" in change:
+        require_kernels()
+    code = f"""
+import jax
+from grok1.ops.cpu import library
+from grok1.ops.kernels import kernels_in_use
+
+def refuse(*arguments, **options):
+    raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: the handler's API version is incompatible")
+
+{change}
+chosen = kernels_in_use(jax.devices("cpu")[0])
+print(library.kernel_names(), chosen.name, chosen.fallback)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"() xla {reason}")

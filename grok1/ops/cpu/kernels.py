@@ -16,8 +16,6 @@ from grok1.ops.xla.kernels import CPU_LIMITS, Kernels
 from grok1.params.table import parameter_table
 from grok1.params.weights import MAX_GROUP_ROWS, QuantizedMatrix
 
-HOW_TO_BUILD = "install a C++ compiler such as g++ and install grok1 again"
-
 _FEW_ROWS = 16  # up to which XLA, with one thread, takes longer to compute logits than to read the matrix
 
 
@@ -37,7 +35,7 @@ class CPUKernels(Kernels):
         return library.pack_box
 
     def why_not_on(self, device: jax.Device) -> str | None:
-        return None if library.kernel_names() else f"no kernels for this processor were built ({HOW_TO_BUILD})"
+        return library.why_not()
 
     def why_not_for(self, config: ModelConfig, shards: int) -> str | None:
         rows = max(spec.shape[-2] // spec.groups for spec in parameter_table(config) if spec.groups)

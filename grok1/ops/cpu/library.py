@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,8 +26,8 @@ _TARGETS = {
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The compiled kernels, registered with XLA; None if none were built or they cannot be loaded."""
+def _load() -> ctypes.CDLL | str:
+    """Load the compiled kernels and register them with XLA; return the reason if that is impossible."""
     try:
         library = ctypes.CDLL(str(LIBRARY))
         handlers = {target: getattr(library, symbol) for target, symbol in _TARGETS.items()}
@@ -40,49 +41,59 @@ def _library() -> ctypes.CDLL | None:
         library.Grok1SetThreads.argtypes = [size]
         library.Grok1SetThreads.restype = None
     except (OSError, AttributeError):
-        return None
-    for target, handler in handlers.items():
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
+        return "no kernels for this processor were built (install a C++ compiler such as g++ and install grok1 again)"
+    try:
+        for target, handler in handlers.items():
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
+    except jax.errors.JaxRuntimeError:  # raised for the first target, so that none is registered
+        version = importlib.metadata.version("jaxlib")
+        return f"the kernels were built for another version of jaxlib than {version} (install grok1 again)"
     return library
 
 
-def _required_library() -> ctypes.CDLL:
-    library = _library()
-    if library is None:
-        raise RuntimeError("the kernels were not built")
+def why_not() -> str | None:
+    """Return why the kernels cannot be used, or None if they can."""
+    library = _load()
+    return library if isinstance(library, str) else None
+
+
+def _library() -> ctypes.CDLL:
+    library = _load()
+    if isinstance(library, str):
+        raise RuntimeError(library)
     return library
 
 
 @functools.cache
 def kernel_names() -> tuple[str, ...]:
-    """Names of the kernels that this processor can run, fastest first; empty if none were built."""
-    library = _library()
+    """Names of the kernels that this processor can run, fastest first; empty if they cannot be used."""
+    if why_not() is not None:
+        return ()
     names: list[str] = []
-    while library is not None and (name := library.Grok1KernelsName(len(names))) is not None:
+    while (name := _library().Grok1KernelsName(len(names))) is not None:
         names.append(name.decode())
     return tuple(names)
 
 
 def kernel_name() -> str | None:
-    """Name of the kernels that run on this processor by default; None if none were built."""
+    """Name of the kernels that run on this processor by default; None if they cannot be used."""
     return kernel_names()[0] if kernel_names() else None
 
 
 def _kernel(target: str, result: jax.ShapeDtypeStruct) -> Callable[..., jax.Array]:
-    _required_library()
+    _library()
     return jax.ffi.ffi_call(target, result)
 
 
 def set_threads(count: int) -> None:
     """Sets the number of threads of the kernels, over all devices of the process."""
-    library = _library()
-    if library is not None:
-        library.Grok1SetThreads(count)
+    if why_not() is None:
+        _library().Grok1SetThreads(count)
 
 
 def read(memory: np.ndarray) -> int:
     """Reads an array of 256 bytes or a multiple with all threads, as fast as memory allows."""
-    library = _required_library()
+    library = _library()
     if not memory.flags.c_contiguous or memory.nbytes % 256:
         raise ValueError(f"cannot read an array of {memory.nbytes:,} bytes, expected contiguous multiples of 256")
     return int(library.Grok1Read(memory.ctypes.data, memory.nbytes))
@@ -101,7 +112,7 @@ def pack_box(
         groups: number of scale groups of the matrix.
         group_rows: rows of each.
     """
-    library = _required_library()
+    library = _library()
     rows, columns = box.shape
     most_columns = packed.shape[0] * PANEL_COLUMNS
     inside = 0 <= first_row <= groups * group_rows - rows and 0 <= first_column <= most_columns - columns

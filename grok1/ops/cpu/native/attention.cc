@@ -1,7 +1,8 @@
-// Attention over a key/value cache, as a call that XLA makes.
+// Attention over a key/value cache, as an XLA custom call.
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <string_view>
 #include <vector>
 
@@ -15,110 +16,175 @@ namespace grok1 {
 namespace {
 
 constexpr int64_t kTaskQueries = 64;      // of several tokens
-constexpr int64_t kTaskPositions = 1024;  // that a task for one token looks at
+constexpr int64_t kTaskPositions = 1024;  // that a task for one token attends to
+
+// The arguments of a call, checked.
+struct Call {
+  const Kernels* kernels;
+  const float* query;        // [batch, tokens, heads, size]
+  const uint8_t* keys;       // [layers, sequences, kv_heads, capacity, size]
+  const uint8_t* values;     // the same
+  const int32_t* positions;  // [batch, tokens]
+  const int32_t* slots;      // [batch], indices of sequences
+  float* out;                // [batch, tokens, heads, size]
+  bool bfloat16;             // type of keys and values, otherwise float
+  int64_t batch, tokens, heads, size;
+  int64_t sequences, kv_heads, capacity;
+  int64_t layer;
+  float multiplier, cap;
+
+  // Query heads per key/value head.
+  int64_t shared() const { return heads / kv_heads; }
+  int64_t task_tokens() const { return std::max<int64_t>(1, kTaskQueries / shared()); }
+  // Floats of a task's sums: values and mass of each query.
+  int64_t result_floats() const { return task_tokens() * shared() * (size + 1); }
+};
+
+// Some tokens of a row, one key/value head, and a range of positions.
+struct Task {
+  int64_t row, head, first_token, tokens, first_position, positions;
+};
+
+ffi::ErrorOr<Call> CheckCall(const ffi::Buffer<ffi::F32>& query, const ffi::AnyBuffer& keys,
+                             const ffi::AnyBuffer& values, const ffi::Buffer<ffi::S32>& layer,
+                             const ffi::Buffer<ffi::S32>& positions, const ffi::Buffer<ffi::S32>& slots,
+                             float multiplier, float cap, std::string_view kernel_name,
+                             ffi::Result<ffi::Buffer<ffi::F32>>& y) {
+  const auto invalid = [](const char* fault) { return ffi::Unexpected(ffi::Error::InvalidArgument(fault)); };
+  const Kernels* kernels = FindKernels(kernel_name);
+  if (kernels == nullptr) return invalid("this processor has no such kernels");
+  const auto q = query.dimensions(), c = keys.dimensions(), v = values.dimensions();
+  if (q.size() != 4 || c.size() != 5 || !std::equal(c.begin(), c.end(), v.begin(), v.end()) ||
+      keys.element_type() != values.element_type() || q[3] != c[4] || c[2] < 1 || q[2] % c[2])
+    return invalid("queries and cache do not fit together");
+  const bool bfloat16 = keys.element_type() == ffi::BF16;
+  if (!bfloat16 && keys.element_type() != ffi::F32) return invalid("the cache is neither float32 nor bfloat16");
+  const int64_t of_layer = layer.typed_data()[0];
+  if (of_layer < 0 || of_layer >= c[0] || static_cast<int64_t>(positions.element_count()) != q[0] * q[1] ||
+      static_cast<int64_t>(slots.element_count()) != q[0])
+    return invalid("layer, positions or slots do not fit the cache");
+  return Call{kernels,
+              query.typed_data(),
+              static_cast<const uint8_t*>(keys.untyped_data()),
+              static_cast<const uint8_t*>(values.untyped_data()),
+              positions.typed_data(),
+              slots.typed_data(),
+              y->typed_data(),
+              bfloat16,
+              q[0],
+              q[1],
+              q[2],
+              q[3],
+              c[1],
+              c[2],
+              c[3],
+              of_layer,
+              multiplier,
+              cap};
+}
+
+// Groups queries by tokens and key/value head; for single tokens, long ranges of positions are cut as well.
+std::vector<Task> MakeTasks(const Call& call) {
+  const int64_t task_tokens = call.task_tokens();
+  std::vector<Task> tasks;
+  for (int64_t row = 0; row < call.batch; ++row)
+    for (int64_t token = 0; token < call.tokens; token += task_tokens) {
+      const int64_t count = std::min(task_tokens, call.tokens - token);
+      const int32_t* first = call.positions + row * call.tokens + token;
+      const int64_t seen = std::min<int64_t>(call.capacity, *std::max_element(first, first + count) + 1);
+      const int64_t range = call.tokens == 1 ? kTaskPositions : call.capacity;
+      for (int64_t head = 0; head < call.kv_heads; ++head)
+        for (int64_t start = 0; start == 0 || start < seen; start += range)
+          tasks.push_back({row, head, token, count, start, std::min(range, seen - start)});
+    }
+  return tasks;
+}
+
+// Longest first, so that all threads finish at about the same time; equal ones keep their order.
+std::vector<int64_t> LongestFirst(const std::vector<Task>& tasks) {
+  std::vector<int64_t> order(tasks.size());
+  std::iota(order.begin(), order.end(), int64_t{0});
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return tasks[a].positions > tasks[b].positions; });
+  return order;
+}
+
+// Divides a task's sums of values by their mass and writes them to the result.
+void WriteResult(const Call& call, const Task& task, const float* sums, const float* mass) {
+  const int64_t shared = call.shared(), size = call.size;
+  for (int64_t t = 0; t < task.tokens; ++t)
+    for (int64_t h = 0; h < shared; ++h) {
+      const int64_t i = t * shared + h, token = task.row * call.tokens + task.first_token + t;
+      float* const to = call.out + (token * call.heads + task.head * shared + h) * size;
+      const float inverse = mass[i] > 0 ? 1.0f / mass[i] : 0.0f;
+      for (int64_t d = 0; d < size; ++d) to[d] = sums[i * size + d] * inverse;
+    }
+}
+
+// Gathers a task's queries and attends with them. `sums` receives values and mass; if null, the result is written.
+void RunTask(const Call& call, const Task& task, float* sums) {
+  const int64_t shared = call.shared(), size = call.size, queries = task.tokens * shared;
+  static thread_local std::vector<float> memory;
+  static thread_local std::vector<int32_t> counts;
+  AttentionTask attention;
+  attention.queries = queries;
+  attention.bfloat16 = call.bfloat16;
+  attention.size = size;
+  attention.multiplier = call.multiplier;
+  attention.cap = call.cap;
+  const int64_t wanted = queries * size + call.result_floats() + attention.scratch_floats();
+  if (static_cast<int64_t>(memory.size()) < wanted) memory.resize(wanted);
+  if (static_cast<int64_t>(counts.size()) < queries) counts.resize(queries);
+  float* const gathered = memory.data();
+  float* const result = sums ? sums : gathered + queries * size;
+  float* const scratch = gathered + queries * size + call.result_floats();
+  for (int64_t t = 0; t < task.tokens; ++t) {
+    const int64_t token = task.row * call.tokens + task.first_token + t;
+    std::memcpy(gathered + t * shared * size, call.query + (token * call.heads + task.head * shared) * size,
+                shared * size * sizeof(float));
+    const int64_t seen = call.positions[token] + 1 - task.first_position;
+    std::fill_n(counts.begin() + t * shared, shared, static_cast<int32_t>(std::min(seen, task.positions)));
+  }
+  const int64_t slot = std::clamp<int64_t>(call.slots[task.row], 0, call.sequences - 1);
+  const int64_t head = (call.layer * call.sequences + slot) * call.kv_heads + task.head;
+  const int64_t start = (head * call.capacity + task.first_position) * size * (call.bfloat16 ? 2 : 4);
+  attention.query = gathered;
+  attention.counts = counts.data();
+  attention.keys = call.keys + start;
+  attention.values = call.values + start;
+  attention.out = result;
+  attention.mass = result + queries * size;
+  std::fill_n(result, queries * (size + 1), 0.0f);
+  call.kernels->attend(attention, scratch);
+  if (!sums) WriteResult(call, task, attention.out, attention.mass);
+}
+
+// Adds the sums of consecutive ranges of positions, in their order, and writes the result.
+void AddRanges(const Call& call, const std::vector<Task>& tasks, std::vector<float>& sums) {
+  const int64_t result_floats = call.result_floats(), shared = call.shared();
+  for (size_t i = 0; i < tasks.size();) {
+    float* const whole = sums.data() + i * result_floats;
+    size_t next = i + 1;
+    for (; next < tasks.size() && tasks[next].first_position > 0; ++next)
+      for (int64_t j = 0; j < shared * (call.size + 1); ++j) whole[j] += sums[next * result_floats + j];
+    WriteResult(call, tasks[i], whole, whole + shared * call.size);
+    i = next;
+  }
+}
 
 ffi::Error Attention(ffi::Buffer<ffi::F32> query, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                      ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> slots,
                      float multiplier, float cap, std::string_view kernel_name, ffi::Result<ffi::Buffer<ffi::F32>> y) {
-  const Kernels* kernels = FindKernels(kernel_name);
-  if (kernels == nullptr) return ffi::Error::InvalidArgument("this processor has no such kernels");
-  const auto q = query.dimensions(), c = keys.dimensions(), v = values.dimensions();
-  if (q.size() != 4 || c.size() != 5 || !std::equal(c.begin(), c.end(), v.begin(), v.end()) ||
-      keys.element_type() != values.element_type() || q[3] != c[4] || c[2] < 1 || q[2] % c[2])
-    return ffi::Error::InvalidArgument("queries and cache do not fit together");
-  const bool bfloat16 = keys.element_type() == ffi::BF16;
-  if (!bfloat16 && keys.element_type() != ffi::F32)
-    return ffi::Error::InvalidArgument("the cache is neither float32 nor bfloat16");
-  const int64_t batch = q[0], tokens = q[1], heads = q[2], size = q[3];
-  const int64_t layers = c[0], sequences = c[1], kv_heads = c[2], capacity = c[3], shared = heads / kv_heads;
-  const int64_t of_layer = layer.typed_data()[0];
-  if (of_layer < 0 || of_layer >= layers || static_cast<int64_t>(positions.element_count()) != batch * tokens ||
-      static_cast<int64_t>(slots.element_count()) != batch)
-    return ffi::Error::InvalidArgument("layer, positions or slots do not fit the cache");
-
-  struct Task {
-    int64_t row, head, first_token, tokens, first_position, positions;
-  };
-  const int64_t task_tokens = std::max<int64_t>(1, kTaskQueries / shared);
-  std::vector<Task> tasks;
-  for (int64_t row = 0; row < batch; ++row)
-    for (int64_t token = 0; token < tokens; token += task_tokens) {
-      const int64_t count = std::min(task_tokens, tokens - token);
-      const int32_t* first = positions.typed_data() + row * tokens + token;
-      const int64_t seen = std::min<int64_t>(capacity, *std::max_element(first, first + count) + 1);
-      const int64_t part = tokens == 1 ? kTaskPositions : capacity;
-      for (int64_t head = 0; head < kv_heads; ++head)
-        for (int64_t start = 0; start == 0 || start < seen; start += part)
-          tasks.push_back({row, head, token, count, start, std::min(part, seen - start)});
-    }
-  // Longest first, so that no thread is left with one when the others are done; equal ones stay in their order.
-  std::vector<int64_t> order(tasks.size());
-  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int64_t a, int64_t b) { return tasks[a].positions > tasks[b].positions; });
-
-  const int64_t result_floats = task_tokens * shared * (size + 1);
-  std::vector<float> results(tokens == 1 ? tasks.size() * result_floats : 0);
-  const auto write = [&](const Task& task, const float* out, const float* mass) {
-    for (int64_t t = 0; t < task.tokens; ++t)
-      for (int64_t h = 0; h < shared; ++h) {
-        const int64_t i = t * shared + h;
-        float* to =
-            y->typed_data() + (((task.row * tokens) + task.first_token + t) * heads + task.head * shared + h) * size;
-        const float inverse = mass[i] > 0 ? 1.0f / mass[i] : 0.0f;
-        for (int64_t d = 0; d < size; ++d) to[d] = out[i * size + d] * inverse;
-      }
-  };
-
+  const auto call = CheckCall(query, keys, values, layer, positions, slots, multiplier, cap, kernel_name, y);
+  if (call.has_error()) return call.error();
+  const std::vector<Task> tasks = MakeTasks(*call);
+  const std::vector<int64_t> order = LongestFirst(tasks);
+  const bool in_ranges = call->tokens == 1;
+  std::vector<float> sums(in_ranges ? tasks.size() * call->result_floats() : 0);
   Pool::OfProcess().ForEach(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
-    const Task& task = tasks[order[i]];
-    const int64_t queries = task.tokens * shared;
-    static thread_local std::vector<float> memory;
-    static thread_local std::vector<int32_t> counts;
-    AttentionTask attention;
-    attention.queries = queries;
-    attention.bfloat16 = bfloat16;
-    attention.size = size;
-    attention.multiplier = multiplier;
-    attention.cap = cap;
-    const int64_t wanted = queries * size + result_floats + attention.scratch_floats();
-    if (static_cast<int64_t>(memory.size()) < wanted) memory.resize(wanted);
-    if (static_cast<int64_t>(counts.size()) < queries) counts.resize(queries);
-    float* const gathered = memory.data();
-    float* const result = tokens == 1 ? results.data() + order[i] * result_floats : gathered + queries * size;
-    float* const scratch = gathered + queries * size + result_floats;
-    for (int64_t t = 0; t < task.tokens; ++t) {
-      const int64_t token = task.row * tokens + task.first_token + t;
-      std::memcpy(gathered + t * shared * size, query.typed_data() + (token * heads + task.head * shared) * size,
-                  shared * size * sizeof(float));
-      const int64_t seen = positions.typed_data()[token] + 1 - task.first_position;
-      for (int64_t h = 0; h < shared; ++h)
-        counts[t * shared + h] = static_cast<int32_t>(std::min(seen, task.positions));
-    }
-    const int64_t slot = std::clamp<int64_t>(slots.typed_data()[task.row], 0, sequences - 1);
-    const int64_t start =
-        (((of_layer * sequences + slot) * kv_heads + task.head) * capacity + task.first_position) * size;
-    const int64_t item = bfloat16 ? 2 : 4;
-    attention.query = gathered;
-    attention.counts = counts.data();
-    attention.keys = static_cast<const uint8_t*>(keys.untyped_data()) + start * item;
-    attention.values = static_cast<const uint8_t*>(values.untyped_data()) + start * item;
-    attention.out = result;
-    attention.mass = result + queries * size;
-    std::fill_n(result, queries * (size + 1), 0.0f);
-    kernels->attend(attention, scratch);
-    if (tokens > 1) write(task, attention.out, attention.mass);
+    RunTask(*call, tasks[order[i]], in_ranges ? sums.data() + order[i] * call->result_floats() : nullptr);
   });
-
-  if (tokens == 1)  // the parts of what each token sees, added in their order
-    for (size_t i = 0; i < tasks.size();) {
-      float* whole = results.data() + i * result_floats;
-      size_t next = i + 1;
-      for (; next < tasks.size() && tasks[next].first_position > 0; ++next)
-        for (int64_t j = 0; j < shared * (size + 1); ++j) whole[j] += results[next * result_floats + j];
-      write(tasks[i], whole, whole + shared * size);
-      i = next;
-    }
+  if (in_ranges) AddRanges(*call, tasks, sums);
   return ffi::Error::Success();
 }
 
