@@ -150,3 +150,16 @@ class TokenLogprobs:
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+def perplexity(total: float, count: int) -> float:
+    """`exp` of the mean negative log-probability of `count` tokens with the sum `total`."""
+    try:
+        return math.exp(-total / count)
+    except OverflowError:
+        return math.inf
+
+
+def bits_per_byte(total: float, num_bytes: int | None) -> float | None:
+    """Negative log-probability in bits per UTF-8 byte; None without a tokenizer or if there are no bytes."""
+    return -total / math.log(2) / num_bytes if num_bytes else None

@@ -145,7 +145,7 @@ def _score_text(
         score = model.score(scored, top_logprobs=top or 0, stride=stride)
     pieces = tokenizer.pieces(score.tokens) if tokenizer is not None else None
     if as_json:
-        terminal.write(json_line(score_object(score, pieces, top) | {"load_seconds": load_seconds}))
+        terminal.write(json_line(score_object(score, pieces, top=top is not None) | {"load_seconds": load_seconds}))
     else:
         terminal.write(_table(score, pieces, tokenizer))
 

@@ -119,7 +119,7 @@ class Grok1LM(TemplateLM):
             lanes=self._lanes(texts[index][0] for index in wanted),
         )
         for score in tqdm(scores, total=len(wanted), desc="scoring", disable=disable_tqdm):
-            index = wanted[score.index]
+            index = wanted[score.request_index]
             tokens, first = texts[index]
             total = sum(entry.logprob for entry in score.logprobs)
             results[index] = total, score.likeliest == tokens[first:]

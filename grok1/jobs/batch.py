@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from grok1.engine.occupancy import Occupancy
-from grok1.jobs.result_json import completion_object, json_line
-from grok1.jobs.rows import Row, RowDefaults, read_rows
-from grok1.jobs.run import Batching, Job
-from grok1.request import EncodedRequest
+from grok1.jobs.result_json import completion_object
+from grok1.jobs.rows import EXAMPLE, CompletionTask, Row, RowDefaults, completion_task, read_rows
+from grok1.jobs.run import Job
+from grok1.request import Request
 from grok1.text.prompt import required
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass
-class CompletionJob(Job[Row]):
+class CompletionJob(Job[CompletionTask]):
     """Completes prompts, one per row.
 
     Attributes:
@@ -31,53 +30,33 @@ class CompletionJob(Job[Row]):
     defaults: RowDefaults
     prompts: bool = True
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[Row[CompletionTask]]:
         """Reads all rows from the beginning, bad ones included."""
-        return read_rows(self.source, self.defaults, self.tokenizer, self.checkpoint.config)
+        return read_rows(self.source, self._task, example=EXAMPLE, unescape=self.defaults.unescape)
+
+    def _task(self, index: int, value: str | dict[str, Any]) -> CompletionTask:
+        return completion_task(index, value, self.defaults, self.tokenizer, self.checkpoint.config)
 
     def options(self) -> dict[str, Any]:
         """The options that a result depends on, by name."""
-        return {
-            **dataclasses.asdict(self.defaults.sampling),
-            "stop": list(self.defaults.sampling.stop),
-            "num_samples": self.defaults.num_samples,
-            "echo": self.defaults.echo,
-            "truncate": self.defaults.truncate,
-            "unescape": self.defaults.unescape,
-            "no_prompt": not self.prompts,
-        }
-
-    def requests(self, row: Row) -> list[EncodedRequest]:
-        """The request of a row."""
-        assert row.request is not None
-        return [row.request]
+        options = dataclasses.asdict(self.defaults)
+        return {**options.pop("sampling"), **options, "no_prompt": not self.prompts}
 
     def outputs(
-        self, model: Model, requests: Iterator[EncodedRequest], batching: Batching, occupancy: Occupancy
-    ) -> Iterator[tuple[int, Completion]]:
-        """Yields completions as they finish, each with the number of its request."""
-        for completion in model.complete_many(
-            requests,
-            batch_size=batching.batch_size,
-            lanes=batching.lanes,
-            logprobs=batching.logprobs,
-            occupancy=occupancy,
-        ):
-            yield completion.request_index, completion
+        self, model: Model, requests: Iterator[Request], *, logprobs: bool, **batching: Any
+    ) -> Iterator[Completion]:
+        """Yields completions as they finish."""
+        return model.complete_many(requests, logprobs=logprobs, **batching)
 
-    def result(self, row: Row, outputs: list[Completion]) -> tuple[str, int]:
-        """The line of a row's completions, and the number of generated tokens."""
-        assert row.request is not None
-        prompt = row.request.prompt
-        echo = ""
-        if row.echo:
+    def result(self, task: CompletionTask, outputs: list[Completion]) -> dict[str, Any]:
+        """The completions of a row as JSON."""
+        prompt, echo = task.request.prompt, ""
+        if task.echo:
             echo = prompt if isinstance(prompt, str) else required(self.tokenizer).decode(prompt)
-        generated = sum(len(completion.tokens) for completion in outputs)
-        told: dict[str, Any] = {"index": row.index, "id": row.id}
-        if self.prompts:
-            told["prompt" if isinstance(prompt, str) else "prompt_token_ids"] = prompt
         samples = sorted(outputs, key=attrgetter("sample"))
-        told["completions"] = [completion_object(completion, echo=echo) for completion in samples]
-        told["prompt_tokens"] = len(row.tokens)
-        told["completion_tokens"] = generated
-        return json_line(told), generated
+        return {
+            **({"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt} if self.prompts else {}),
+            "completions": [completion_object(completion, echo=echo) for completion in samples],
+            "prompt_tokens": len(task.tokens),
+            "completion_tokens": sum(len(completion.tokens) for completion in samples),
+        }

@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from grok1.jobs.validate import JobRow
 from grok1.request import TokenLogprobs
 
 if TYPE_CHECKING:
@@ -19,9 +18,9 @@ def json_line(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def finite(value: float) -> float | None:
+def finite(value: float | None) -> float | None:
     """The number itself, or None if JSON cannot represent it."""
-    return value if math.isfinite(value) else None
+    return value if value is not None and math.isfinite(value) else None
 
 
 def completion_object(completion: Completion, *, echo: str = "", alone: bool = False) -> dict[str, Any]:
@@ -33,10 +32,10 @@ def completion_object(completion: Completion, *, echo: str = "", alone: bool = F
         alone: whether the object is a result of its own rather than a part of a row's; it then includes the prompt, the
             number of the sample, and timings in seconds.
     """
-    told: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     if alone:
-        told |= {"prompt": completion.prompt, "prompt_token_ids": completion.prompt_tokens}
-    told |= {
+        result |= {"prompt": completion.prompt, "prompt_token_ids": completion.prompt_tokens}
+    result |= {
         "text": echo + completion.text,
         "token_ids": completion.tokens,
         "finish_reason": completion.finish_reason,
@@ -44,15 +43,15 @@ def completion_object(completion: Completion, *, echo: str = "", alone: bool = F
         "seed": completion.seed,
     }
     if alone:
-        told["sample"] = completion.sample
+        result["sample"] = completion.sample
     if completion.logprobs is not None:
-        told["logprobs"] = [
-            {"token_id": token, "logprob": finite(entry.logprob), "top": _top_object(entry)}
+        result["logprobs"] = [
+            {"token_id": token, "logprob": finite(entry.logprob), "top": _top(entry)}
             for token, entry in zip(completion.tokens, completion.logprobs, strict=True)
         ]
     if alone:
         timings = completion.timings
-        told |= {
+        result |= {
             "prefill_seconds": timings.prefill_seconds,
             "decode_seconds": timings.decode_seconds,
             "compile_seconds": timings.compile_seconds,
@@ -60,46 +59,59 @@ def completion_object(completion: Completion, *, echo: str = "", alone: bool = F
             "prefill_tokens_per_second": timings.prefill_tokens_per_second,
             "decode_tokens_per_second": timings.decode_tokens_per_second,
         }
-    return told
+    return result
 
 
-def score_object(score: Score, pieces: Sequence[str] | None, top_logprobs: int | None) -> dict[str, Any]:
-    """The score of a text.
+def score_object(score: Score, pieces: Sequence[str] | None, *, top: bool) -> dict[str, Any]:
+    """The score of a text, token by token.
 
     Args:
-        score: the score.
+        score: of all tokens except the first.
         pieces: of its tokens; None without a tokenizer.
-        top_logprobs: number of likeliest tokens to report at each position; None reports none.
+        top: whether to report the likeliest tokens at each position.
     """
-    told: dict[str, Any] = {
+    return {
         "token_ids": score.tokens,
         "pieces": pieces,
-        "logprobs": [None, *logprob_values(score.logprobs)],
-    }
-    if top_logprobs is not None:
-        told["top"] = [None, *top_objects(score.logprobs)]
-    return told | {
-        "total_logprob": finite(score.total),
-        "perplexity": finite(score.perplexity),
-        "bits_per_byte": None if score.bits_per_byte is None else finite(score.bits_per_byte),
+        "logprobs": [None, *(finite(entry.logprob) for entry in score.logprobs)],
+        **({"top": [None, *map(_top, score.logprobs)]} if top else {}),
+        **_totals(score),
         "num_tokens": len(score.tokens),
     }
 
 
-def logprob_values(entries: Sequence[TokenLogprobs]) -> list[float | None]:
-    """The log-probability of each token; None if it is not finite."""
-    return [finite(entry.logprob) for entry in entries]
+def row_score_object(score: Score, likeliest: list[int], *, per_token: bool, top: bool) -> dict[str, Any]:
+    """The score of a row.
+
+    Args:
+        score: the score.
+        likeliest: the likeliest token at each scored position.
+        per_token: whether to report each scored token.
+        top: whether to report the likeliest tokens at each scored position.
+    """
+    scored = score.tokens[-len(score.logprobs) :]
+    result: dict[str, Any] = {
+        "num_tokens": len(score.tokens),
+        "num_scored": len(scored),
+        "num_bytes": score.num_bytes,
+        **_totals(score),
+        "total_squared_logprob": finite(math.fsum(entry.logprob**2 for entry in score.logprobs)),
+        "greedy": likeliest == scored,
+    }
+    if per_token:
+        result |= {"token_ids": scored, "logprobs": [finite(entry.logprob) for entry in score.logprobs]}
+    if top:
+        result["top"] = list(map(_top, score.logprobs))
+    return result
 
 
-def top_objects(entries: Sequence[TokenLogprobs]) -> list[list[dict[str, Any]]]:
-    """The likeliest tokens at the position of each token."""
-    return [_top_object(entry) for entry in entries]
+def _totals(score: Score) -> dict[str, float | None]:
+    return {
+        "total_logprob": finite(score.total),
+        "perplexity": finite(score.perplexity),
+        "bits_per_byte": finite(score.bits_per_byte),
+    }
 
 
-def _top_object(entry: TokenLogprobs) -> list[dict[str, Any]]:
+def _top(entry: TokenLogprobs) -> list[dict[str, Any]]:
     return [{"token_id": token, "logprob": finite(logprob)} for token, logprob in entry.top]
-
-
-def error_object(row: JobRow) -> dict[str, Any]:
-    """A bad row."""
-    return {"index": row.index, "id": row.id, "line": row.line, "error": row.error}

@@ -1,4 +1,4 @@
-"""Rows of prompts to complete: parses the lines of an input, and finds what is wrong with bad ones."""
+"""Rows of an input: parses lines, finds what is wrong with bad ones, and reads rows of prompts to complete."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, Literal, TypeVar
 
 import pydantic
 from pydantic_core import PydanticCustomError, from_json
 
 from grok1.config import ModelConfig
 from grok1.errors import RequestError
-from grok1.jobs.source import MAX_LINE_BYTES, Line, Source
+from grok1.jobs.source import MAX_LINE_BYTES, Source
 from grok1.request import MAX_SEED, EncodedRequest, Request, SamplingOptions
 from grok1.text.prompt import encode_request
 from grok1.text.tokenizer import Tokenizer
 
 Fields = TypeVar("Fields", bound=pydantic.BaseModel)
-AnyRow = TypeVar("AnyRow")
+AnyTask = TypeVar("AnyTask", bound="Task")
 
 MAX_SAMPLES = 1024
 """Maximum number of completions of a row."""
@@ -34,7 +34,24 @@ class BadRow(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Task:
+    """What a good row asks of the model.
+
+    Attributes:
+        tokens: token ids to read.
+        requests: for `Model.complete_many` or `Model.score_many`.
+        sequences: number of outputs of all requests: samples to generate, or windows to score.
+        logprobs: whether log-probabilities of the likeliest tokens are requested.
+    """
+
+    tokens: list[int]
+    requests: Sequence[Any]
+    sequences: int
+    logprobs: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Row(Generic[AnyTask]):
     """A row of an input.
 
     Attributes:
@@ -42,9 +59,7 @@ class Row:
         line: line number in the file, from 1.
         digest: hash of the line, to detect changes between the two readings.
         id: the row's own id.
-        request: the request; None for a bad row.
-        tokens: token ids of the prompt.
-        echo: whether the text of completions includes the prompt.
+        task: what to do; None for a bad row.
         error: why the row is bad; None for a good one.
     """
 
@@ -52,20 +67,53 @@ class Row:
     line: int
     digest: int
     id: str | int | None = None
-    request: EncodedRequest | None = None
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    echo: bool = False
+    task: AnyTask | None = None
     error: str | None = None
 
-    @property
-    def sequences(self) -> int:
-        """Number of completions."""
-        return self.request.num_samples if self.request is not None else 0
 
-    @property
-    def wants_logprobs(self) -> bool:
-        """Whether log-probabilities are requested."""
-        return self.request is not None and self.request.options.logprobs is not None
+def read_rows(
+    source: Source,
+    task: Callable[[int, str | dict[str, Any]], AnyTask],
+    *,
+    example: str,
+    unescape: bool = False,
+) -> Iterator[Row[AnyTask]]:
+    """Reads all rows, bad ones included. Blank lines are rows in .txt and ignored in .jsonl.
+
+    Args:
+        source: the lines.
+        task: makes a row's task from its index and its text or JSON object; raises BadRow or RequestError if it is bad.
+        example: of a JSON object, for messages.
+        unescape: whether to interpret backslash escapes in lines of .txt.
+
+    Raises:
+        JobError: if the source cannot be read.
+    """
+    lines = (
+        (number, line)
+        for number, line in enumerate(source.lines(), 1)
+        if source.format == "txt" or line is None or line.strip()
+    )
+    for index, (number, line) in enumerate(lines):
+        row: Row[AnyTask] = Row(index, number, short_digest(line or b""))
+        try:
+            if line is None:
+                raise BadRow(f"it is longer than {MAX_LINE_BYTES >> 20} MiB: give one row a line")
+            if source.format == "txt":
+                value: str | dict[str, Any] = _text(line, unescape)
+            else:
+                value = _json_object(line, example)
+                ids = (value.get("id"), value.get("custom_id"))
+                row = dataclasses.replace(row, id=next((id for id in ids if type(id) in (str, int)), None))
+            row = dataclasses.replace(row, task=task(index, value))
+        except (BadRow, RequestError) as error:
+            row = dataclasses.replace(row, error=str(error))
+        yield row
+
+
+def short_digest(content: bytes) -> int:
+    """A 64-bit hash."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,94 +144,41 @@ def row_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 2
 
 
-def read_rows(source: Source, defaults: RowDefaults, tokenizer: Tokenizer | None, config: ModelConfig) -> Iterator[Row]:
-    """Reads all rows, bad ones included; see `rows_of` for which lines are rows.
-
-    Args:
-        source: the lines.
-        defaults: options for rows that do not have their own.
-        tokenizer: the model's; None if all rows are token ids.
-        config: of the model.
-
-    Raises:
-        JobError: if the source cannot be read.
-        TokenizerError: if a row needs a tokenizer and there is none.
-    """
-    return rows_of(source, lambda raw: _read_row(raw, source.format, defaults, tokenizer, config))
-
-
 @dataclasses.dataclass(frozen=True)
-class RawRow:
-    """A row before it is parsed.
+class CompletionTask(Task):
+    """A prompt to complete.
 
     Attributes:
-        index: counted from 0, bad rows included.
-        line: the line and its number.
-        digest: hash of the line.
+        request: the prompt and its options; the only one of `requests`.
+        echo: whether the text of completions includes the prompt.
     """
 
-    index: int
-    line: Line
-    digest: int
-
-    @property
-    def content(self) -> bytes:
-        """The content of the line.
-
-        Raises:
-            BadRow: if it is too long.
-        """
-        if self.line.content is None:
-            raise BadRow(f"it is longer than {MAX_LINE_BYTES >> 20} MiB: give one row a line")
-        return self.line.content
+    request: EncodedRequest
+    echo: bool
 
 
-def rows_of(source: Source, read: Callable[[RawRow], AnyRow]) -> Iterator[AnyRow]:
-    """Yields `read` of each row. Blank lines are rows in .txt and ignored in .jsonl.
+def completion_task(
+    index: int,
+    value: str | dict[str, Any],
+    defaults: RowDefaults,
+    tokenizer: Tokenizer | None,
+    config: ModelConfig,
+) -> CompletionTask:
+    """The task of row `index`, a prompt or a JSON object.
 
     Raises:
-        JobError: if the source cannot be read.
+        BadRow: if a field is unknown, missing or invalid.
+        RequestError: if an option is out of range, or the prompt is too long or has an invalid token id.
+        TokenizerError: if it needs a tokenizer and there is none.
     """
-    index = 0
-    for line in source.lines():
-        if source.format == "jsonl" and line.content is not None and not line.content.strip():
-            continue
-        yield read(RawRow(index, line, short_digest(line.content or b"")))
-        index += 1
+    fields = _Fields(prompt=value) if isinstance(value, str) else _json_fields(value)
+    request = encode_request(fields.request(index, defaults), tokenizer, config)
+    logprobs = request.options.logprobs is not None
+    echo = defaults.echo if fields.echo is None else fields.echo
+    return CompletionTask(request.tokens, [request], request.num_samples, logprobs, request, echo)
 
 
-def short_digest(content: bytes) -> int:
-    """A 64-bit hash."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-
-
-def given_id(value: dict[str, Any], *keys: str) -> str | int | None:
-    """The id of a row that may be bad: the first of these fields with a valid id."""
-    return next((value[key] for key in keys if type(value.get(key)) in (str, int)), None)
-
-
-def _read_row(raw: RawRow, format: str, defaults: RowDefaults, tokenizer: Tokenizer | None, config: ModelConfig) -> Row:
-    given: str | int | None = None
-    try:
-        if format == "txt":
-            fields = _Fields(prompt=text_line(raw.content, defaults.unescape))
-        else:
-            value = json_object(raw.content, _EXAMPLE)
-            given = given_id(value, "id", "custom_id")
-            given, fields = _json_fields(value)
-        request = encode_request(fields.request(raw.index, defaults), tokenizer, config)
-        echo = defaults.echo if fields.echo is None else fields.echo
-        return Row(raw.index, raw.line.number, raw.digest, given, request, request.tokens, echo)
-    except (BadRow, RequestError) as error:
-        return Row(raw.index, raw.line.number, raw.digest, given, error=str(error))
-
-
-def text_line(content: bytes, unescape: bool) -> str:
-    """Decodes a line of .txt.
-
-    Raises:
-        BadRow: if it is not UTF-8, or has an invalid escape.
-    """
+def _text(content: bytes, unescape: bool) -> str:
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
@@ -201,12 +196,7 @@ def _unescaped(match: re.Match[str]) -> str:
         raise BadRow(f"{match[0]} at character {match.start()} is no escape: expected \\n, \\t, \\r or \\\\") from None
 
 
-def json_object(content: bytes, example: str) -> dict[str, Any]:
-    """Parses a line of .jsonl, such as `example`.
-
-    Raises:
-        BadRow: if it is not a JSON object.
-    """
+def _json_object(content: bytes, example: str) -> dict[str, Any]:
     try:
         value = from_json(content, allow_inf_nan=False)
     except ValueError as error:
@@ -216,7 +206,8 @@ def json_object(content: bytes, example: str) -> dict[str, Any]:
     return value
 
 
-_EXAMPLE = '{"prompt": "The answer is", "max_tokens": 8}'
+EXAMPLE = '{"prompt": "The answer is", "max_tokens": 8}'
+"""A row of a prompt."""
 
 
 def _text_or_ids(value: object) -> str | list[int]:
@@ -272,7 +263,7 @@ class _Fields(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
         """
         if (self.prompt is None) == (self.prompt_token_ids is None):
             found = "has no prompt" if self.prompt is None else "has a prompt and prompt_token_ids"
-            raise BadRow(f"it {found}: expected one of them, such as {_EXAMPLE}")
+            raise BadRow(f"it {found}: expected one of them, such as {EXAMPLE}")
         names = [field.name for field in dataclasses.fields(SamplingOptions)]
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if "seed" not in given and defaults.sampling.seed is not None:
@@ -325,12 +316,10 @@ class _OpenAIRow(pydantic.BaseModel, extra="forbid", strict=True):
     body: _OpenAIBody
 
 
-def _json_fields(value: dict[str, Any]) -> tuple[str | int | None, _Fields]:
+def _json_fields(value: dict[str, Any]) -> _Fields:
     if "custom_id" in value or "body" in value:
-        openai = checked_fields(_OpenAIRow, value)
-        return openai.custom_id, openai.body
-    row = checked_fields(_Row, value)
-    return row.id, row
+        return checked_fields(_OpenAIRow, value).body
+    return checked_fields(_Row, value)
 
 
 def checked_fields(kind: type[Fields], value: dict[str, Any]) -> Fields:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol
@@ -16,10 +16,10 @@ from grok1.engine.occupancy import Occupancy
 from grok1.errors import Grok1Error, JobError, TooSmallError
 from grok1.jobs.fingerprint import compare, job_fingerprint
 from grok1.jobs.journal import Journal
-from grok1.jobs.result_json import error_object, json_line
-from grok1.jobs.results import OrderedResults, Results
+from grok1.jobs.result_json import json_line
+from grok1.jobs.rows import AnyTask, Row
 from grok1.jobs.source import Source
-from grok1.jobs.validate import AnyRow, Validation, validate
+from grok1.jobs.validate import Validation, validate
 from grok1.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -51,21 +51,6 @@ class Reporter(Protocol):
         """Encloses the processing of rows; `describe` returns the current line of progress, in any thread."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Batching:
-    """How rows pass through the model.
-
-    Attributes:
-        batch_size: number of sequences at a time.
-        lanes: number of prefill lanes of a step, see `grok1.engine.generate.generate`.
-        logprobs: whether log-probabilities are computed for all rows.
-    """
-
-    batch_size: int
-    lanes: int
-    logprobs: bool
-
-
 @dataclasses.dataclass
 class JobProgress:
     """How far a job has come.
@@ -84,7 +69,7 @@ class JobProgress:
 
 
 @dataclasses.dataclass
-class Job(ABC, Generic[AnyRow]):
+class Job(ABC, Generic[AnyTask]):
     """What to do with the rows of an input; subclasses are the kinds of jobs.
 
     Attributes:
@@ -99,7 +84,7 @@ class Job(ABC, Generic[AnyRow]):
     tokenizer: Tokenizer | None
 
     @abstractmethod
-    def rows(self) -> Iterator[AnyRow]:
+    def rows(self) -> Iterator[Row[AnyTask]]:
         """Reads all rows from the beginning, bad ones included."""
 
     @abstractmethod
@@ -107,18 +92,19 @@ class Job(ABC, Generic[AnyRow]):
         """The options that a result depends on, by name."""
 
     @abstractmethod
-    def requests(self, row: AnyRow) -> Iterable[Any]:
-        """What to ask the model for a row; together they have `row.sequences` outputs."""
+    def outputs(self, model: Model, requests: Iterator[Any], *, logprobs: bool, **batching: Any) -> Iterator[Any]:
+        """Yields the model's outputs as they finish, each with the index of its request as `request_index`.
+
+        Args:
+            model: the model.
+            requests: of the rows, taken one by one.
+            logprobs: whether any row wants log-probabilities.
+            **batching: `batch_size`, `lanes` and `occupancy`, as for `Model.complete_many`.
+        """
 
     @abstractmethod
-    def outputs(
-        self, model: Model, requests: Iterator[Any], batching: Batching, occupancy: Occupancy
-    ) -> Iterator[tuple[int, Any]]:
-        """Yields the model's outputs as they finish, each with the number of its request."""
-
-    @abstractmethod
-    def result(self, row: AnyRow, outputs: list[Any]) -> tuple[str, int]:
-        """The line of a row's result, the same in every run, and the number of generated tokens."""
+    def result(self, task: AnyTask, outputs: list[Any]) -> dict[str, Any]:
+        """A row's result as JSON, the same in every run; `completion_tokens` is the number of generated tokens."""
 
     def collect(self, line: str) -> None:
         """Takes every line that goes to the reporter, in order."""
@@ -128,14 +114,33 @@ class Job(ABC, Generic[AnyRow]):
         return ""
 
 
+class OrderedResults:
+    """Passes lines on in the order of their rows, each as soon as all preceding ones have been added."""
+
+    def __init__(self, write: Callable[[str], None]):
+        self._write = write
+        self._waiting: dict[int, str] = {}
+        self._next = 0
+
+    def __contains__(self, index: int) -> bool:
+        return index < self._next or index in self._waiting
+
+    def add(self, index: int, line: str) -> None:
+        """Adds a finished row's line; writes every line that is now in order."""
+        self._waiting[index] = line
+        while (ready := self._waiting.pop(self._next, None)) is not None:
+            self._write(ready)
+            self._next += 1
+
+
 def process_rows(
-    job: Job[AnyRow],
+    job: Job[AnyTask],
     model: Model,
-    rows: Iterable[AnyRow],
-    results: Results,
-    batching: Batching,
+    rows: Iterable[Row[AnyTask]],
+    results: Journal | OrderedResults,
     progress: JobProgress,
     stop: threading.Event,
+    batching: Mapping[str, Any],
 ) -> Iterator[None]:
     """Processes the rows that have no result.
 
@@ -144,49 +149,51 @@ def process_rows(
         model: the model.
         rows: taken one by one, as sequences become free.
         results: where results go.
-        batching: how many sequences to process at a time.
         progress: kept up to date.
         stop: once it is set, no more rows are taken; those that have begun are finished.
+        batching: keyword arguments of `Job.outputs`, except `occupancy`.
 
     Yields:
         after each row.
     """
-    pending: dict[int, tuple[AnyRow, list[int], list[Any]]] = {}  # by request: its row, all requests of it, outputs
-    numbers = itertools.count()
+    owners: dict[int, tuple[Row[AnyTask], AnyTask]] = {}  # of requests, by index
+    pending: defaultdict[int, list[Any]] = defaultdict(list)  # outputs of unfinished rows, by row
+
+    def finish(row: Row[AnyTask], result: dict[str, Any]) -> None:
+        results.add(row.index, json_line({"index": row.index, "id": row.id, **result}))
+        progress.done += 1
 
     def requests() -> Iterator[Any]:
+        count = 0
         for row in rows:
             if row.index in results:
                 continue
-            if row.error is not None:
-                results.add(row.index, json_line(error_object(row)))
-                progress.done += 1
+            if row.task is None:
+                finish(row, {"line": row.line, "error": row.error})
                 continue
             if stop.is_set():
                 return
-            entry: tuple[AnyRow, list[int], list[Any]] = row, [], []
-            for request in job.requests(row):
-                number = next(numbers)
-                entry[1].append(number)
-                pending[number] = entry
+            for request in row.task.requests:
+                owners[count] = row, row.task
+                count += 1
                 yield request
 
-    for number, output in job.outputs(model, requests(), batching, progress.occupancy):
-        row, numbers_of_row, outputs = pending[number]
-        outputs.append(output)
-        if len(outputs) == row.sequences:
-            for each in numbers_of_row:
-                del pending[each]
-            line, generated = job.result(row, outputs)
-            results.add(row.index, line)
-            progress.done += 1
-            progress.tokens_in += len(row.tokens)
-            progress.tokens_out += generated
+    for output in job.outputs(model, requests(), occupancy=progress.occupancy, **batching):
+        row, task = owners[output.request_index]
+        pending[row.index].append(output)
+        if len(pending[row.index]) == task.sequences:
+            outputs = pending.pop(row.index)
+            for index in {output.request_index for output in outputs}:
+                del owners[index]
+            result = job.result(task, outputs)
+            finish(row, result)
+            progress.tokens_in += len(task.tokens)
+            progress.tokens_out += result.get("completion_tokens", 0)
             yield
 
 
 @dataclasses.dataclass
-class JobRunner(Generic[AnyRow]):
+class JobRunner(Generic[AnyTask]):
     """One run of a job.
 
     Attributes:
@@ -200,7 +207,7 @@ class JobRunner(Generic[AnyRow]):
         dtype: of activations and the KV cache, if the caller chooses it.
     """
 
-    job: Job[AnyRow]
+    job: Job[AnyTask]
     journal: Journal | None
     reporter: Reporter
     load: Callable[[tuple[int, int] | None, str | None], Model]
@@ -225,23 +232,20 @@ class JobRunner(Generic[AnyRow]):
             JobStopped: if it was stopped before the end.
             TooSmallError: if the batch does not fit in memory.
         """
-        journal, progress, reporter = self.journal, self._progress, self.reporter
+        job, journal, progress, reporter = self.job, self.journal, self._progress, self.reporter
         validation = self._validate(skip_bad)
-        job, source = self.job, self.job.source
-        fingerprint = job_fingerprint(job.command, source, job.checkpoint, job.tokenizer, job.options())
-        if journal is not None and self._begun:
-            given = {"batch_size": self.batch_size, "mesh": self.mesh, "dtype": self.dtype}
-            compare(
-                journal.path,
-                self._begun,
-                fingerprint | {key: value for key, value in given.items() if value is not None},
-            )
+        fingerprint = job_fingerprint(job.command, job.source, job.checkpoint, job.tokenizer, job.options())
+        given = {"batch_size": self.batch_size, "mesh": self.mesh, "dtype": self.dtype}
+        self._check_journal(fingerprint | {key: value for key, value in given.items() if value is not None})
         progress.done = 0 if journal is None else journal.rows
         outcome: dict[str, Any] = {"rows": validation.rows, "resumed_rows": progress.done, "failed": validation.bad}
         if progress.done < validation.rows:
-            model = self._load()
-            batching = self._settle(model, validation, fingerprint)
-            outcome |= self._process(model, validation, batching)
+            mesh = self.mesh or self._begun.get("mesh")
+            model = self.load(None if mesh is None else (mesh[0], mesh[1]), self.dtype or self._begun.get("dtype"))
+            settings = self._settings(model, validation)
+            if journal is not None:
+                journal.begin({**fingerprint, **settings})
+            outcome |= self._process(model, validation, settings["batch_size"], settings["lanes"])
         if progress.done < validation.rows:
             if journal is not None:
                 reporter.note(f"{progress.done} of {validation.rows} rows are done; run the same command to resume")
@@ -257,6 +261,11 @@ class JobRunner(Generic[AnyRow]):
     def _begun(self) -> Mapping[str, Any]:
         """The fingerprint and settings in the journal; empty for a new one."""
         return (self.journal.job if self.journal is not None else None) or {}
+
+    def _check_journal(self, now: Mapping[str, Any]) -> None:
+        """Raises JobError if the journal was begun with another fingerprint or other settings."""
+        if self.journal is not None and self._begun:
+            compare(self.journal.path, self._begun, now)
 
     def _validate(self, skip_bad: bool) -> Validation:
         name, reporter = self.job.source.name, self.reporter
@@ -275,15 +284,8 @@ class JobRunner(Generic[AnyRow]):
             )
         return validation
 
-    def _load(self) -> Model:
-        """Loads the model, on the mesh and with the dtype of the journal."""
-        mesh = self._begun.get("mesh")
-        return self.load(
-            self.mesh or (None if mesh is None else (mesh[0], mesh[1])), self.dtype or self._begun.get("dtype")
-        )
-
-    def _settle(self, model: Model, validation: Validation, fingerprint: Mapping[str, Any]) -> Batching:
-        """Settles what depends on the loaded model, and begins the journal.
+    def _settings(self, model: Model, validation: Validation) -> dict[str, Any]:
+        """The settings of the job that depend on the loaded model.
 
         Raises:
             JobError: if the journal was begun with other settings.
@@ -298,28 +300,25 @@ class JobRunner(Generic[AnyRow]):
                 f"there is memory for {model.max_sequences} sequences beside the weights, but the batch has {size}: "
                 f"use --batch-size {model.max_sequences}, or --dtype bfloat16"
             )
-        lanes = begun.get("lanes") or engine.lanes_for(validation.mean_new_tokens)
-        settled = {
+        settings = {
             "mesh": list(model.mesh_shape),
             "dtype": engine.dtype.name,
             "device": engine.mesh.devices.flat[0].device_kind,
             "batch_size": size,
-            "lanes": lanes,
+            "lanes": begun.get("lanes") or engine.lanes_for(validation.mean_new_tokens),
         }
-        if self.journal is not None:
-            if begun:
-                compare(self.journal.path, begun, settled)
-            self.journal.begin({**fingerprint, **settled})
-        return Batching(size, lanes, validation.logprobs)
+        self._check_journal(settings)
+        return settings
 
-    def _process(self, model: Model, validation: Validation, batching: Batching) -> dict[str, Any]:
+    def _process(self, model: Model, validation: Validation, batch_size: int, lanes: int) -> dict[str, Any]:
         """Processes rows until none is left or the job is stopped."""
         progress, occupancy = self._progress, self._progress.occupancy
-        results: Results = OrderedResults(self._write) if self.journal is None else self.journal
+        results = OrderedResults(self._write) if self.journal is None else self.journal
         start, before = time.perf_counter(), progress.done
         rows = validation.unchanged(self.job.rows())
+        batching = {"batch_size": batch_size, "lanes": lanes, "logprobs": validation.logprobs}
         with self.reporter.processing(lambda: self._describe(validation, start, before)):
-            for _ in process_rows(self.job, model, rows, results, batching, progress, self.stop):
+            for _ in process_rows(self.job, model, rows, results, progress, self.stop, batching):
                 pass
         return {
             "seconds": time.perf_counter() - start,

@@ -1,16 +1,14 @@
-"""The lines of an input file, which are read twice: first to validate them, then to process them."""
+"""The lines of an input, which can be read again: once to validate them, and once to process them."""
 
 from __future__ import annotations
 
 import contextlib
 import gzip
 import hashlib
-import io
 import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, cast
 
@@ -25,19 +23,6 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _KEPT_IN_MEMORY = 16 << 20  # bytes of a pipe that are not written to a temporary file
 
 
-@dataclass(frozen=True)
-class Line:
-    """A line of an input.
-
-    Attributes:
-        number: from 1.
-        content: without the line end; None if it is longer than `MAX_LINE_BYTES`.
-    """
-
-    number: int
-    content: bytes | None
-
-
 class Source:
     """An input with one row per line.
 
@@ -49,7 +34,8 @@ class Source:
     Attributes:
         name: for messages.
         format: of the lines.
-        sha256: hexadecimal, of the decompressed bytes that the last call of `lines` has read.
+        path: of the file; None for standard input.
+        sha256: hexadecimal, of the decompressed input, once `lines` or `content` has read it to its end.
     """
 
     def __init__(self, name: str, format: Format, path: Path | None, spooled: IO[bytes] | None):
@@ -94,61 +80,55 @@ class Source:
                 raise _cannot_read(str(path), error) from None
         return cls(str(path), format or cast(Format, ending[1:]), path, spooled)
 
-    def lines(self) -> Iterator[Line]:
-        """Reads all lines from the beginning.
+    def lines(self) -> Iterator[bytes | None]:
+        """Reads all lines from the beginning, without their line ends.
+
+        Yields:
+            each line; None for a line longer than `MAX_LINE_BYTES`.
 
         Raises:
             JobError: if they cannot be read.
         """
         digest = hashlib.sha256()
-        self.sha256 = ""
-        with self._errors(), self._opened() as file:
-            number = 0
-            while data := file.readline(MAX_LINE_BYTES):
-                number += 1
-                digest.update(data)
-                whole = True
-                while not data.endswith(b"\n") and (more := file.readline(MAX_LINE_BYTES)):
-                    digest.update(more)
-                    whole, data = False, more
-                if number == 1:
-                    data = data.removeprefix(_BYTE_ORDER_MARK)
-                yield Line(number, data.removesuffix(b"\n").removesuffix(b"\r") if whole else None)
+        with self._opened() as file:
+            mark = _BYTE_ORDER_MARK  # to be removed from the first line
+            while line := file.readline(MAX_LINE_BYTES):
+                digest.update(line)
+                too_long = False
+                while not line.endswith(b"\n") and (rest := file.readline(MAX_LINE_BYTES)):
+                    digest.update(rest)
+                    too_long, line = True, rest
+                yield None if too_long else line.removeprefix(mark).removesuffix(b"\n").removesuffix(b"\r")
+                mark = b""
         self.sha256 = digest.hexdigest()
 
     def content(self) -> bytes:
-        """The whole input as one text.
+        """Reads the whole input.
 
         Raises:
             JobError: if it cannot be read.
         """
-        with self._errors(), self._opened() as file:
+        with self._opened() as file:
             data = file.read()
         self.sha256 = hashlib.sha256(data).hexdigest()
         return data.removeprefix(_BYTE_ORDER_MARK)
 
     @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _opened(self) -> Iterator[IO[bytes]]:
         try:
-            yield
+            with contextlib.ExitStack() as stack:
+                file = self._spooled
+                if file is None:
+                    assert self.path is not None
+                    file = stack.enter_context(self.path.open("rb"))
+                file.seek(0)
+                if self.path is not None and self.path.suffix == ".gz":
+                    file = cast(IO[bytes], stack.enter_context(gzip.open(file)))
+                yield file
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise JobError(f"{self.name} is not a complete gzip file ({error}): compress it again") from None
         except OSError as error:
             raise _cannot_read(self.name, error) from None
-
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[IO[bytes]]:
-        with contextlib.ExitStack() as stack:
-            if self._spooled is not None:
-                self._spooled.seek(0)
-                file = self._spooled
-            else:
-                assert self.path is not None
-                file = stack.enter_context(self.path.open("rb"))
-            if self.path is not None and self.path.suffix == ".gz":
-                unpacked = stack.enter_context(gzip.open(file))
-                file = cast(IO[bytes], io.BufferedReader(cast(io.RawIOBase, unpacked), 1 << 16))
-            yield file
 
 
 def _spooled(file: IO[bytes], name: str) -> IO[bytes]:

@@ -5,48 +5,10 @@ from __future__ import annotations
 import dataclasses
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol, TypeVar
+from typing import Any
 
 from grok1.errors import JobError
-
-
-class JobRow(Protocol):
-    """What a job has to know about a row of any kind."""
-
-    @property
-    def index(self) -> int:
-        """Counted from 0, bad rows included."""
-
-    @property
-    def line(self) -> int:
-        """Line number in the file, from 1."""
-
-    @property
-    def id(self) -> str | int | None:
-        """The row's own id."""
-
-    @property
-    def digest(self) -> int:
-        """Hash of the line."""
-
-    @property
-    def error(self) -> str | None:
-        """Why the row is bad; None for a good one."""
-
-    @property
-    def tokens(self) -> list[int]:
-        """Token ids to read."""
-
-    @property
-    def sequences(self) -> int:
-        """Number of sequences that it takes: samples to generate, or windows to score."""
-
-    @property
-    def wants_logprobs(self) -> bool:
-        """Whether log-probabilities of the likeliest tokens are requested."""
-
-
-AnyRow = TypeVar("AnyRow", bound=JobRow)
+from grok1.jobs.rows import AnyTask, Row
 
 
 @dataclasses.dataclass
@@ -69,7 +31,7 @@ class Validation:
     logprobs: bool = False
     digests: array[int] = dataclasses.field(default_factory=lambda: array("Q"))
 
-    def unchanged(self, rows: Iterable[AnyRow]) -> Iterator[AnyRow]:
+    def unchanged(self, rows: Iterable[Row[AnyTask]]) -> Iterator[Row[AnyTask]]:
         """Yields the rows of a second reading.
 
         Raises:
@@ -90,7 +52,9 @@ class Validation:
         return self.new_tokens / max(1, self.rows - self.bad)
 
 
-def validate(rows: Iterable[AnyRow], on_bad: Callable[[AnyRow], None], progress: Callable[[int], None]) -> Validation:
+def validate(
+    rows: Iterable[Row[Any]], on_bad: Callable[[Row[Any]], None], progress: Callable[[int], None]
+) -> Validation:
     """Reads all rows and counts what they ask for.
 
     Args:
@@ -105,14 +69,15 @@ def validate(rows: Iterable[AnyRow], on_bad: Callable[[AnyRow], None], progress:
         found.digests.append(row.digest)
         if found.rows % 1000 == 0:
             progress(found.rows)
-        if row.error is not None:
+        task = row.task
+        if task is None:
             found.bad += 1
             on_bad(row)
             continue
-        found.sequences += row.sequences
-        found.new_tokens += len(row.tokens) - shared_prefix(previous, row.tokens)
-        found.logprobs |= row.wants_logprobs
-        previous = row.tokens
+        found.sequences += task.sequences
+        found.new_tokens += len(task.tokens) - shared_prefix(previous, task.tokens)
+        found.logprobs |= task.logprobs
+        previous = task.tokens
     return found
 
 

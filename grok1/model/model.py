@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import jax
@@ -193,13 +194,9 @@ class Model:
         """
         ids = encode_scored(text, self._tokenizer, self.config)
         context = self.config.sequence_len
-        found = windows(len(ids), 1, context, window_stride(stride, context))
-        texts = [(ids[window.start : window.end], window.first - window.start) for window in found]
-        scores = sorted(
-            self.score_many(texts, top_logprobs=top_logprobs, batch_size=1), key=lambda scores: scores.index
-        )
-        num_bytes = None if self._tokenizer is None else self._tokenizer.count_bytes(ids, 1)
-        return Score(ids, [entry for scores in scores for entry in scores.logprobs], num_bytes)
+        texts = windows(ids, 1, context, window_stride(stride, context))
+        scores = self.score_many(texts, top_logprobs=top_logprobs, batch_size=1)
+        return Score.of_windows(ids, sorted(scores, key=attrgetter("request_index")), self._tokenizer)
 
     def score_many(
         self,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from grok1.request import FinishReason, TokenLogprobs
+from grok1.request import FinishReason, TokenLogprobs, bits_per_byte, perplexity
+from grok1.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +79,9 @@ class Score:
 
     Attributes:
         tokens: the text's token ids.
-        logprobs: for each token except the first, with the likeliest tokens at its position.
-        num_bytes: number of UTF-8 bytes of all tokens except the first; None without a tokenizer.
+        logprobs: for each scored token, with the likeliest tokens at its position: for the last tokens of the text, or
+            all except the first.
+        num_bytes: number of UTF-8 bytes of the scored tokens; None without a tokenizer.
     """
 
     tokens: list[int]
@@ -94,12 +96,19 @@ class Score:
     @property
     def perplexity(self) -> float:
         """`exp` of the mean negative log-probability."""
-        return math.exp(-self.total / len(self.logprobs))
+        return perplexity(self.total, len(self.logprobs))
 
     @property
     def bits_per_byte(self) -> float | None:
         """Negative log-probability in bits per UTF-8 byte; None without a tokenizer or if there are no bytes."""
-        return -self.total / math.log(2) / self.num_bytes if self.num_bytes else None
+        return bits_per_byte(self.total, self.num_bytes)
+
+    @classmethod
+    def of_windows(cls, tokens: list[int], windows: Iterable[TokenScores], tokenizer: Tokenizer | None) -> Score:
+        """The score of a text from those of its windows, in order; together they score its last tokens."""
+        logprobs = [entry for window in windows for entry in window.logprobs]
+        first = len(tokens) - len(logprobs)
+        return cls(tokens, logprobs, None if tokenizer is None else tokenizer.count_bytes(tokens, first))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +116,12 @@ class TokenScores:
     """The log-probabilities of the scored tokens of one of many texts, natural logarithms.
 
     Attributes:
-        index: index of the text among those given.
+        request_index: index of the text among those given.
         logprobs: for each token, with the likeliest tokens at its position.
         likeliest: the likeliest token at each position.
     """
 
-    index: int
+    request_index: int
     logprobs: list[TokenLogprobs]
     likeliest: list[int]
 

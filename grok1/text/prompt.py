@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from grok1.config import ModelConfig
@@ -68,21 +67,6 @@ def encode_scored(text: str | Sequence[int], tokenizer: Tokenizer | None, config
     return check_token_ids(ids, config, at_least=2)
 
 
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """A window of a text, which is scored independently of the others.
-
-    Attributes:
-        start: index of its first token in the text.
-        end: index after its last token.
-        first: index of the first token to score; the tokens before it are context.
-    """
-
-    start: int
-    end: int
-    first: int
-
-
 def window_stride(stride: int | None, context: int) -> int:
     """Distance between the starts of windows, half of the context by default.
 
@@ -96,26 +80,29 @@ def window_stride(stride: int | None, context: int) -> int:
     return stride
 
 
-def windows(length: int, first: int, context: int, stride: int) -> list[Window]:
-    """Windows that together score every token from `first` on exactly once.
+def windows(tokens: list[int], first: int, context: int, stride: int) -> list[tuple[list[int], int]]:
+    """Split a text into windows that together score every token from `first` on exactly once.
 
     A text that fits is one window. In a longer text each window starts `stride` tokens after the previous one and
     scores the tokens that are new in it, so that each has at least `context - stride` tokens before it, or all there
     are.
 
     Args:
-        length: number of tokens, more than `first`.
+        tokens: the text.
         first: index of the first token to score, at least 1.
         context: maximum number of tokens in the cache; the last token of a window is scored without being read.
         stride: 1 to `context`.
+
+    Returns:
+        for each window its tokens, and the index in it of the first token to score.
     """
     found = []
-    start, next_first = 0, first
-    while next_first < length:
-        end = min(length, start + context + 1)
-        if end > next_first:
-            found.append(Window(start, end, next_first))
-            next_first = end
+    start = 0
+    while first < len(tokens):
+        end = min(len(tokens), start + context + 1)
+        if end > first:
+            found.append((tokens[start:end], first - start))
+            first = end
         start += stride
     return found
 

@@ -10,9 +10,8 @@ import pytest
 from grok1.config import ModelConfig
 from grok1.errors import JobError
 from grok1.jobs.batch import CompletionJob
-from grok1.jobs.results import OrderedResults
-from grok1.jobs.rows import RowDefaults, read_rows
-from grok1.jobs.run import Batching, JobProgress, process_rows
+from grok1.jobs.rows import RowDefaults
+from grok1.jobs.run import JobProgress, OrderedResults, process_rows
 from grok1.jobs.source import Source
 from grok1.jobs.validate import validate
 from grok1.model import Model
@@ -34,7 +33,12 @@ CONFIG = ModelConfig(
 )
 
 
-BATCHING = Batching(batch_size=5, lanes=4, logprobs=True)
+BATCHING = {"batch_size": 5, "lanes": 4, "logprobs": True}
+
+
+def completion_job(path, tokenizer=None, **defaults):
+    defaults = RowDefaults(**{"sampling": SamplingOptions(seed=11), **defaults})
+    return CompletionJob(Source.open(path), SimpleNamespace(config=CONFIG), tokenizer, defaults)
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +54,12 @@ def job(model, tmp_path):
     def job(rows, **defaults):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        defaults = RowDefaults(**{"sampling": SamplingOptions(seed=11), **defaults})
-        checkpoint = SimpleNamespace(config=model.config)
-        job = CompletionJob(Source.open(path), checkpoint, model.tokenizer, defaults)
+        job = completion_job(path, model.tokenizer, **defaults)
         validation = validate(job.rows(), lambda row: None, lambda count: None)
         lines = []
         progress = JobProgress()
         rows = validation.unchanged(job.rows())
-        for _ in process_rows(job, model, rows, OrderedResults(lines.append), BATCHING, progress, threading.Event()):
+        for _ in process_rows(job, model, rows, OrderedResults(lines.append), progress, threading.Event(), BATCHING):
             assert progress.done <= validation.rows
         assert progress.done == validation.rows
         return [json.loads(line) for line in lines]
@@ -169,7 +171,7 @@ def test_rows_that_changed_after_they_were_checked(tmp_path):
     tokenizer = Tokenizer.from_bytes(train_small_tokenizer(CONFIG.vocab_size), "small")
 
     def read():
-        return read_rows(Source.open(path), RowDefaults(), tokenizer, CONFIG)
+        return completion_job(path, tokenizer).rows()
 
     path.write_text("one\ntwo\n")
     validation = validate(read(), lambda row: None, lambda count: None)
@@ -188,9 +190,7 @@ def test_validation_counts_the_tokens_that_rows_do_not_share(tmp_path):
         "".join(json.dumps({"prompt": row, "n": 2} if isinstance(row, list) else row) + "\n" for row in rows)
     )
     bad = []
-    validation = validate(
-        read_rows(Source.open(path), RowDefaults(), None, CONFIG), lambda row: bad.append(row.line), lambda count: None
-    )
+    validation = validate(completion_job(path).rows(), lambda row: bad.append(row.line), lambda count: None)
     assert (validation.rows, validation.bad, validation.sequences, bad) == (5, 1, 8, [4])
     assert validation.new_tokens == 100 + 1 + 1 + 2
     assert validation.mean_new_tokens == 104 / 4

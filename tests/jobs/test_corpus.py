@@ -5,14 +5,15 @@ import math
 
 import pytest
 
-from grok1.jobs.score import Corpus, RowScore, ScoreRow, result_line
+from grok1.jobs.result_json import json_line, row_score_object
+from grok1.jobs.score import Corpus
+from grok1.model import Score
 from grok1.request import TokenLogprobs
-from grok1.text.prompt import Window
 
 
 def line(logprobs, num_bytes):
-    row = ScoreRow(0, 1, 0, None, [7] * (len(logprobs) + 1), 1, [Window(0, len(logprobs) + 1, 1)])
-    return result_line(row, RowScore([TokenLogprobs(value, ()) for value in logprobs], [7], num_bytes), False, None)
+    score = Score([7] * (len(logprobs) + 1), [TokenLogprobs(value) for value in logprobs], num_bytes)
+    return json_line(row_score_object(score, [7], per_token=False, top=False))
 
 
 def corpus_of(*lines):

@@ -95,7 +95,7 @@ class EchoModel:
     def score_many(self, texts, **batching):
         scores = [
             SimpleNamespace(
-                index=index,
+                request_index=index,
                 logprobs=[TokenLogprobs(-float(token)) for token in tokens[first:]],
                 likeliest=tokens[first:],
             )

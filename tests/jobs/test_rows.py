@@ -4,12 +4,14 @@ import gzip
 import hashlib
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from grok1.config import PRESETS
 from grok1.errors import JobError, TokenizerError
-from grok1.jobs.rows import RowDefaults, read_rows, row_seed
+from grok1.jobs.batch import CompletionJob
+from grok1.jobs.rows import RowDefaults, row_seed
 from grok1.jobs.source import MAX_LINE_BYTES, Source
 from grok1.request import SamplingOptions
 
@@ -33,7 +35,8 @@ def rows(tmp_path):
     def rows(content, name="rows.jsonl", tokenizer=WORDS, **defaults):
         path = tmp_path / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return list(read_rows(Source.open(path), RowDefaults(**defaults), tokenizer, CONFIG))
+        checkpoint = SimpleNamespace(config=CONFIG)
+        return list(CompletionJob(Source.open(path), checkpoint, tokenizer, RowDefaults(**defaults)).rows())
 
     return rows
 
@@ -46,15 +49,15 @@ def row(rows, **fields):
 def test_lines_of_text(rows):
     found = rows("\ufeffone\r\ntwo \n\nthree", "rows.txt")
     assert [row.error for row in found] == [None, None, "the prompt is empty: give at least one character", None]
-    assert [row.request.prompt for row in found if row.request] == ["one", "two ", "three"]
+    assert [row.task.request.prompt for row in found if row.task] == ["one", "two ", "three"]
     assert [row.line for row in found] == [1, 2, 3, 4]
     assert [row.index for row in found] == [0, 1, 2, 3]
 
 
 def test_escapes_only_when_asked_for(rows):
     text = r"a\nb\tc\\n\r"
-    assert rows(text, "rows.txt")[0].request.prompt == text
-    assert rows(text, "rows.txt", unescape=True)[0].request.prompt == "a\nb\tc\\n\r"
+    assert rows(text, "rows.txt")[0].task.request.prompt == text
+    assert rows(text, "rows.txt", unescape=True)[0].task.request.prompt == "a\nb\tc\\n\r"
     for wrong, place in (("a\\x", 1), ("ab\\", 2), ("\\\\\\q", 2)):
         [bad] = rows(wrong, "rows.txt", unescape=True)
         assert f"at character {place} is no escape" in bad.error
@@ -78,12 +81,12 @@ def test_a_row_has_options_of_its_own(rows):
         "truncate": True,
     }
     found = row(rows, **given)
-    assert (found.id, found.echo, found.error) == ("me", True, None)
-    assert (found.request.num_samples, found.request.truncate) == (2, True)
-    assert found.request.options == SamplingOptions(
+    assert (found.id, found.task.echo, found.error) == ("me", True, None)
+    assert (found.task.request.num_samples, found.task.request.truncate) == (2, True)
+    assert found.task.request.options == SamplingOptions(
         max_tokens=3, temperature=1.0, top_p=0.5, top_k=7, min_p=0.1, seed=9, stop=("end",), ignore_eos=True, logprobs=4
     )
-    assert row(rows, prompt="x", stop=["a", "b"]).request.options.stop == ("a", "b")
+    assert row(rows, prompt="x", stop=["a", "b"]).task.request.options.stop == ("a", "b")
 
 
 def test_what_a_row_does_not_say_is_as_given(rows):
@@ -91,10 +94,10 @@ def test_what_a_row_does_not_say_is_as_given(rows):
     content = '{"prompt": "a"}\n{"prompt": "b", "max_tokens": null, "seed": null, "stop": null, "n": null}\n'
     found = rows(content, sampling=sampling, num_samples=4, echo=True, truncate=True)
     for index, one in enumerate(found):
-        assert one.request.options == SamplingOptions(
+        assert one.task.request.options == SamplingOptions(
             max_tokens=5, temperature=0.2, stop=("x",), seed=row_seed(3, index)
         )
-        assert (one.request.num_samples, one.echo, one.request.truncate) == (4, True, True)
+        assert (one.task.request.num_samples, one.task.echo, one.task.request.truncate) == (4, True, True)
 
 
 def test_seeds_are_of_the_job_and_the_place():
@@ -105,9 +108,9 @@ def test_seeds_are_of_the_job_and_the_place():
 
 
 def test_token_ids(rows):
-    assert row(rows, prompt_token_ids=[1, 2]).tokens == [1, 2]
-    assert row(rows, prompt=[1, 2]).tokens == [1, 2]
-    assert rows('{"prompt": [5]}', tokenizer=None)[0].tokens == [5]
+    assert row(rows, prompt_token_ids=[1, 2]).task.tokens == [1, 2]
+    assert row(rows, prompt=[1, 2]).task.tokens == [1, 2]
+    assert rows('{"prompt": [5]}', tokenizer=None)[0].task.tokens == [5]
     with pytest.raises(TokenizerError):
         rows('{"prompt": "text"}', tokenizer=None)
 
@@ -118,7 +121,11 @@ def test_lines_of_an_openai_batch(rows):
     line = {"custom_id": "first", "method": "POST", "url": "/v1/completions", "body": body}
     found = row(rows, **line)
     assert (found.id, found.error) == ("first", None)
-    assert (found.request.prompt, found.request.options.max_tokens, found.request.num_samples) == ("x", 2, 2)
+    assert (found.task.request.prompt, found.task.request.options.max_tokens, found.task.request.num_samples) == (
+        "x",
+        2,
+        2,
+    )
     wrong = {
         "url": ({"url": "/v1/chat/completions"}, "'/v1/completions'"),
         "method": ({"method": "GET"}, "'POST'"),
@@ -181,7 +188,7 @@ def test_bad_rows(rows, line, words):
     found = rows((line if isinstance(line, bytes) else line.encode()) + b'\n\n{"prompt": "good"}\n')
     assert [one.error is None for one in found] == [False, True]  # a blank line is no row
     assert words in found[0].error
-    assert (found[0].request, found[0].line, found[1].line) == (None, 1, 3)
+    assert (found[0].task, found[0].line, found[1].line) == (None, 1, 3)
 
 
 def test_several_faults_of_a_row_are_all_told(rows):
@@ -194,7 +201,7 @@ def test_several_faults_of_a_row_are_all_told(rows):
 def test_a_prompt_that_is_too_long(rows):
     assert "but 511 fit" in row(rows, prompt="x" * 512).error
     assert row(rows, prompt="x" * 511).error is None
-    assert len(row(rows, prompt="x" * 5000, truncate=True, max_tokens=100).tokens) == 412
+    assert len(row(rows, prompt="x" * 5000, truncate=True, max_tokens=100).task.tokens) == 412
 
 
 def test_text_that_is_not_utf8(rows):
@@ -206,7 +213,7 @@ def test_text_that_is_not_utf8(rows):
 def test_a_line_that_is_too_long_to_be_kept(rows):
     found = rows(b"x" * (2 * MAX_LINE_BYTES + 5) + b"\ngood\n" + b"y" * MAX_LINE_BYTES, "rows.txt", truncate=True)
     assert ["16 MiB" in (one.error or "") for one in found] == [True, False, False]
-    assert found[1].request.prompt == "good"
+    assert found[1].task.request.prompt == "good"
 
 
 def test_the_hash_is_of_the_content(tmp_path, monkeypatch):
@@ -218,7 +225,7 @@ def test_the_hash_is_of_the_content(tmp_path, monkeypatch):
     for source in (Source.open(plain), Source.open(packed), Source.open(type(plain)("-"))):
         for _ in range(2):
             lines = list(source.lines())
-            assert [line.number for line in lines] == [1, 2, 3]
+            assert lines == [b'{"prompt": "a"}', b"\xef\xbb\xbf", b"x" * 70000]
             assert source.sha256 == hashlib.sha256(content).hexdigest()
         assert source.content() == content
         assert source.sha256 == hashlib.sha256(content).hexdigest()

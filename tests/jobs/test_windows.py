@@ -14,25 +14,27 @@ def test_every_token_is_scored_once_with_enough_before_it(length, first, stride)
         pytest.skip("nothing to score")
     context = 10
     scored = []
-    for window in windows(length, first, context, stride):
-        assert 0 <= window.start < window.first < window.end <= length
-        assert window.end - window.start - 1 <= context  # the last is not read
-        for place in range(window.first, window.end):
-            assert place - window.start >= min(place, context - stride + 1)
-            scored.append(place)
+    for window, window_first in windows(list(range(length)), first, context, stride):
+        assert window == list(range(window[0], window[-1] + 1))
+        assert 0 < window_first < len(window)
+        assert len(window) - 1 <= context  # the last is not read
+        for index in window[window_first:]:
+            assert index - window[0] >= min(index, context - stride + 1)
+            scored.append(index)
     assert scored == list(range(first, length))
 
 
 def test_a_text_that_fits_is_one_window():
     for length in range(2, 12):
-        [window] = windows(length, 1, 10, 5)
-        assert (window.start, window.end, window.first) == (0, length, 1)
+        assert windows(list(range(length)), 1, 10, 5) == [(list(range(length)), 1)]
 
 
 def test_chunks_score_their_second_halves():
     rows = list(chunk_rows(list(range(100, 127)), 8, bos=None))
-    assert [row.tokens for row in rows] == [list(range(100 + i, 108 + i)) for i in (0, 8, 16)]
+    chunks = [list(range(100 + i, 108 + i)) for i in (0, 8, 16)]
+    assert [row.task.tokens for row in rows] == chunks
     assert [row.index for row in rows] == [0, 1, 2]
-    assert {row.first for row in rows} == {5}  # as llama.cpp: from the logits at n_ctx / 2 on
+    # As llama.cpp: from the logits at n_ctx / 2 on.
+    assert [row.task.requests for row in rows] == [[(chunk, 5)] for chunk in chunks]
     begun = list(chunk_rows(list(range(100, 127)), 8, bos=1))
-    assert [row.tokens for row in begun] == [[1, *row.tokens[1:]] for row in rows]
+    assert [row.task.requests for row in begun] == [[([1, *chunk[1:]], 5)] for chunk in chunks]
