@@ -1,7 +1,7 @@
-"""Trains the tokenizers of small random-weight models on a text that comes with the package.
+"""Trains tokenizers, such as those of small random-weight models on a text that comes with the package.
 
-Such a tokenizer has the release's kind and layout: byte pairs with byte fallback, no normalisation, and ids 0 to 324
-the same (PAD, BOS, EOS, UNK, the symbols defined by its makers, the 256 bytes). Only the merges after them are its own.
+The latter are of the release's kind: byte pairs with byte fallback, no normalization, and the same ids 0 to 324 (PAD,
+BOS, EOS, UNK, user-defined symbols, 256 bytes). Only the merges after them differ.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import importlib.resources
 import io
 import itertools
 from collections import Counter
+from collections.abc import Iterable
+from typing import Any
 
 import sentencepiece
 
@@ -30,25 +32,23 @@ _SYMBOLS = (
 _FIXED_PIECES = 4 + len(_SYMBOLS) + 256
 
 SMALLEST = 400
-"""The smallest vocabulary that can be trained: the pieces that are always there, some letters and some merges."""
+"""The smallest vocabulary that can be trained: the fixed pieces, some letters and some merges."""
 
 LARGEST = 32768
 """The largest vocabulary that can be trained. A model that needs more is better served by the release's tokenizer."""
 
-_CORPUS_WEIGHT = 4  # how often the real text counts against once for each made-up word: its merges come first
-_MERGES_OF_CORPUS = 1024  # what the real text surely has, and a little less than what it has
+_CORPUS_WEIGHT = 4  # repetitions of the corpus, so that its merges come before those of made-up words
+_MERGES_OF_CORPUS = 1024  # merges that the corpus is certain to have
 
 
 def train_small_tokenizer(vocab_size: int) -> bytes:
-    """Trains a tokenizer with exactly so many pieces.
-
-    The result depends on `vocab_size` (and the version of SentencePiece) alone: the same bytes each time.
+    """Trains a tokenizer with exactly `vocab_size` pieces.
 
     Args:
-        vocab_size: number of pieces, from `SMALLEST` to `LARGEST`.
+        vocab_size: `SMALLEST` to `LARGEST`.
 
     Returns:
-        The content of a `tokenizer.model`.
+        The content of a `tokenizer.model`, which depends only on `vocab_size` and the version of SentencePiece.
 
     Raises:
         TokenizerError: if no tokenizer of that size can be trained.
@@ -58,19 +58,36 @@ def train_small_tokenizer(vocab_size: int) -> bytes:
             f"cannot train a tokenizer of {vocab_size} pieces, expected {SMALLEST} to {LARGEST}: "
             "choose a vocab_size in that range, or name a tokenizer of your own"
         )
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(_training_text(vocab_size)),
-        model_writer=model,
+    return train_sentencepiece(
+        _training_text(vocab_size),
+        vocab_size,
         model_type="bpe",
-        vocab_size=vocab_size,
-        byte_fallback=True,
+        user_defined_symbols=list(_SYMBOLS),
         split_digits=True,
         allow_whitespace_only_pieces=True,
-        user_defined_symbols=list(_SYMBOLS),
-        character_coverage=1.0,  # _training_text has left out the characters that are too many
-        normalization_rule_name="identity",
         add_dummy_prefix=True,
+    )
+
+
+def train_sentencepiece(lines: Iterable[str], vocab_size: int, **options: Any) -> bytes:
+    """Trains a SentencePiece model with the release's special pieces, byte fallback and no normalization.
+
+    Args:
+        lines: the text; every character in it becomes a piece.
+        vocab_size: number of pieces.
+        **options: further options of `SentencePieceTrainer`.
+
+    Returns:
+        The content of a `tokenizer.model`; the same bytes each time.
+    """
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         pad_id=ModelConfig.pad_id,
         bos_id=ModelConfig.bos_id,
@@ -82,16 +99,17 @@ def train_small_tokenizer(vocab_size: int) -> bytes:
         unk_piece="[UNK]",
         unk_surface="[UNK]",
         num_threads=1,
-        minloglevel=2,  # errors only: the trainer reports each step on stderr
+        minloglevel=2,  # errors only
+        **options,
     )
     return model.getvalue()
 
 
 def _training_text(vocab_size: int) -> list[str]:
-    """Lines with no more distinct characters than fit, and with enough distinct words for the merges."""
+    """Lines with few enough distinct characters for the vocabulary, and enough distinct words for the merges."""
     corpus = importlib.resources.files("grok1").joinpath("text", "corpus.txt").read_text("utf-8")
     counts = Counter(corpus)
-    # Half of what is not fixed may be single characters; the rest of them is spelt in bytes.
+    # Up to half of the pieces that are not fixed are characters; rarer ones are encoded as bytes.
     common = sorted(counts, key=lambda character: (-counts[character], character))
     kept = {*common[: (vocab_size - _FIXED_PIECES) // 2], " ", "\n"}
     lines = "".join(character if character in kept else " " for character in corpus).splitlines()
@@ -100,7 +118,7 @@ def _training_text(vocab_size: int) -> list[str]:
 
 
 def _made_up_words(count: int) -> list[str]:
-    """So many distinct pronounceable words, such as `balo` and `tremika`."""
+    """Distinct pronounceable words, such as `balo` and `tremika`."""
     onsets = [*"bdfghklmnprstvwz", "br", "dr", "fl", "gr", "kl", "pr", "sk", "st", "tr"]
     syllables = [onset + vowel for onset in onsets for vowel in "aeiou"]
     two = ("".join(pair) for pair in itertools.product(syllables, repeat=2))

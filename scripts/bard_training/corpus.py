@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import click
 import numpy as np
 import sentencepiece
 
-from grok1.config import ModelConfig
+from grok1.text.train_tokenizer import train_sentencepiece
 
 DEV_PIECES = 5
 DEV_PIECE_CHARACTERS = 16_000
@@ -46,33 +45,15 @@ def train_tokenizer(text: str, vocab_size: int) -> bytes:
     Returns:
         the content of a `tokenizer.model`.
     """
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(text.splitlines()),
-        model_writer=model,
+    return train_sentencepiece(
+        text.splitlines(),
+        vocab_size,
         model_type="unigram",
-        vocab_size=vocab_size,
-        byte_fallback=True,
-        character_coverage=1.0,
         user_defined_symbols=["\n", "\n\n"],
-        normalization_rule_name="identity",
         add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
         max_sentence_length=1 << 20,
         input_sentence_size=0,
-        pad_id=ModelConfig.pad_id,
-        bos_id=ModelConfig.bos_id,
-        eos_id=ModelConfig.eos_id,
-        unk_id=ModelConfig.unk_id,
-        pad_piece="[PAD]",
-        bos_piece="[BOS]",
-        eos_piece="[EOS]",
-        unk_piece="[UNK]",
-        unk_surface="[UNK]",
-        num_threads=1,
-        minloglevel=2,
     )
-    return model.getvalue()
 
 
 def encode(tokenizer: bytes, text: str) -> np.ndarray:
