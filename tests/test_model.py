@@ -6,6 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from letters import Letters
 
 import grok1
 from grok1.errors import RequestError, TokenizerError
@@ -13,25 +14,6 @@ from grok1.model import Model, Request
 from grok1.request import MAX_SEED, SamplingOptions, TokenLogprobs
 
 PROMPT = "Hello"
-
-
-class Letters:
-    """A tokenizer with a character for each token."""
-
-    def encode(self, text):
-        return [ord(character) - 48 for character in text]
-
-    def count_bytes(self, ids, first=0):
-        return len(ids) - first
-
-    def stream(self, prompt):
-        return self
-
-    def push(self, token):
-        return chr(token + 48)
-
-    def flush(self):
-        return ""
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from letters import Letters
 
 from grok1.config import ModelConfig
 from grok1.model import Model, Request
@@ -180,18 +181,6 @@ def test_data_rows_continue_to_the_end_of_the_context(small_model, small_config)
 
 
 def test_an_abandoned_completion_leaves_the_model_usable(small_model, float64_greedy):
-    class Letters:
-        """One character a token."""
-
-        def stream(self, prompt):
-            return self
-
-        def push(self, token):
-            return chr(token + 48)
-
-        def flush(self):
-            return ""
-
     model = Model(small_model().engine, Letters())
     stream = model.stream(PROMPTS[0], max_tokens=9, greedy=True, ignore_eos=True)
     assert next(stream) == chr(float64_greedy[0][0] + 48)

@@ -7,6 +7,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from letters import Letters
 
 from grok1.config import PRESETS
 from grok1.errors import JobError, TokenizerError
@@ -16,23 +17,14 @@ from grok1.jobs.source import MAX_LINE_BYTES, Source
 from grok1.request import SamplingOptions
 
 CONFIG = PRESETS["tiny"]
-
-
-class Words:
-    """A tokenizer with a token for each character."""
-
-    def encode(self, text):
-        return [ord(character) % 1000 for character in text]
-
-
-WORDS = Words()
+LETTERS = Letters()
 
 
 @pytest.fixture
 def rows(tmp_path):
     """The rows of a file of that name and content."""
 
-    def rows(content, name="rows.jsonl", tokenizer=WORDS, **defaults):
+    def rows(content, name="rows.jsonl", tokenizer=LETTERS, **defaults):
         path = tmp_path / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         checkpoint = SimpleNamespace(config=CONFIG)
