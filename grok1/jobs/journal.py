@@ -17,7 +17,7 @@ import os
 import threading
 import zlib
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Journal:
         output: the file that the job writes in the end.
         path: of the journal, next to the output.
         job: the fingerprint of the job, as it was passed to `begin`; None in a new journal.
+        rows: number of rows in it.
         dropped_bytes: size of the incomplete end that was ignored.
     """
 
@@ -50,13 +51,13 @@ class Journal:
         self.output = output
         self.path = path
         self.job: dict[str, Any] | None = None
+        self.rows = 0
         self.dropped_bytes = 0
         self._descriptor = descriptor
         self._end = 0  # of the last complete line
         self._starts = array("q")  # offset of each row's line of the output, by index; -1 for none
-        self._count = 0
         self._dirty = False
-        self._failure: OSError | JobError | None = None
+        self._failure: JobError | None = None
         self._closing = threading.Event()
         self._syncing: threading.Thread | None = None
 
@@ -103,50 +104,37 @@ class Journal:
             raise JobError(f"{self.output} already exists: name another file, or replace it with --restart")
         with os.fdopen(os.dup(self._descriptor), "rb") as file:
             file.seek(0)
-            start = 0
-            for line in file:
-                text = _checked(line)
-                if text is None:
-                    if start == 0 and len(line) < size:
-                        raise JobError(f"{self.path} is damaged in its first line: start over with --restart")
-                    break
-                try:
-                    if start == 0:
-                        self._take_header(text)
-                    else:
-                        self._take_row(text, start)
-                except ValueError:
-                    break
-                start += len(line)
-            self._end = start
-            self.dropped_bytes = size - start
+            line = file.readline()
+            header = _checked(line)
+            if header is not None:
+                self._read_header(header)
+                self._end = len(line)
+                self._read_rows(file)
+            elif len(line) < size:
+                raise JobError(f"{self.path} is damaged in its first line: start over with --restart")
+        self.dropped_bytes = size - self._end
 
-    def _take_header(self, text: bytes) -> None:
+    def _read_header(self, text: bytes) -> None:
         job = json.loads(text)
-        if not isinstance(job, dict):
-            raise ValueError("no object")
-        if job.pop("grok1_journal", None) != _VERSION:
+        if job.pop("grok1_journal") != _VERSION:
             raise JobError(
                 f"{self.path} was written by another version of grok1: finish with that one, or use --restart"
             )
         self.job = job
 
-    def _take_row(self, text: bytes, start: int) -> None:
-        index, separator, _ = text.partition(b" ")
-        if not separator:
-            raise ValueError("no index")
-        self._note(int(index), start + 9 + len(index) + 1)
+    def _read_rows(self, lines: Iterable[bytes]) -> None:
+        for line in lines:
+            index = (_checked(line) or b"").partition(b" ")[0]
+            if not index.isdigit():
+                break
+            self._note(int(index), self._end + 9 + len(index) + 1)
+            self._end += len(line)
 
     def _note(self, index: int, start: int) -> None:
         if index >= len(self._starts):
             self._starts.extend([-1] * (index + 1 - len(self._starts)))
-        self._count += self._starts[index] < 0
+        self.rows += self._starts[index] < 0
         self._starts[index] = start
-
-    @property
-    def rows(self) -> int:
-        """Number of rows in it."""
-        return self._count
 
     def __contains__(self, index: int) -> bool:
         return index < len(self._starts) and self._starts[index] >= 0
@@ -172,12 +160,12 @@ class Journal:
         """
         try:
             os.ftruncate(self._descriptor, self._end)
-            if self.job is None:
-                self._append(json.dumps({"grok1_journal": _VERSION, **job}).encode() + b"\n")
-                self.job = dict(job)
-            self._sync()
         except OSError as error:
             raise self._cannot_write(error) from None
+        if self.job is None:
+            self._append(json.dumps({"grok1_journal": _VERSION, **job}).encode() + b"\n")
+            self.job = dict(job)
+        self._sync()
         self._syncing = threading.Thread(target=self._sync_often, name="grok1-journal", daemon=True)
         self._syncing.start()
 
@@ -215,7 +203,7 @@ class Journal:
         while not self._closing.wait(_SYNC_SECONDS):
             try:
                 self._sync()
-            except (OSError, JobError) as error:
+            except JobError as error:
                 self._failure = error
                 return
 
@@ -226,8 +214,6 @@ class Journal:
             self._syncing = None
 
     def _check_failure(self) -> None:
-        if isinstance(self._failure, OSError):
-            raise self._cannot_write(self._failure) from None
         if self._failure is not None:
             raise self._failure
 
@@ -235,17 +221,18 @@ class Journal:
         """Flushes the journal to the disk, and writes it again if it was removed.
 
         Raises:
-            OSError: if it cannot be flushed.
-            JobError: if the journal was removed.
+            JobError: if it cannot be flushed, or was removed.
         """
-        if self._dirty:
-            self._dirty = False
-            os.fsync(self._descriptor)
         try:
+            if self._dirty:
+                self._dirty = False
+                os.fsync(self._descriptor)
             if os.path.samestat(os.stat(self.path), os.fstat(self._descriptor)):
                 return
         except FileNotFoundError:
             pass
+        except OSError as error:
+            raise self._cannot_write(error) from None
         raise self._write_again()
 
     def _write_again(self) -> JobError:
@@ -264,7 +251,7 @@ class Journal:
 
     def _cannot_write(self, error: OSError) -> JobError:
         return JobError(
-            f"cannot write {self.path} ({error.strerror}): free some space; {self._count} rows are kept, and the same "
+            f"cannot write {self.path} ({error.strerror}): free some space; {self.rows} rows are kept, and the same "
             "command resumes after them"
         )
 
@@ -280,8 +267,8 @@ class Journal:
         Raises:
             JobError: if it cannot be written; the journal is kept.
         """
-        if self._count != rows:
-            raise ValueError(f"{self._count} of {rows} rows are done")
+        if self.rows != rows:
+            raise ValueError(f"{self.rows} of {rows} rows are done")
         self._stop_syncing()
         self._check_failure()
         try:

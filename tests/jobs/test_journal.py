@@ -5,6 +5,8 @@ import fcntl
 import json
 import os
 import shutil
+import threading
+import time
 
 import pytest
 
@@ -185,11 +187,23 @@ def test_a_full_disk_keeps_what_is_done(path, output, written, monkeypatch):
 
 
 def test_a_failing_disk_is_told_with_the_next_row(path, output, monkeypatch):
+    def failing(descriptor):
+        failed.set()
+        raise OSError(errno.EIO, "Input/output error")
+
+    def add_often(journal):
+        for _ in range(100):
+            time.sleep(0.01)
+            journal.add(2, LINES[2])
+
+    failed = threading.Event()
     with Journal.open(output, restart=False) as journal:
         journal.begin({})
-        journal._failure = OSError(errno.EIO, "Input/output error")  # what the thread that syncs would leave
-        with pytest.raises(JobError, match="Input/output error"):
-            journal.add(2, LINES[2])
+        monkeypatch.setattr(os, "fsync", failing)
+        journal.add(2, LINES[2])
+        assert failed.wait(timeout=20)
+        with pytest.raises(JobError, match=r"Input/output error.*rows are kept"):
+            add_often(journal)
 
 
 def test_a_removed_folder_is_written_again(path, output):
