@@ -204,8 +204,8 @@ def _model(terminal: Terminal, choice: ModelChoice, preset_name: str | None, con
     model = random_model(
         config,
         mesh=choice.mesh,
-        dtype=choice.dtype,  # type: ignore[arg-type]
-        kernels=choice.kernels,  # type: ignore[arg-type]
+        dtype=choice.dtype,
+        kernels=choice.kernels,
         threads=choice.threads,
         progress=terminal.progress,
         runtime=choice.runtime,

@@ -49,96 +49,78 @@ def load(
     progress: ProgressCallback | None = None,
     runtime: Runtime | None = None,
 ) -> Model:
-    """Loads a checkpoint onto the devices there are.
+    """Load a checkpoint.
 
         model = grok1.load("checkpoints", mesh=(1, 8))
         print(model.complete("The answer is", max_tokens=8).text)
 
     Args:
-        checkpoint: folder that holds `ckpt-0`, or is it; or an opened checkpoint.
+        checkpoint: folder with the tensor files or with `ckpt-0`, or an opened checkpoint.
         tokenizer: a SentencePiece model, or a tokenizer; by default `tokenizer.model` in or beside the checkpoint.
-            Without one the model takes and gives token ids only.
-        mesh: sizes of the (data, model) axes; by default all devices on `model`, as far as the model divides.
-        dtype: of activations and the key/value cache; by default bfloat16 on accelerators, float32 on CPUs.
+            Without one the model works with token ids only.
+        mesh: sizes of the (data, model) axes; by default the largest number of devices, on the model axis, that the
+            model can be split across.
+        dtype: of activations and the KV cache; by default bfloat16 on accelerators, float32 on CPUs.
         devices: the devices to use; by default all.
-        load_memory: bytes of host memory beyond the weights that loading may take at a time; at least 16 MB.
-        kernels: "native" for the platform's own kernels, "xla" for what XLA makes of plain JAX; "auto" takes the first
-            where they can be had.
+        load_memory: host memory limit for loading in bytes, in addition to the weights; at least 16 MB.
+        kernels: "native" (written for the platform) or "xla" (plain JAX); "auto" is native if available.
         threads: number of CPU threads of the kernels; by default one for each physical core that the process may
             use. XLA's own are set when JAX starts: see `grok1.host.threads`.
-        progress: is called while files are checked, weights loaded and programs compiled, also later by the model's
-            methods, from whichever thread does the work.
-        runtime: the processes that load it together, each the part of its own devices; every one of them calls this
-            with the same mesh, dtype and kernels. See `grok1.multihost` and `grok1.model.worker`.
+        progress: called while files are checked, weights are loaded and programs are compiled, also later by the
+            model's methods, in the thread that does the work.
+        runtime: the processes that load it together, each for its own devices. All of them call this function with the
+            same mesh, dtype and kernels; see `grok1.multihost` and `grok1.model.worker`.
 
     Raises:
-        CheckpointError: if there is no checkpoint or it is damaged, or that of another process is another.
-        ConfigError: if its `config.json` describes no possible model.
-        KernelsError: if the native kernels were asked for and cannot be had.
-        MeshError: if the model cannot be divided so.
+        CheckpointError: if the checkpoint is missing or damaged, or differs between processes.
+        ConfigError: if its `config.json` is invalid.
+        KernelsError: if native kernels were requested and are not available.
+        MeshError: if the model cannot be split across this mesh.
         MultihostError: if the devices are not those of the processes of `runtime`.
         TokenizerError: if the tokenizer cannot be read or has another vocabulary.
         TooSmallError: if there is too little memory; no weight has been read then.
         ValueError: if `load_memory` is too little.
     """
     report = _reporter(progress)
-    if isinstance(checkpoint, Checkpoint):
-        opened = checkpoint
-    else:
+    if not isinstance(checkpoint, Checkpoint):
         report("checking", str(checkpoint))
-        opened = Checkpoint.open(Path(checkpoint))
-    config = opened.config
-    text = _open_tokenizer(opened, tokenizer) if runtime is None or runtime.leads else None
+        checkpoint = Checkpoint.open(Path(checkpoint))
+    text = _open_tokenizer(checkpoint, tokenizer) if runtime is None or runtime.leads else None
     if runtime is not None:
-        _require_same_checkpoint(runtime, opened)
-    device_config = _DeviceConfig.choose(config, mesh, dtype, devices, kernels, threads, runtime)
+        _require_same_checkpoint(runtime, checkpoint)
+    device_config = _DeviceConfig.choose(checkpoint.config, mesh, dtype, devices, kernels, threads, runtime)
     start = time.perf_counter()
-    if not device_config.takes_part:
-        params = device_config.abstract(config)
-    else:
+    params = device_config.abstract_parameters()
+    if device_config.takes_part:
         params = load_parameters(
-            opened,
+            checkpoint,
             device_config.mesh,
             device_config.dtype,
             lambda done, total: _report_loading(runtime, report, done, total),
             load_memory,
             device_config.kernels.pack_box,
         )
+    loads = []
     if runtime is not None:
         seconds = time.perf_counter() - start
         loads = runtime.exchange(
             "loaded",
-            {"host": runtime.hosts[runtime.process_id], "bytes_read": opened.bytes_read, "seconds": seconds},
+            {"host": runtime.hosts[runtime.process_id], "bytes_read": checkpoint.bytes_read, "seconds": seconds},
             lambda: _report_loading(runtime, report, 1, 1),
         )
-        return device_config.model(config, params, report, text, loads)
-    return device_config.model(config, params, report, text)
+    return device_config.model(params, report, text, loads)
 
 
 def random_model(
-    config: ModelConfig,
-    *,
-    seed: int = 0,
-    mesh: tuple[int, int] | None = None,
-    dtype: DTypeName | None = None,
-    devices: Sequence[jax.Device] | None = None,
-    kernels: KernelsName = "auto",
-    threads: int | None = None,
-    progress: ProgressCallback | None = None,
-    runtime: Runtime | None = None,
+    config: ModelConfig, *, seed: int = 0, progress: ProgressCallback | None = None, **options: Any
 ) -> Model:
-    """A model of random weights made on the devices, without a checkpoint and without a tokenizer.
+    """Create a model with random weights, without a tokenizer.
 
     Args:
         config: the model.
         seed: of the weights.
-        mesh: as for `load`, as are all others.
-        dtype: of activations and the key/value cache.
-        devices: the devices to use.
-        kernels: what computes.
-        threads: number of CPU threads of the kernels.
-        progress: is called as by `load`.
-        runtime: as for `load`.
+        progress: as for `load`.
+        **options: `mesh`, `dtype`, `devices`, `kernels`, `threads` and `runtime`, as for `load`.
 
     Raises:
         KernelsError: as `load`.
@@ -146,21 +128,20 @@ def random_model(
         TooSmallError: as `load`.
     """
     report = _reporter(progress)
-    device_config = _DeviceConfig.choose(config, mesh, dtype, devices, kernels, threads, runtime)
+    device_config = _DeviceConfig.choose(config, **options)
     report("loading", "random weights")
-    params = device_config.abstract(config)
+    params = device_config.abstract_parameters()
     if device_config.takes_part:
-        params = random_parameters(
-            config, device_config.mesh, device_config.dtype, device_config.kernels.packs_weights, seed
-        )
-    return device_config.model(config, params, report, None)
+        packs = device_config.kernels.packs_weights
+        params = random_parameters(config, device_config.mesh, device_config.dtype, packs, seed)
+    return device_config.model(params, report, None)
 
 
 def _require_same_checkpoint(runtime: Runtime, opened: Checkpoint) -> None:
-    """Makes sure that all processes have the same checkpoint.
+    """Check that all processes use the same checkpoint.
 
     Raises:
-        CheckpointError: if one has another.
+        CheckpointError: if a process has another.
     """
     known = runtime.exchange("checkpoint", identity(opened))
     for process, other in enumerate(known):
@@ -168,17 +149,18 @@ def _require_same_checkpoint(runtime: Runtime, opened: Checkpoint) -> None:
         if name is not None:
             raise CheckpointError(
                 f"{runtime.name_of(process)} sees another checkpoint than {runtime.name_of(0)}: {name} differs "
-                f"({_of(other, name)} there, {_of(known[0], name)} here); copy the checkpoint again, or use one folder"
+                f"({_shortened(other.get(name))} there, {_shortened(known[0].get(name))} here); copy the checkpoint "
+                "again, or use one folder"
             )
 
 
-def _of(known: Mapping[str, str], name: str) -> str:
-    told = known.get(name, "none")
-    return told if len(told) <= 60 else f"{told[:57]}..."
+def _shortened(value: str | None) -> str:
+    text = value or "none"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _report_loading(runtime: Runtime | None, report: Callable[..., None], done: int, total: int) -> None:
-    """Reports how far this process is, or of several processes the slowest."""
+    """Report the progress of this process, or of the slowest of several."""
     if runtime is None:
         report("loading", "", done, total)
         return
@@ -188,7 +170,7 @@ def _report_loading(runtime: Runtime | None, report: Callable[..., None], done: 
 
 
 def _reporter(progress: ProgressCallback | None) -> Callable[..., None]:
-    """What takes the fields of a `Progress` and hands it to the caller's `progress`, if there is one."""
+    """A function that takes the fields of a `Progress` and passes it to `progress`."""
 
     def report(stage: Any, detail: str, done: int = 0, total: int = 0) -> None:
         if progress is not None:
@@ -199,8 +181,20 @@ def _reporter(progress: ProgressCallback | None) -> Callable[..., None]:
 
 @dataclasses.dataclass(frozen=True)
 class _DeviceConfig:
-    """The devices that a model runs on and how it runs on them; it fits their memory."""
+    """How a model runs on its devices, in whose memory it fits.
 
+    Attributes:
+        config: the model.
+        mesh: of the devices in use.
+        dtype: of activations and the KV cache.
+        kernels: that compute.
+        fallback: why they are not the native ones; None if they are, or were not requested.
+        room: number of sequences of full context that fit in memory; None if unknown.
+        idle: devices that are not on the mesh.
+        runtime: the processes that run it together; None for a single process.
+    """
+
+    config: ModelConfig
     mesh: Mesh
     dtype: np.dtype
     kernels: Kernels
@@ -213,61 +207,61 @@ class _DeviceConfig:
     def choose(
         cls,
         config: ModelConfig,
-        mesh: tuple[int, int] | None,
-        dtype: DTypeName | None,
-        devices: Sequence[jax.Device] | None,
-        kernels: KernelsName,
-        threads: int | None,
-        runtime: Runtime | None,
+        mesh: tuple[int, int] | None = None,
+        dtype: DTypeName | None = None,
+        devices: Sequence[jax.Device] | None = None,
+        kernels: KernelsName = "auto",
+        threads: int | None = None,
+        runtime: Runtime | None = None,
     ) -> _DeviceConfig:
-        everywhere = list(jax.devices() if devices is None else devices)
-        kind = np.dtype(dtype or default_dtype(everywhere[0].platform))
-        present, memories = _present(everywhere, runtime)
-        hosts = hosts_of(everywhere, runtime.host_of) if runtime is not None else None
+        devices = list(jax.devices() if devices is None else devices)
+        platform = devices[0].platform
+        activation_dtype = np.dtype(dtype or default_dtype(platform))
+        present, memories = _present(devices, runtime)
+        hosts = hosts_of(devices, runtime.host_of) if runtime is not None else None
         if mesh is None:
 
             def fits(shards: int) -> bool | None:
-                return Estimate(config, present, (1, shards), kind.name).fits
+                return Estimate(config, present, (1, shards), activation_dtype.name).fits
 
-            mesh = default_mesh_shape(config, len(everywhere), None if hosts is None else counts(hosts), fits)
-        device_mesh = make_mesh(config, mesh, everywhere, hosts)
+            mesh = default_mesh_shape(config, len(devices), None if hosts is None else counts(hosts), fits)
+        device_mesh = make_mesh(config, mesh, devices, hosts)
         enable_compilation_cache()  # before the kernels of a GPU are tried, which compiles some
         chosen = choose_kernels(config, device_mesh, kernels)
         if runtime is not None:
-            chosen = _agreed_kernels(runtime, chosen, everywhere[0].platform)
-        sequences = room(Estimate(config, present, mesh, kind.name, memories))
+            chosen = _agreed_kernels(runtime, chosen, platform)
+        sequences = room(Estimate(config, present, mesh, activation_dtype.name, memories))
         chosen.kernels.set_threads(threads or thread_count())
-        taken = set(device_mesh.devices.flat)
-        idle = [device for device in everywhere if device not in taken]
-        return cls(device_mesh, kind, chosen.kernels, chosen.fallback, sequences, idle, runtime)
+        on_mesh = set(device_mesh.devices.flat)
+        idle = [device for device in devices if device not in on_mesh]
+        return cls(config, device_mesh, activation_dtype, chosen.kernels, chosen.fallback, sequences, idle, runtime)
 
     @property
     def takes_part(self) -> bool:
         """Whether the mesh has devices of this process."""
         return bool(local_devices(self.mesh.devices.flat))
 
-    def abstract(self, config: ModelConfig) -> Any:
+    def abstract_parameters(self) -> Any:
         """The parameters as `jax.ShapeDtypeStruct`."""
-        return abstract_parameters(config, self.mesh, self.dtype, self.kernels.packs_weights)
+        return abstract_parameters(self.config, self.mesh, self.dtype, self.kernels.packs_weights)
 
     def model(
         self,
-        config: ModelConfig,
         params: Any,
         report: Callable[..., None],
         tokenizer: Tokenizer | None,
         loads: Sequence[Mapping[str, Any]] = (),
     ) -> Model:
-        """The model of parameters that are there."""
+        """The model with these parameters."""
         sender = StepSender(self.runtime.send) if self.runtime is not None and self.runtime.leads else None
-        engine = Engine(config, params, self.mesh, self.dtype, report, self.kernels, sender)
+        engine = Engine(self.config, params, self.mesh, self.dtype, report, self.kernels, sender)
         return Model(engine, tokenizer, self.room, self.fallback, self.idle, loads)
 
 
 def _present(devices: Sequence[jax.Device], runtime: Runtime | None) -> tuple[Devices, tuple[int, ...] | None]:
-    """The devices with the memory that is free on them, the least of any process, and whose have memory of their own.
+    """The devices, with the least memory available on one in any process, and the number of devices of each process.
 
-    Processes on one host share its memory evenly.
+    Processes on one host share its memory evenly. The numbers are None for a single process.
     """
     present = dataclasses.replace(present_devices(local_devices(devices) or jax.local_devices()), count=len(devices))
     if runtime is None:
@@ -287,7 +281,7 @@ def _present(devices: Sequence[jax.Device], runtime: Runtime | None) -> tuple[De
 
 
 def _agreed_kernels(runtime: Runtime, chosen: ChosenKernels, platform: str) -> ChosenKernels:
-    """The kernels of every process: the platform's own if all have them."""
+    """The kernels for all processes: native ones if they are available everywhere."""
     everybody = runtime.exchange("kernels", {"native": chosen.native, "fallback": chosen.fallback})
     lacking = [process for process, other in enumerate(everybody) if not other["native"]]
     if not chosen.native or not lacking:
