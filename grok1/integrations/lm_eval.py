@@ -1,11 +1,11 @@
-"""Grok-1 as a model of EleutherAI's lm-evaluation-harness. Needs the extra `eval`: `pip install '.[eval]'`.
+"""Grok-1 for EleutherAI's lm-evaluation-harness; requires `pip install '.[eval]'`.
 
     import lm_eval
     from grok1.integrations.lm_eval import Grok1LM
 
     lm_eval.simple_evaluate(model=Grok1LM("checkpoints"), tasks=["arc_easy"])
 
-The harness's own command line, which knows the model as "grok1" then:
+With the harness's own command line:
 
     python -m grok1.integrations.lm_eval run --model grok1 --model_args checkpoint=checkpoints --tasks arc_easy
 """
@@ -13,7 +13,7 @@ The harness's own command line, which knows the model as "grok1" then:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lm_eval import utils
@@ -28,16 +28,13 @@ from grok1.request import Request, SamplingOptions
 if TYPE_CHECKING:
     from grok1.model import Model
 
-_MAX_TOKENS = 256  # of a generation whose task does not say
+_MAX_TOKENS = 256  # of a task without a limit
 _SAMPLING = {"temperature", "top_p", "top_k", "min_p", "seed"}
 
 
 @register_model("grok1")
 class Grok1LM(TemplateLM):
-    """A loaded model as the harness asks it.
-
-    A text without a context is scored after BOS, as the harness does it for models of Hugging Face.
-    """
+    """A model for the harness. A text without a context is scored after BOS, as with Hugging Face models."""
 
     def __init__(
         self,
@@ -52,13 +49,13 @@ class Grok1LM(TemplateLM):
         """Loads a checkpoint.
 
         Args:
-            checkpoint: folder that holds `ckpt-0`, or is it.
-            tokenizer: a SentencePiece model; by default `tokenizer.model` in or beside the checkpoint.
-            mesh: sizes of the data and the model axis, also as a text such as "1x8".
-            dtype: of activations and of the cache, "float32" or "bfloat16".
-            batch_size: sequences that go on at a time; None or "auto" for what memory allows, up to what pays.
-            model: a loaded model to use instead of all that.
-            **harness: what the harness passes to every model, which has no meaning here.
+            checkpoint: as for `grok1.load`.
+            tokenizer: as for `grok1.load`.
+            mesh: sizes of the (data, model) axes, also as a text such as "1x8".
+            dtype: as for `grok1.load`.
+            batch_size: number of sequences at a time; None or "auto" for `Model.best_batch_size`.
+            model: a loaded model to use instead.
+            **harness: arguments that the harness passes to every model; ignored.
         """
         super().__init__()
         if model is None:
@@ -76,7 +73,7 @@ class Grok1LM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """BOS, which stands before a text without a context."""
+        """BOS, the context of a text without one."""
         return self.model.config.bos_id
 
     @property
@@ -85,17 +82,14 @@ class Grok1LM(TemplateLM):
         return self.model.config.sequence_len
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The token ids of a text, which has no special ones."""
+        """The token ids of a text, without special tokens."""
         return self.model.tokenizer.encode(string)
 
-    def _lanes(self, texts: Iterable[Sequence[int]]) -> int:
-        """As many as the texts need that are read one after the other."""
-        new, count, before = 0, 0, list[int]()
-        for text in texts:
-            tokens = list(text)
-            new += len(tokens) - shared_prefix(before, tokens)
-            count, before = count + 1, tokens
-        return self.model.engine.lanes_for(new / max(1, count))
+    def _lanes(self, texts: Sequence[list[int]]) -> int:
+        """Number of prefill lanes for texts that are read one after the other."""
+        pairs = itertools.pairwise([[], *texts])
+        new = sum(len(text) - shared_prefix(previous, text) for previous, text in pairs)
+        return self.model.engine.lanes_for(new / max(1, len(texts)))
 
     def _loglikelihood_tokens(
         self,
@@ -103,9 +97,9 @@ class Grok1LM(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """The log-probability of each continuation after its context, and whether it is the likeliest throughout.
+        """The log-probability of each continuation after its context, and whether greedy decoding would generate it.
 
-        A text that is longer than the model's context loses its beginning.
+        The beginning of a text that is longer than the model's context is dropped.
         """
         texts: list[tuple[list[int], int]] = []
         for _, context, continuation in requests:
@@ -116,7 +110,7 @@ class Grok1LM(TemplateLM):
         scores = self.model.score_many(
             (texts[index] for index in wanted),
             batch_size=self._batch_size,
-            lanes=self._lanes(texts[index][0] for index in wanted),
+            lanes=self._lanes([texts[index][0] for index in wanted]),
         )
         for score in tqdm(scores, total=len(wanted), desc="scoring", disable=disable_tqdm):
             index = wanted[score.request_index]
@@ -129,36 +123,36 @@ class Grok1LM(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of each whole text, read in disjoint windows as long as the model's context."""
-        parts: list[tuple[tuple[str, str], list[int], list[int]]] = []
+        """The log-probability of each text, in disjoint windows as long as the model's context."""
+        windows: list[tuple[tuple[str, str], list[int], list[int]]] = []
         counts = []
         for (text,) in (request.args for request in requests):
-            windows = utils.get_rolling_token_windows(
+            rolling = utils.get_rolling_token_windows(
                 token_list=self.tok_encode(text),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            split = [utils.make_disjoint_window(window) for window in windows]
-            parts += [(("", ""), list(context), list(continuation)) for context, continuation in split]
-            counts.append(len(split))
-        scores = iter(self._loglikelihood_tokens(parts, disable_tqdm))
+            disjoint = [utils.make_disjoint_window(window) for window in rolling]
+            windows += [(("", ""), list(context), list(continuation)) for context, continuation in disjoint]
+            counts.append(len(disjoint))
+        scores = iter(self._loglikelihood_tokens(windows, disable_tqdm))
         totals = [sum(score for score, _ in itertools.islice(scores, count)) for count in counts]
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continues each context up to one of its `until` texts; greedily, unless `do_sample` is asked for.
+        """Completes each context up to one of its `until` texts, greedily unless `do_sample` is set.
 
         Raises:
-            RequestError: if a task asks for what is not offered.
+            RequestError: if a task has an unknown option.
         """
         asked = [self._request(*request.args) for request in requests]
         completions = self.model.complete_many(
             asked,
             batch_size=self._batch_size,
-            lanes=self._lanes(request.prompt for request in asked),  # type: ignore[misc]
+            lanes=self._lanes([list(request.prompt) for request in asked]),  # type: ignore[arg-type]
         )
         texts = [""] * len(asked)
         for completion in tqdm(completions, total=len(asked), desc="generating", disable=disable_tqdm):

@@ -168,7 +168,7 @@ class Tokenizer:
         """
         (token,) = self._checked([token])
         byte = self._byte(token)
-        return self._piece_text(token).encode() if byte is None else byte
+        return self._written(token).replace(SPACE, " ").encode() if byte is None else byte
 
     def count_bytes(self, ids: Sequence[int], first: int = 0) -> int:
         """Number of UTF-8 bytes that `ids[first:]` contribute to the text of `ids`.
@@ -212,12 +212,8 @@ class Tokenizer:
             return None
         return bytes([int(self._pieces[token][1:-1], 16)])  # <0x0A>
 
-    def _piece_text(self, token: int) -> str:
-        """What a piece other than a byte piece shows, its leading space included."""
-        return self._written(token).replace(SPACE, " ")
-
     def _written(self, token: int) -> str:
-        """What a piece other than a byte piece shows, with `▁` for spaces."""
+        """The text of a piece other than a byte piece, with `▁` for spaces."""
         if self._processor.IsControl(token):
             return ""
         if self._processor.IsUnknown(token):
