@@ -8,10 +8,10 @@ from grok1.errors import RequestError
 
 
 class StopMatcher:
-    """Cuts a stream of text before the first of several stop texts, also where one spans several pieces.
+    """Cuts a stream of text before the first of several stop texts, which may span several pieces.
 
-    The first is the one whose last character comes first; of several that end there, the longest. So the result is the
-    same however the text is split into pieces, and generation can end with the token that completes a stop text.
+    The first is the one that ends first; of several that end together, the longest. The result does not depend on how
+    the text is split into pieces.
 
         matcher = StopMatcher(["\\n\\n", "END"])
         text, stop = matcher.push("Yes.\\n")  # "Yes.", None: the newline could begin a stop text
@@ -27,7 +27,7 @@ class StopMatcher:
     def __init__(self, stops: Sequence[str]) -> None:
         if any(not stop for stop in stops):
             raise RequestError("a stop text is empty, expected at least one character: leave it out")
-        # Longest first: where several end together, the first found is the one that cuts most.
+        # Longest first: of several that end together, the longest is found first.
         self._stops = [_Stop(text) for text in sorted(set(stops), key=lambda text: (-len(text), text))]
         self._held = ""
         self._found: str | None = None
@@ -36,8 +36,8 @@ class StopMatcher:
         """Takes the next piece of the text.
 
         Returns:
-            The text that now certainly stands before any stop text, and the stop text if one is complete. After a stop
-            text everything is ignored: no text, and the same stop text again.
+            The text that cannot be part of a stop text, and the stop text once one is complete. After that, further
+            text is ignored.
         """
         if self._found is not None:
             return "", self._found
@@ -53,18 +53,18 @@ class StopMatcher:
         return text[:certain], None
 
     def flush(self) -> str:
-        """The text held back at the end of the stream: the beginning of a stop text that did not come."""
+        """Ends the stream: returns the text held back, which could have started a stop text."""
         held, self._held = self._held, ""
         return held
 
 
 class _Stop:
-    """One stop text and how much of it the text so far ends with, after Knuth, Morris and Pratt (1977)."""
+    """Matches one stop text by the algorithm of Knuth, Morris and Pratt (1977); `matched` characters match so far."""
 
     def __init__(self, text: str) -> None:
         self.text = text
         self.matched = 0
-        # _border[n]: the longest proper prefix of text that text[:n] ends with.
+        # _border[n]: length of the longest proper prefix of text[:n] that is also its suffix.
         self._border = [0, 0]
         for end in range(1, len(text)):
             length = self._border[end]
@@ -73,7 +73,7 @@ class _Stop:
             self._border.append(length + (text[end] == text[length]))
 
     def advance(self, character: str) -> bool:
-        """Takes the next character; True if the stop text is complete with it."""
+        """Takes the next character; returns whether it completes the stop text."""
         while self.matched and character != self.text[self.matched]:
             self.matched = self._border[self.matched]
         self.matched += character == self.text[self.matched]

@@ -1,17 +1,16 @@
 """Text to tokens and back: `Tokenizer` over a SentencePiece model, and `TextStream` for text token by token.
 
-The release's tokenizer is a byte-pair model of 131072 pieces, trained with byte fallback, so that any text has tokens:
-what has no piece of its own is spelt in the 256 byte pieces. The reference puts no BOS before a prompt, and neither
-does `Tokenizer.encode`.
+The release's tokenizer is a byte-pair model of 131072 pieces with byte fallback: characters without a piece are encoded
+as bytes. As in the release's code, prompts have no BOS.
 
-Four properties of SentencePiece show in what users see:
+Properties of SentencePiece that users see:
 
-- A text is encoded as if a space stood before it. Decoding takes one space off the first piece that shows anything.
-- In its pieces the space is written U+2581 (`▁`), so that this character in a text comes back as a space.
-- The names of control pieces (`[EOS]`) in a text are plain characters and never become control tokens. Symbols that
-  the release defines as pieces of their own (digits, runs of newlines, `<|separator|>`) do become those pieces; they
-  decode to the same characters.
-- Bytes that form no UTF-8 character decode to U+FFFD, one for each byte.
+- A space is inserted before a text when it is encoded, and one is removed from the first visible piece when it is
+  decoded.
+- Pieces write a space as U+2581 (`▁`), so this character decodes to a space.
+- The names of control pieces (`[EOS]`) in a text are plain characters. User-defined symbols (digits, runs of newlines,
+  `<|separator|>`) are encoded as their own pieces and decode to the same characters.
+- Bytes that are not valid UTF-8 decode to U+FFFD, one for each byte.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from grok1.config import ModelConfig
 from grok1.errors import RequestError, TokenizerError
 
 SPACE = "\u2581"
-"""How SentencePiece writes a space inside a piece."""
+"""A space in a SentencePiece piece."""
 
 _REPLACEMENT = "\ufffd"
-_MAX_FILE_BYTES = 64 << 20  # the release has 2 MB; what is larger than this is a tensor, not a tokenizer
+_MAX_FILE_BYTES = 64 << 20  # the release's has 2 MB; a larger file is a tensor, not a tokenizer
 _REMEDY = (
     "name the right file with --tokenizer FILE or $GROK1_TOKENIZER "
     "(tokenizer.model comes with the release's code, not with its weights)"
@@ -38,7 +37,7 @@ _REMEDY = (
 
 
 class Tokenizer:
-    """The tokens of a text and the text of tokens, by a SentencePiece model.
+    """A SentencePiece model.
 
         tokenizer = Tokenizer.read(Path("tokenizer.model"))
         tokenizer.decode(tokenizer.encode("The answer"))
@@ -61,7 +60,7 @@ class Tokenizer:
         """Reads a SentencePiece model file.
 
         Raises:
-            TokenizerError: if the file cannot be read or is no SentencePiece model.
+            TokenizerError: if the file cannot be read or is not a SentencePiece model.
         """
         try:
             with path.open("rb") as file:
@@ -77,14 +76,10 @@ class Tokenizer:
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str) -> Tokenizer:
-        """Makes a tokenizer of the bytes of a SentencePiece model.
-
-        Args:
-            data: the content of a `tokenizer.model`.
-            source: the file's name for messages.
+        """Reads the content of a SentencePiece model file; `source` is its name, for messages.
 
         Raises:
-            TokenizerError: if the bytes are no SentencePiece model.
+            TokenizerError: if it is not a SentencePiece model.
         """
         if not data:
             raise TokenizerError(f"{source} is empty, expected a SentencePiece model: {_REMEDY}")
@@ -97,19 +92,16 @@ class Tokenizer:
             processor.LoadFromSerializedProto(data)
             return cls(processor, source, hashlib.sha256(data).hexdigest())
         except (RuntimeError, UnicodeDecodeError):
-            # The first one's message is a line of SentencePiece's C++ code; the second is a piece that is no text.
+            # The message of the first is a line of SentencePiece's C++ code; the second is a piece that is not UTF-8.
             raise TokenizerError(
                 f"{source} has {len(data)} bytes that are no SentencePiece model, or only a part of one: {_REMEDY}"
             ) from None
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Checks that this tokenizer's ids are those of a model.
-
-        Args:
-            vocab_size: number of rows of the model's embedding.
+        """Checks that the tokenizer fits a model with `vocab_size` token ids.
 
         Raises:
-            TokenizerError: if the sizes differ, or PAD, BOS, EOS and UNK do not have the release's ids.
+            TokenizerError: if it has another number of pieces, or PAD, BOS, EOS and UNK do not have the release's ids.
         """
         if self.vocab_size != vocab_size:
             raise TokenizerError(
@@ -131,7 +123,7 @@ class Tokenizer:
         """The tokens of a text, without BOS; an empty text has none.
 
         Raises:
-            RequestError: if the text holds half of a surrogate pair, which has no UTF-8 encoding.
+            RequestError: if the text has a lone surrogate, which has no UTF-8 encoding.
         """
         try:
             text.encode()
@@ -144,44 +136,39 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of all these tokens together.
+        """The text of tokens.
 
         Raises:
-            RequestError: if an id is not one of this tokenizer's.
+            RequestError: if an id is out of range.
         """
         text: str = self._processor.DecodeIds(self._checked(ids))
         return text
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The pieces as the model writes them: `▁` for a space, `<0x0A>` for a byte, `[EOS]`.
+        """The pieces of tokens, with `▁` for a space and `<0x0A>` for a byte, such as `▁the` and `[EOS]`.
 
         Raises:
-            RequestError: if an id is not one of this tokenizer's.
+            RequestError: if an id is out of range.
         """
         return [self._pieces[token] for token in self._checked(ids)]
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token adds in the middle of a text, in UTF-8: nothing for control pieces, a byte for byte pieces.
+        """The UTF-8 bytes that a token adds to a text, except at its start; a control piece adds none.
 
         Raises:
-            RequestError: if the id is not one of this tokenizer's.
+            RequestError: if the id is out of range.
         """
         (token,) = self._checked([token])
         byte = self._byte(token)
         return self._written(token).replace(SPACE, " ").encode() if byte is None else byte
 
     def count_bytes(self, ids: Sequence[int], first: int = 0) -> int:
-        """Number of UTF-8 bytes that `ids[first:]` contribute to the text of `ids`.
+        """Number of UTF-8 bytes that `ids[first:]` add to the text of `ids`.
 
-        Control pieces have none and byte pieces one each. The space that `encode` inserts before a text is not counted,
-        as `decode` removes it.
-
-        Args:
-            ids: the tokens of a text.
-            first: index of the first token that is counted.
+        The space that `encode` inserts before a text is not counted.
 
         Raises:
-            RequestError: if an id is not one of this tokenizer's.
+            RequestError: if an id is out of range.
         """
         count = sum(len(self.token_bytes(token)) for token in ids[first:])
         start = next((i for i, token in enumerate(ids) if self.token_bytes(token)), None)
@@ -190,15 +177,15 @@ class Tokenizer:
         return count
 
     def stream(self, prompt: Sequence[int] = ()) -> TextStream:
-        """A stream for the text of the tokens that follow `prompt`.
+        """A stream of the text of tokens that follow `prompt`.
 
         Raises:
-            RequestError: if an id is not one of this tokenizer's.
+            RequestError: if an id is out of range.
         """
         return TextStream(self, prompt)
 
     def _checked(self, ids: Iterable[int]) -> list[int]:
-        checked = [operator.index(token) for token in ids]  # SentencePiece takes no integers of NumPy
+        checked = [operator.index(token) for token in ids]  # SentencePiece does not accept NumPy integers
         for token in checked:
             if not 0 <= token < self.vocab_size:
                 raise RequestError(
@@ -223,12 +210,11 @@ class Tokenizer:
 
 
 class TextStream:
-    """Text from tokens, token by token, never half a character.
+    """Decodes token by token, in whole characters.
 
-    Without a prompt, the texts of all `push` calls and of `flush` together are `Tokenizer.decode` of the tokens. With a
-    prompt they are what `decode` adds to the prompt's text, a leading space included. Where the prompt ends within
-    a character, the stream starts with that whole character once its last byte comes; if it never comes, the stream
-    is silent about the prompt's bytes, which are the prompt's text to show.
+    The texts of all `push` calls and of `flush` concatenate to `Tokenizer.decode` of the tokens; with a prompt, to what
+    the tokens add to the prompt's text. If the prompt ends inside a character, the stream starts with that character
+    once it is complete; if it is never completed, the stream skips the prompt's bytes of it.
 
         stream = tokenizer.stream(prompt)
         for token in tokens:
@@ -238,9 +224,9 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._at_start = True  # nothing shown yet, so that the next piece loses the space put before every text
-        self._waiting = b""  # the beginning of a character
-        self._prompt_bytes = 0  # how many of the waiting bytes are the prompt's
+        self._at_start = True  # no text yet: the inserted space is removed from the next piece
+        self._waiting = b""  # the first bytes of a character
+        self._prompt_bytes = 0  # number of waiting bytes that belong to the prompt
         for token in prompt:
             self.push(token)
         self._prompt_bytes = len(self._waiting)
@@ -249,10 +235,10 @@ class TextStream:
         """Takes the next token.
 
         Returns:
-            The text that is certain now: "" while the bytes of a character wait for the rest of it.
+            Its text, or "" until a character is complete.
 
         Raises:
-            RequestError: if the id is not one of the tokenizer's.
+            RequestError: if the id is out of range.
         """
         (token,) = self._tokenizer._checked([token])
         byte = self._tokenizer._byte(token)
@@ -268,14 +254,14 @@ class TextStream:
         return text + written.replace(SPACE, " ")
 
     def flush(self) -> str:
-        """What is left at the end of the tokens: U+FFFD for each byte of a character that stayed incomplete."""
+        """Ends the text: returns U+FFFD for each byte of an incomplete character."""
         text = _REPLACEMENT * (len(self._waiting) - self._prompt_bytes)
         self._waiting = b""
         self._prompt_bytes = 0
         return text
 
     def _take_characters(self) -> str:
-        """Takes from the waiting bytes all but the beginning of a character that can still become one."""
+        """Decodes the waiting bytes, except the first bytes of a character that can still be completed."""
         text = ""
         while self._waiting:
             try:
@@ -283,7 +269,7 @@ class TextStream:
             except UnicodeDecodeError as error:
                 if error.reason == "unexpected end of data":
                     break
-                # Python would skip the whole broken beginning; SentencePiece replaces it byte by byte.
+                # Python would replace all bytes of the invalid sequence at once; SentencePiece replaces each.
                 self._waiting = self._waiting[1:]
                 if self._prompt_bytes:
                     self._prompt_bytes -= 1
@@ -297,14 +283,14 @@ class TextStream:
 
 
 def find_tokenizer(checkpoint: Path, given: Path | None = None) -> Path | None:
-    """The tokenizer file to use with a checkpoint.
+    """The tokenizer file to use with a checkpoint: `given`, or `tokenizer.model` in or beside its tensor files.
 
     Args:
-        checkpoint: folder that holds `ckpt-0`, or is it; it need not exist.
-        given: the file that the caller has named, which goes before all others.
+        checkpoint: folder with the tensor files or with `ckpt-0`; it need not exist.
+        given: the file that the caller named.
 
     Returns:
-        `given`, or `tokenizer.model` in or beside the folder of the tensor files; None if there is none.
+        the path; None if there is no such file.
     """
     if given is not None:
         return given
