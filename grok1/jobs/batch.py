@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +33,9 @@ class CompletionJob(Job[CompletionTask]):
 
     def rows(self) -> Iterator[Row[CompletionTask]]:
         """Reads all rows from the beginning, bad ones included."""
-        return read_rows(self.source, self._task, example=EXAMPLE, unescape=self.defaults.unescape)
-
-    def _task(self, index: int, value: str | dict[str, Any]) -> CompletionTask:
-        return completion_task(index, value, self.defaults, self.tokenizer, self.checkpoint.config)
+        config = self.checkpoint.config
+        parse = partial(completion_task, defaults=self.defaults, tokenizer=self.tokenizer, config=config)
+        return read_rows(self.source, parse, example=EXAMPLE, unescape=self.defaults.unescape)
 
     def options(self) -> dict[str, Any]:
         """The options that a result depends on, by name."""

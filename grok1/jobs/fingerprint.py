@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from grok1.checkpoint.audit.fingerprint import fingerprint
 from grok1.checkpoint.reader import Checkpoint
 from grok1.config import VERSION
 from grok1.errors import JobError
+from grok1.jobs.journal import Journal
 from grok1.jobs.source import Source
 from grok1.text.tokenizer import Tokenizer
 
@@ -32,15 +32,7 @@ _IF_ABSENT = {"result_version": 1}  # values for journals that predate the key
 def job_fingerprint(
     command: str, source: Source, checkpoint: Checkpoint, tokenizer: Tokenizer | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything that determines the results of a job, except the devices it runs on.
-
-    Args:
-        command: the kind of job.
-        source: the input, read to its end.
-        checkpoint: the model's.
-        tokenizer: the model's; None if it has none.
-        options: the options that a result depends on, by name.
-    """
+    """Everything that determines the results of a job, except the devices; `source` has been read to its end."""
     return {
         "command": command,
         "input": source.sha256,
@@ -53,24 +45,25 @@ def job_fingerprint(
     }
 
 
-def compare(journal: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Checks that a journal belongs to the job that is to resume it.
+def compare(journal: Journal | None, fingerprint: Mapping[str, Any]) -> None:
+    """Checks that a journal, if it has been started, belongs to a job.
 
     Args:
-        journal: path of the journal, for the message.
-        before: the fingerprint in the journal.
-        now: the job's fingerprint, or the part of it that is known; only its keys are compared. Keys that are not in
-            `_NAMES` are names of options.
+        journal: of an output; None without an output.
+        fingerprint: the job's, or a part of it; only its keys are compared. Keys that are not in `_NAMES` are names of
+            options.
 
     Raises:
         JobError: if they differ; the message lists the differences.
     """
-    plain = json.loads(json.dumps(dict(now)))  # lists for tuples, as in the journal
-    before = _IF_ABSENT | dict(before)
-    differing = [_difference(key, before.get(key), value) for key, value in plain.items() if before.get(key) != value]
+    if journal is None or journal.job is None:
+        return
+    before = _IF_ABSENT | journal.job
+    now = json.loads(json.dumps(dict(fingerprint)))  # lists for tuples, as in the journal
+    differing = [_difference(key, before.get(key), value) for key, value in now.items() if before.get(key) != value]
     if differing:
         raise JobError(
-            f"{journal} belongs to another job ({'; '.join(differing)}): resume that one, name another output, or "
+            f"{journal.path} belongs to another job ({'; '.join(differing)}): resume that one, name another output, or "
             "start over with --restart"
         )
 

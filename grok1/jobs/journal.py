@@ -1,10 +1,10 @@
 """The journal of a job: its finished rows, in the order in which they finished, until the output can be written.
 
 Each line of the file consists of the CRC-32 of a text in 8 hexadecimal digits, a space, and that text. The first text
-is the job's fingerprint in JSON; every other one is the index of a row, a space, and the row's line of the output. The
-first incomplete line, which a kill or power failure leaves behind, and everything after it are ignored.
+is the job's fingerprint in JSON; each of the others is the index of a row, a space, and the row's line of the output.
+The first line that is incomplete, after a kill or power failure, and everything after it are ignored.
 
-A row has reached the operating system when `add` returns, and the disk within a second.
+When `add` returns, the operating system has the row; within a second, the disk has it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _COPY_BYTES = 1 << 20
 _BEGINNING = b'00000000 {"grok1_journal": '  # a journal's, but for the digits
 
 
-class Journal:
+class Journal(contextlib.AbstractContextManager["Journal"]):
     """An open journal, locked against other processes.
 
         with Journal.open(Path("completions.jsonl"), restart=False) as journal:
@@ -84,9 +84,6 @@ class Journal:
             journal.close()
             raise
         return journal
-
-    def __enter__(self) -> Journal:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()

@@ -73,7 +73,7 @@ class Row(Generic[AnyTask]):
 
 def read_rows(
     source: Source,
-    task: Callable[[int, str | dict[str, Any]], AnyTask],
+    parse: Callable[[int, str | dict[str, Any]], AnyTask],
     *,
     example: str,
     unescape: bool = False,
@@ -82,7 +82,7 @@ def read_rows(
 
     Args:
         source: the lines.
-        task: makes a row's task from its index and its text or JSON object; raises BadRow or RequestError if it is bad.
+        parse: takes a row's index and its text or JSON object; returns its task, or raises BadRow or RequestError.
         example: of a JSON object, for messages.
         unescape: whether to interpret backslash escapes in lines of .txt.
 
@@ -105,7 +105,7 @@ def read_rows(
                 value = _json_object(line, example)
                 ids = (value.get("id"), value.get("custom_id"))
                 row = dataclasses.replace(row, id=next((id for id in ids if type(id) in (str, int)), None))
-            row = dataclasses.replace(row, task=task(index, value))
+            row = dataclasses.replace(row, task=parse(index, value))
         except (BadRow, RequestError) as error:
             row = dataclasses.replace(row, error=str(error))
         yield row
@@ -164,7 +164,7 @@ def completion_task(
     tokenizer: Tokenizer | None,
     config: ModelConfig,
 ) -> CompletionTask:
-    """The task of row `index`, a prompt or a JSON object.
+    """The task of row `index`, whose `value` is a prompt or a JSON object.
 
     Raises:
         BadRow: if a field is unknown, missing or invalid.
@@ -347,15 +347,15 @@ _EXPECTED = {
 
 
 def _fault(fault: Any) -> str:
-    place = ".".join(str(part) for part in fault["loc"] if part not in ("str", "int"))
+    field = ".".join(str(part) for part in fault["loc"] if part not in ("str", "int"))
     if fault["type"] == "extra_forbidden":
-        return f"{place} is no field of a row"
+        return f"{field} is no field of a row"
     if fault["type"] == "missing":
-        return f"{place} is missing"
+        return f"{field} is missing"
     if fault["type"] == "best_of":
-        return f"{place}.{fault['msg']}"
+        return f"{field}.{fault['msg']}"
     message = _EXPECTED.get(fault["type"]) or fault["msg"].replace("Input should be", "expected").replace(
         "False", "false"
     )
     found = json.dumps(fault["input"], ensure_ascii=False)
-    return f"{place} is {found if len(found) <= 60 else found[:57] + '...'}: {message[:1].lower() + message[1:]}"
+    return f"{field} is {found if len(found) <= 60 else found[:57] + '...'}: {message[:1].lower() + message[1:]}"

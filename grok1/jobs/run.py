@@ -150,7 +150,7 @@ def process_rows(
         rows: taken one by one, as sequences become free.
         results: where results go.
         progress: kept up to date.
-        stop: once it is set, no more rows are taken; those that have begun are finished.
+        stop: once it is set, only rows in progress are finished.
         batching: keyword arguments of `Job.outputs`, except `occupancy`.
 
     Yields:
@@ -198,13 +198,13 @@ class JobRunner(Generic[AnyTask]):
 
     Attributes:
         job: what to do.
-        journal: keeps the results until the output can be written; None passes them to the reporter.
+        journal: stores the results until the output can be written; None passes them to the reporter.
         reporter: where to report.
-        load: loads the model on a mesh and with a dtype, either of which may be None for the default.
-        stop: ends the run early, once it is set; rows that have begun are finished.
-        batch_size: number of sequences at a time; None chooses it.
-        mesh: sizes of the (data, model) axes, if the caller chooses them.
-        dtype: of activations and the KV cache, if the caller chooses it.
+        load: loads the model with a mesh and a dtype; either may be None for the default.
+        stop: once it is set, only rows in progress are finished.
+        batch_size: number of sequences at a time; None for the journal's, or a default.
+        mesh: sizes of the (data, model) axes; None likewise.
+        dtype: of activations and the KV cache; None likewise.
     """
 
     job: Job[AnyTask]
@@ -221,7 +221,7 @@ class JobRunner(Generic[AnyTask]):
         """Validates all rows, processes those that have no result, and writes the output.
 
         Args:
-            skip_bad: whether bad rows get a result with an "error" rather than end the job before it begins.
+            skip_bad: whether bad rows get a result with an "error", instead of being an error of the job.
 
         Returns:
             "rows", "resumed_rows" and "failed", and if any row was left to process also "seconds", "tokens_in",
@@ -236,7 +236,7 @@ class JobRunner(Generic[AnyTask]):
         validation = self._validate(skip_bad)
         fingerprint = job_fingerprint(job.command, job.source, job.checkpoint, job.tokenizer, job.options())
         given = {"batch_size": self.batch_size, "mesh": self.mesh, "dtype": self.dtype}
-        self._check_journal(fingerprint | {key: value for key, value in given.items() if value is not None})
+        compare(journal, fingerprint | {key: value for key, value in given.items() if value is not None})
         progress.done = 0 if journal is None else journal.rows
         outcome: dict[str, Any] = {"rows": validation.rows, "resumed_rows": progress.done, "failed": validation.bad}
         if progress.done < validation.rows:
@@ -261,11 +261,6 @@ class JobRunner(Generic[AnyTask]):
     def _begun(self) -> Mapping[str, Any]:
         """The fingerprint and settings in the journal; empty for a new one."""
         return (self.journal.job if self.journal is not None else None) or {}
-
-    def _check_journal(self, now: Mapping[str, Any]) -> None:
-        """Raises JobError if the journal was begun with another fingerprint or other settings."""
-        if self.journal is not None and self._begun:
-            compare(self.journal.path, self._begun, now)
 
     def _validate(self, skip_bad: bool) -> Validation:
         name, reporter = self.job.source.name, self.reporter
@@ -307,7 +302,7 @@ class JobRunner(Generic[AnyTask]):
             "batch_size": size,
             "lanes": begun.get("lanes") or engine.lanes_for(validation.mean_new_tokens),
         }
-        self._check_journal(settings)
+        compare(self.journal, settings)
         return settings
 
     def _process(self, model: Model, validation: Validation, batch_size: int, lanes: int) -> dict[str, Any]:

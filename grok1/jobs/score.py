@@ -173,14 +173,14 @@ class ScoringJob(Job[Task]):
         config = self.checkpoint.config
         stride = window_stride(self.stride, config.sequence_len)
 
-        def task(index: int, value: str | dict[str, Any]) -> Task:
+        def parse(index: int, value: str | dict[str, Any]) -> Task:
             fields = _Fields(text=value) if isinstance(value, str) else checked_fields(_Fields, value)
             tokens, first = _encode(fields, self.tokenizer)
             check_token_ids(tokens, config, at_least=2)
             requests = windows(tokens, first, config.sequence_len, stride)
             return Task(tokens, requests, len(requests), logprobs=False)
 
-        return read_rows(self.source, task, example=_EXAMPLE)
+        return read_rows(self.source, parse, example=_EXAMPLE)
 
     def options(self) -> dict[str, Any]:
         """The options that a result depends on, and the version of the result lines."""

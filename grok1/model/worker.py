@@ -30,8 +30,8 @@ def tell_random(
     _tell(runtime, config=dataclasses.asdict(config), mesh=mesh, dtype=dtype, kernels=kernels)
 
 
-def _tell(runtime: Runtime, **told: Any) -> None:
-    runtime.send(_LOAD + json.dumps(told).encode())
+def _tell(runtime: Runtime, **options: Any) -> None:
+    runtime.send(_LOAD + json.dumps(options).encode())
 
 
 def worker_loop(runtime: Runtime, checkpoint: Path, load_memory: int, threads: int | None) -> None:
@@ -50,13 +50,13 @@ def worker_loop(runtime: Runtime, checkpoint: Path, load_memory: int, threads: i
     while True:
         message = runtime.receive()
         if message.startswith(_LOAD):
-            told = json.loads(message[len(_LOAD) :])
-            config = told.pop("config", None)
-            told["mesh"] = None if told["mesh"] is None else tuple(told["mesh"])
+            options = json.loads(message[len(_LOAD) :])
+            config = options.pop("config", None)
+            options["mesh"] = None if options["mesh"] is None else tuple(options["mesh"])
             model = None  # free its memory first
             if config is None:
-                model = load(checkpoint, load_memory=load_memory, threads=threads, runtime=runtime, **told)
+                model = load(checkpoint, load_memory=load_memory, threads=threads, runtime=runtime, **options)
             else:
-                model = random_model(ModelConfig(**config), threads=threads, runtime=runtime, **told)
+                model = random_model(ModelConfig(**config), threads=threads, runtime=runtime, **options)
         elif model is not None:
             model.engine.replay(Step.decode(message))
