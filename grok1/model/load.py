@@ -123,9 +123,7 @@ def random_model(
         **options: `mesh`, `dtype`, `devices`, `kernels`, `threads` and `runtime`, as for `load`.
 
     Raises:
-        KernelsError: as `load`.
-        MeshError: as `load`.
-        TooSmallError: as `load`.
+        KernelsError, MeshError, TooSmallError: as `load`.
     """
     report = _reporter(progress)
     device_config = _DeviceConfig.choose(config, **options)
@@ -138,11 +136,7 @@ def random_model(
 
 
 def _require_same_checkpoint(runtime: Runtime, opened: Checkpoint) -> None:
-    """Check that all processes use the same checkpoint.
-
-    Raises:
-        CheckpointError: if a process has another.
-    """
+    """Check that all processes use the same checkpoint; raises CheckpointError if not."""
     known = runtime.exchange("checkpoint", identity(opened))
     for process, other in enumerate(known):
         name = difference(known[0], other)
@@ -181,25 +175,14 @@ def _reporter(progress: ProgressCallback | None) -> Callable[..., None]:
 
 @dataclasses.dataclass(frozen=True)
 class _DeviceConfig:
-    """How a model runs on its devices, in whose memory it fits.
-
-    Attributes:
-        config: the model.
-        mesh: of the devices in use.
-        dtype: of activations and the KV cache.
-        kernels: that compute.
-        fallback: why they are not the native ones; None if they are, or were not requested.
-        room: number of sequences of full context that fit in memory; None if unknown.
-        idle: devices that are not on the mesh.
-        runtime: the processes that run it together; None for a single process.
-    """
+    """How a model runs on its devices, in whose memory it fits; see `Model` and `load` for the attributes."""
 
     config: ModelConfig
     mesh: Mesh
     dtype: np.dtype
     kernels: Kernels
-    fallback: str | None
-    room: int | None
+    kernels_fallback: str | None
+    max_sequences: int | None
     idle: list[jax.Device]
     runtime: Runtime | None
 
@@ -255,7 +238,7 @@ class _DeviceConfig:
         """The model with these parameters."""
         sender = StepSender(self.runtime.send) if self.runtime is not None and self.runtime.leads else None
         engine = Engine(self.config, params, self.mesh, self.dtype, report, self.kernels, sender)
-        return Model(engine, tokenizer, self.room, self.fallback, self.idle, loads)
+        return Model(engine, tokenizer, self.max_sequences, self.kernels_fallback, self.idle, loads)
 
 
 def _present(devices: Sequence[jax.Device], runtime: Runtime | None) -> tuple[Devices, tuple[int, ...] | None]:

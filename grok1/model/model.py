@@ -22,7 +22,7 @@ from grok1.text.prompt import check_token_ids, encode_request, encode_scored, re
 from grok1.text.stop_sequences import StopMatcher
 from grok1.text.tokenizer import Tokenizer
 
-_BATCH_SIZE = {"cpu": 16}  # sequences continued at a time on each data row, by default
+_BATCH_SIZE_CPU = 16  # default number of sequences at a time for each data row
 _BATCH_SIZE_ACCELERATOR = 64
 
 
@@ -45,10 +45,10 @@ class Model:
         """Use `load`.
 
         Args:
-            engine: the weights on their devices, and the compiled steps.
+            engine: with the weights.
             tokenizer: None to work with token ids only.
             max_sequences: number of sequences of full context that fit in memory; None if unknown.
-            kernels_fallback: why XLA's kernels are used instead of the platform's own; None if they are not.
+            kernels_fallback: why XLA's kernels are used instead of native ones; None if they are not.
             idle: devices that are not on the mesh.
             loads: for each of several processes its "host", and the "bytes_read" and "seconds" of loading its part.
         """
@@ -138,13 +138,11 @@ class Model:
         return encode_request(request, self._tokenizer, self.config)
 
     def best_batch_size(self) -> int:
-        """The default number of sequences at a time: as many as fit in memory, up to where speed stops improving.
-
-        It is a multiple of the mesh's data rows if that many fit.
-        """
+        """The default number of sequences at a time: as many as fit in memory, up to where speed stops improving."""
         rows = self.engine.data_rows
-        pays = _BATCH_SIZE.get(self.engine.mesh.devices.flat[0].platform, _BATCH_SIZE_ACCELERATOR) * rows
-        return max(rows, min(pays, pays if self.max_sequences is None else self.max_sequences))
+        platform = self.engine.mesh.devices.flat[0].platform
+        useful = rows * (_BATCH_SIZE_CPU if platform == "cpu" else _BATCH_SIZE_ACCELERATOR)
+        return max(rows, useful if self.max_sequences is None else min(useful, self.max_sequences))
 
     def complete_many(
         self,
@@ -162,7 +160,7 @@ class Model:
             batch_size: number of completions at a time; by default `best_batch_size`.
             lanes: number of chunks in a prefill step, see `grok1.engine.generate.generate`; with 1, prompts are read
                 one after the other.
-            logprobs: computes log-probabilities for all, which makes those of a completion independent of the others.
+            logprobs: computes log-probabilities for all, so that those of a completion do not depend on the others.
             occupancy: kept up to date.
 
         Yields:
