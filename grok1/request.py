@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Required, TypedDict, Unpack
 
 from grok1.errors import RequestError
 
@@ -17,67 +17,126 @@ MAX_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
 
 
-def _on_device(default: float, dtype: str, neutral: float) -> Any:
-    """A sampling option that is applied on the device; with the value `neutral` it has no effect.
+class _OptionMetadata(TypedDict, total=False):
+    """What is known about a sampling option besides its type and default.
 
-    See `grok1.engine.sampling`, which has an array of `dtype` for each of them.
+    Attributes:
+        help: of the option on the command line.
+        names: on the command line; by default the field's name with dashes.
+        metavar: for its value in the help.
+        valid: whether a value is in range; by default every value is.
+        expected: the range, for messages.
+        dtype: of its array on the device, if it is applied there; see `grok1.engine.sampling`.
+        neutral: the value that has no effect there.
     """
-    return dataclasses.field(default=default, metadata={"dtype": dtype, "neutral": neutral})
+
+    help: Required[str]
+    names: tuple[str, ...]
+    metavar: str
+    valid: Callable[[Any], bool]
+    expected: str
+    dtype: str
+    neutral: float
+
+
+def sampling_option(default: Any, **metadata: Unpack[_OptionMetadata]) -> Any:
+    """A field of `SamplingOptions`; the command line's option and the field of a batch's rows derive from it."""
+    return dataclasses.field(default=default, metadata=dict(metadata))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How to continue a prompt.
+    """How to continue a prompt; the `help` of each option describes it.
 
-    Logits are divided by the temperature; then top-k, top-p and min-p apply, in this order.
-
-    Attributes:
-        max_tokens: maximum number of tokens to generate.
-        temperature: 0 is greedy; 1 samples from the model's own distribution.
-        top_k: sample from this many of the likeliest tokens; 0 is off.
-        top_p: sample from the smallest set of likeliest tokens with at least this probability; 1 is off.
-        min_p: sample from tokens with at least this fraction of the likeliest token's probability; 0 is off.
-        seed: of the random stream; None draws one. Sample i of several uses `seed + i`.
-        stop: the completion ends before the first of these texts.
-        ignore_eos: whether to continue after the end-of-text token.
-        logprobs: how many of the likeliest tokens to report at each position, with the log-probability of the chosen
-            one; None reports nothing.
+    Logits are divided by the temperature; then top-k, top-p and min-p apply, in this order. A seed of None draws one.
+    Sample i of several uses `seed + i`. Log-probabilities are reported unless `logprobs` is None.
 
     Raises:
         RequestError: on construction, if a value is out of range.
     """
 
-    max_tokens: int = 128
-    temperature: float = _on_device(0.7, "float32", neutral=0)
-    top_k: int = _on_device(0, "int32", neutral=0)
-    top_p: float = _on_device(0.95, "float32", neutral=1)
-    min_p: float = _on_device(0.0, "float32", neutral=0)
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
+    max_tokens: int = sampling_option(
+        128,
+        names=("-n", "--max-tokens"),
+        metavar="N",
+        help="Generate at most this many tokens.",
+        valid=lambda value: value >= 1,
+        expected="at least 1",
+    )
+    temperature: float = sampling_option(
+        0.7,
+        names=("-t", "--temperature", "--temp"),
+        metavar="T",
+        help="Divide the logits by this before sampling: 0 always takes the likeliest token, 1 draws from the model's "
+        "own distribution, more is more varied.",
+        valid=lambda value: 0 <= value < math.inf,
+        expected="0 or more",
+        dtype="float32",
+        neutral=0,
+    )
+    top_k: int = sampling_option(
+        0,
+        metavar="K",
+        help="Draw from the K likeliest tokens; 0 is off.",
+        valid=lambda value: 0 <= value < 2**31,
+        expected="0 (off) or more",
+        dtype="int32",
+        neutral=0,
+    )
+    top_p: float = sampling_option(
+        0.95,
+        metavar="P",
+        help="Draw from the smallest set of likeliest tokens whose probability reaches P, above 0 and at most 1; "
+        "1 is off.",
+        valid=lambda value: 0 < value <= 1,
+        expected="above 0 and at most 1",
+        dtype="float32",
+        neutral=1,
+    )
+    min_p: float = sampling_option(
+        0.0,
+        metavar="P",
+        help="Draw from tokens that are at least P times as likely as the likeliest, 0 to 1; 0 is off.",
+        valid=lambda value: 0 <= value <= 1,
+        expected="0 to 1",
+        dtype="float32",
+        neutral=0,
+    )
+    seed: int | None = sampling_option(
+        None,
+        metavar="N",
+        help="Start the random stream here, to repeat a completion.  [default: a fresh one, which is reported]",
+        valid=lambda value: value is None or 0 <= value <= MAX_SEED,
+        expected=f"0 to {MAX_SEED}",
+    )
+    stop: tuple[str, ...] = sampling_option(
+        (),
+        metavar="TEXT",
+        help="End a completion before this text; give the option again for more texts.",
+        valid=all,
+        expected="texts that are not empty",
+    )
+    ignore_eos: bool = sampling_option(False, help="Go on after the model's end-of-text token.")
+    logprobs: int | None = sampling_option(
+        None,
+        metavar="K",
+        help="Report, in JSON, the log-probability of each token and of the K likeliest in its place, 0 to "
+        f"{MAX_LOGPROBS}.",
+        valid=lambda value: value is None or 0 <= value <= MAX_LOGPROBS,
+        expected=f"0 to {MAX_LOGPROBS}",
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
-        _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
-        _check("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 (off) or more")
-        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1")
-        _check("seed", self.seed, self.seed is None or 0 <= self.seed <= MAX_SEED, f"0 to {MAX_SEED}")
-        _check("stop", self.stop, all(self.stop), "texts that are not empty")
-        wanted = self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS
-        _check("logprobs", self.logprobs, wanted, f"0 to {MAX_LOGPROBS}")
+        for field in dataclasses.fields(self):
+            value, valid = getattr(self, field.name), field.metadata.get("valid")
+            if valid is not None and not valid(value):
+                raise RequestError(f"{field.name} is {value!r}, expected {field.metadata['expected']}")
 
 
 def fresh_seed() -> int:
     """A random seed of 32 bits, for requests without one."""
     return secrets.randbelow(2**32)
-
-
-def _check(name: str, value: object, right: bool, expected: str) -> None:
-    if not right:
-        raise RequestError(f"{name} is {value!r}, expected {expected}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 from click.core import ParameterSource
@@ -18,11 +18,9 @@ from grok1.errors import RequestError
 from grok1.host.memory import DEFAULT_LOAD_MEMORY, MIN_LOAD_MEMORY
 from grok1.host.sizes import format_bytes, parse_bytes
 from grok1.multihost.cluster import START_TIMEOUT
-from grok1.request import MAX_LOGPROBS, MAX_SEED, SamplingOptions
+from grok1.request import MAX_SEED, SamplingOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-_DEFAULT = {field.name: field.default for field in dataclasses.fields(SamplingOptions)}
 
 
 class _MeshType(click.ParamType):
@@ -286,83 +284,32 @@ def terminal_options(command: Command) -> Command:
     return command
 
 
-_SAMPLING = [
-    click.option(
-        "-n",
-        "--max-tokens",
-        type=int,
-        default=_DEFAULT["max_tokens"],
-        show_default=True,
-        metavar="N",
-        help="Generate at most this many tokens.",
-    ),
-    click.option(
-        "-t",
-        "--temperature",
-        "--temp",
-        "temperature",
-        type=float,
-        default=_DEFAULT["temperature"],
-        show_default=True,
-        metavar="T",
-        help="Divide the logits by this before sampling: 0 always takes the likeliest token, 1 draws from the "
-        "model's own distribution, more is more varied.",
-    ),
-    click.option("--greedy", is_flag=True, help="Always take the likeliest token: the same as --temperature 0."),
-    click.option(
-        "--top-p",
-        type=float,
-        default=_DEFAULT["top_p"],
-        show_default=True,
-        metavar="P",
-        help="Draw from the smallest set of likeliest tokens whose probability reaches P, above 0 and at most 1; "
-        "1 is off.",
-    ),
-    click.option(
-        "--top-k",
-        type=int,
-        default=_DEFAULT["top_k"],
-        show_default=True,
-        metavar="K",
-        help="Draw from the K likeliest tokens; 0 is off.",
-    ),
-    click.option(
-        "--min-p",
-        type=float,
-        default=_DEFAULT["min_p"],
-        show_default=True,
-        metavar="P",
-        help="Draw from tokens that are at least P times as likely as the likeliest, 0 to 1; 0 is off.",
-    ),
-    click.option(
-        "--seed",
-        type=int,
-        metavar="N",
-        help="Start the random stream here, to repeat a completion.  [default: a fresh one, which is reported]",
-    ),
-    click.option(
-        "--stop",
-        multiple=True,
-        metavar="TEXT",
-        help="End a completion before this text; give the option again for more texts.",
-    ),
-    click.option("--ignore-eos", is_flag=True, help="Go on after the model's end-of-text token."),
-    click.option(
-        "--logprobs",
-        type=int,
-        metavar="K",
-        help="Report, in JSON, the log-probability of each token and of the K likeliest in its place, 0 to "
-        f"{MAX_LOGPROBS}.",
-    ),
-    click.option(
-        "--num-samples",
-        type=click.IntRange(min=1),
-        default=1,
-        show_default=True,
-        metavar="N",
-        help="Complete the prompt this many times; sample i, counted from 0, has the seed SEED + i.",
-    ),
-]
+_GREEDY = click.option("--greedy", is_flag=True, help="Always take the likeliest token: the same as --temperature 0.")
+_NUM_SAMPLES = click.option(
+    "--num-samples",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Complete the prompt this many times; sample i, counted from 0, has the seed SEED + i.",
+)
+
+
+def _sampling_option(field: dataclasses.Field[Any]) -> Callable[[Command], Command]:
+    """The command line's option for a field of `SamplingOptions`."""
+    hint = get_type_hints(SamplingOptions)[field.name]
+    element, *_ = get_args(hint) or [hint]  # of `int | None` or `tuple[str, ...]`
+    return click.option(
+        *field.metadata.get("names", [f"--{field.name.replace('_', '-')}"]),
+        field.name,
+        type=element,
+        default=field.default,
+        show_default=hint in (int, float),
+        multiple=get_origin(hint) is tuple,
+        is_flag=hint is bool,
+        metavar=field.metadata.get("metavar"),
+        help=field.metadata["help"],
+    )
 
 
 def sampling_options(command: Command) -> Command:
@@ -371,7 +318,7 @@ def sampling_options(command: Command) -> Command:
     @functools.wraps(command)
     def with_sampling(*args: Any, greedy: bool, num_samples: int, **given: Any) -> Any:
         context = click.get_current_context()
-        values = {name: given.pop(name) for name in _DEFAULT}
+        values = {field.name: given.pop(field.name) for field in dataclasses.fields(SamplingOptions)}
         if values["logprobs"] is not None and not given.get("as_json", True):
             raise click.UsageError("--logprobs needs --json: log-probabilities have no place in plain text.")
         if greedy:
@@ -392,8 +339,11 @@ def sampling_options(command: Command) -> Command:
             )
         return command(*args, sampling=sampling, num_samples=num_samples, **given)
 
-    for option in reversed(_SAMPLING):
-        with_sampling = option(with_sampling)
+    with_sampling = _NUM_SAMPLES(with_sampling)
+    for field in reversed(dataclasses.fields(SamplingOptions)):
+        if field.name == "temperature":
+            with_sampling = _GREEDY(with_sampling)
+        with_sampling = _sampling_option(field)(with_sampling)
     return with_sampling  # type: ignore[return-value]
 
 

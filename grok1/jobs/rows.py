@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_origin, get_type_hints
 
 import pydantic
 from pydantic_core import PydanticCustomError, from_json
@@ -210,15 +210,17 @@ EXAMPLE = '{"prompt": "The answer is", "max_tokens": 8}'
 """A row of a prompt."""
 
 
-def _text_or_ids(value: object) -> str | list[int]:
-    if isinstance(value, str):
+def _text_or_ids(value: object) -> str | list[int] | None:
+    if value is None or isinstance(value, str):
         return value
     if isinstance(value, list) and all(type(token) is int for token in value):
         return value
     raise PydanticCustomError("prompt", "expected one text, or one list of token ids")
 
 
-def _texts(value: object) -> tuple[str, ...]:
+def _texts(value: object) -> tuple[str, ...] | None:
+    if value is None:
+        return None
     if isinstance(value, str):
         return (value,)
     if isinstance(value, list) and all(isinstance(text, str) for text in value):
@@ -226,33 +228,26 @@ def _texts(value: object) -> tuple[str, ...]:
     raise PydanticCustomError("stop", "expected a text or a list of texts")
 
 
-class _Fields(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
-    """The fields of a row; null is the same as leaving a field out."""
+def _row_type(hint: Any) -> Any:
+    """The type in a row of a sampling option of type `hint`."""
+    return Annotated[Any, pydantic.PlainValidator(_texts)] if get_origin(hint) is tuple else hint | None
 
-    prompt: pydantic.SkipValidation[Any] = None
+
+_SAMPLING_FIELDS: dict[str, Any] = {
+    name: (_row_type(hint), None) for name, hint in get_type_hints(SamplingOptions).items()
+}
+_STRICT = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+_SamplingFields: Any = pydantic.create_model("_SamplingFields", __config__=_STRICT, **_SAMPLING_FIELDS)
+
+
+class _Fields(_SamplingFields):
+    """The fields of a row: sampling options and the following; null is the same as leaving a field out."""
+
+    prompt: Annotated[Any, pydantic.PlainValidator(_text_or_ids)] = None
     prompt_token_ids: list[int] | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    stop: pydantic.SkipValidation[Any] = None
     n: int | None = None
-    logprobs: int | None = None
     echo: bool | None = None
-    ignore_eos: bool | None = None
     truncate: bool | None = None
-
-    @pydantic.field_validator("prompt", mode="plain")
-    @classmethod
-    def _check_prompt(cls, value: object) -> object:
-        return None if value is None else _text_or_ids(value)
-
-    @pydantic.field_validator("stop", mode="plain")
-    @classmethod
-    def _check_stop(cls, value: object) -> object:
-        return None if value is None else _texts(value)
 
     def request(self, index: int, defaults: RowDefaults) -> Request:
         """The request of row `index`.
@@ -264,8 +259,7 @@ class _Fields(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
         if (self.prompt is None) == (self.prompt_token_ids is None):
             found = "has no prompt" if self.prompt is None else "has a prompt and prompt_token_ids"
             raise BadRow(f"it {found}: expected one of them, such as {EXAMPLE}")
-        names = [field.name for field in dataclasses.fields(SamplingOptions)]
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
         if "seed" not in given and defaults.sampling.seed is not None:
             given["seed"] = row_seed(defaults.sampling.seed, index)
         samples = defaults.num_samples if self.n is None else self.n
@@ -282,13 +276,13 @@ class _Fields(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
         )
 
 
-class _Row(_Fields, frozen=True):
+class _Row(_Fields):
     """A row in grok1's own format."""
 
     id: str | int | None = None
 
 
-class _OpenAIBody(_Fields, frozen=True):
+class _OpenAIBody(_Fields):
     """A completion request of the OpenAI API; options that grok1 does not have must be switched off."""
 
     model: str | None = None
