@@ -6,7 +6,7 @@
     for piece in model.stream("The answer to life, the universe and everything is"):
         print(piece, end="", flush=True)
 
-`import grok1` alone does not import JAX; the names below do when they are first used.
+`import grok1` alone imports nothing: the names below are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -14,23 +14,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from grok1.config import PRESETS, VERSION, ModelConfig
-from grok1.errors import (
-    CheckpointError,
-    ConfigError,
-    Grok1Error,
-    MeshError,
-    RequestError,
-    TokenizerError,
-)
-from grok1.request import Request, SamplingOptions, TokenLogprobs
-
 if TYPE_CHECKING:
+    from grok1.config import PRESETS, ModelConfig
+    from grok1.config import VERSION as __version__
+    from grok1.errors import CheckpointError, ConfigError, Grok1Error, MeshError, RequestError, TokenizerError
     from grok1.model import Completion, CompletionStream, Model, Progress, Score, Timings, load
-
-__version__ = VERSION
-
-_FROM_MODEL = ("Completion", "CompletionStream", "Model", "Progress", "Score", "Timings", "load")
+    from grok1.request import Request, SamplingOptions, TokenLogprobs
 
 __all__ = [
     "PRESETS",
@@ -50,11 +39,17 @@ __all__ = [
     "Timings",
     "TokenLogprobs",
     "TokenizerError",
+    "__version__",
     "load",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FROM_MODEL:
-        return getattr(importlib.import_module("grok1.model"), name)
+    if name == "__version__":
+        return importlib.import_module("grok1.config").VERSION
+    if name in __all__:
+        for module in ("errors", "config", "request", "model"):  # only the last one imports JAX
+            found = vars(importlib.import_module(f"grok1.{module}"))
+            if name in found:
+                return found[name]
     raise AttributeError(f"module 'grok1' has no attribute {name!r}")

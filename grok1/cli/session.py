@@ -52,7 +52,7 @@ def _history() -> History:
 
 
 def run_session(printer: CompletionPrinter, request: Callable[[str], Request]) -> None:
-    """Read prompts and print their completions until Ctrl-D, or Ctrl-C at an empty prompt.
+    """Read prompts and print their completions until Ctrl-D.
 
     Args:
         printer: completes and prints.
@@ -67,9 +67,9 @@ def run_session(printer: CompletionPrinter, request: Callable[[str], Request]) -
         try:
             prompt = session.prompt("> ")
         except KeyboardInterrupt:
-            if session.default_buffer.text:
-                continue
-            return
+            if not session.default_buffer.text:  # otherwise it has discarded the line
+                terminal.note("Ctrl-D ends the session.")
+            continue
         except EOFError:
             return
         if not prompt:

@@ -112,6 +112,26 @@ def test_devices_that_cannot_start_are_a_sentence(start, checkpoint):
     assert error.count("\n") == 1
 
 
+IMPORTING = """
+import os, runpy, signal, sys
+
+class Interrupt:
+    def find_spec(name, *_):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt)
+runpy.run_module("grok1", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("module", ["grok1.config", "click", "grok1.cli.terminal", "grok1.cli.options"])
+def test_an_interrupt_during_the_first_imports_is_130_and_silent(start, module):
+    process = start("tokenize", "word", code=IMPORTING.format(module=module))
+    assert process.communicate(timeout=60) == (b"", b"")
+    assert process.returncode == 130
+
+
 BUSY = """
 import signal, threading
 from grok1.cli.interrupt import interrupts_end_within_a_second

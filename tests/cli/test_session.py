@@ -37,7 +37,7 @@ def test_a_session(start, long_checkpoint, terminal, tmp_path):
     assert "+hello\n" in history.read_text()
 
 
-def test_an_interrupt_at_an_empty_prompt_ends_the_session(start, checkpoint, terminal, tmp_path):
+def test_an_interrupt_at_a_prompt_does_not_end_the_session(start, checkpoint, terminal, tmp_path):
     (tmp_path / "grok1").write_text("a file where the history's folder would be")
     process = start(
         *("run", "-c", checkpoint, "--mesh", "1,1", "--json", "-n", 2),
@@ -50,6 +50,14 @@ def test_an_interrupt_at_an_empty_prompt_ends_the_session(start, checkpoint, ter
     assert b'"prompt": "hello"' in process.stdout.readline()
     terminal.read_until(READY)
     terminal.type("\x03")
+    terminal.read_until("Ctrl-D ends the session.")
+    terminal.read_until(READY)
+    terminal.type("discarded\x03")
+    terminal.read_until(READY)
+    terminal.type("again\r")
+    assert b'"prompt": "again"' in process.stdout.readline()
+    terminal.read_until(READY)
+    terminal.type("\x04")
     assert process.wait(timeout=60) == 0
 
 
