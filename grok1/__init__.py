@@ -12,8 +12,8 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # not from `typing`: nothing is imported before `__main__` handles Ctrl-C
 if TYPE_CHECKING:
     from grok1.config import PRESETS, ModelConfig
     from grok1.config import VERSION as __version__
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "__version__":
         return importlib.import_module("grok1.config").VERSION
     if name in __all__:
