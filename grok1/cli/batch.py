@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from grok1.cli.model_choice import ModelChoice
+from grok1.cli.loading import ModelChoice
 from grok1.cli.options import batch_size_option, job_options, model_options, sampling_options, terminal_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.cli.text_input import stdin_is_terminal

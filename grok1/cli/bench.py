@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from grok1.cli.columns import columns
-from grok1.cli.loading import load_model, read_config, start_jax, tell_shortfall
-from grok1.cli.model_choice import ModelChoice
-from grok1.cli.options import LAYERS, Numbers, model_options, output_options
+from grok1.cli.loading import ModelChoice, load_model, open_model, start_jax
+from grok1.cli.options import LAYERS, Numbers, is_given, model_options, output_options
 from grok1.cli.terminal import OutputError, Terminal, pass_terminal
 from grok1.config import PRESETS, VERSION, ModelConfig, default_dtype, preset
 from grok1.host.atomic_write import whole_file
@@ -22,6 +20,7 @@ from grok1.host.sizes import format_bytes
 from grok1.jobs.result_json import json_line
 
 if TYPE_CHECKING:
+    from grok1.checkpoint.reader import Checkpoint
     from grok1.diagnose.bench import Limits, Measurement
     from grok1.model import Model
 
@@ -100,7 +99,7 @@ def command(
     grok1 bench --preset grok-1-slice --layers 16 --batch 1,8,32
     grok1 bench -c checkpoints --threads 8 --json
     """
-    if preset_name is not None and _given("checkpoint"):
+    if preset_name is not None and is_given("checkpoint"):
         raise click.UsageError("--checkpoint and --preset are both given: give one of them.")
     if preset_name is not None:
         _refuse("tokenizer", "load_memory", because="--preset reads no files")
@@ -118,9 +117,15 @@ def command(
             _tell_devices(terminal, choice, as_json)
             return
         start = time.perf_counter()
-        config = read_config(choice) if preset_name is None else preset(preset_name, layers)
+        source: Checkpoint | ModelConfig
+        tokenizer = None
+        if preset_name is None:
+            source, tokenizer = open_model(choice, terminal)
+            config = source.config
+        else:
+            source = config = preset(preset_name, layers)
         prompt = _measurable(terminal, choice, config, prompt, batch, decode)
-        model = _model(terminal, choice, preset_name, config)
+        model, _ = load_model(choice, terminal, source, tokenizer)
         load_seconds = time.perf_counter() - start
         name = preset_name or str(choice.checkpoint)
         if layers is not None:
@@ -154,15 +159,10 @@ def command(
             raise _unwritable(plot, error) from error
 
 
-def _given(name: str) -> bool:
-    """Whether an option is on the command line."""
-    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
-
-
 def _refuse(*names: str, because: str) -> None:
     """Makes sure that none of these options is on the command line, where it would do nothing."""
     for parameter in click.get_current_context().command.params:
-        if parameter.name in names and _given(parameter.name):
+        if parameter.name in names and is_given(parameter.name):
             raise click.UsageError(f"{because}: leave out {max(parameter.opts, key=len)}.")
 
 
@@ -190,29 +190,6 @@ def _measurable(
         for sequences in batch:
             check_measurable(config, data, room, tokens, sequences, decode)
     return lengths
-
-
-def _model(terminal: Terminal, choice: ModelChoice, preset_name: str | None, config: ModelConfig) -> Model:
-    if preset_name is None:
-        return load_model(choice, terminal)[0]
-    from grok1.model import random_model
-
-    if choice.runtime is not None:
-        from grok1.model.worker import tell_random
-
-        tell_random(choice.runtime, config, choice.mesh, choice.dtype, choice.kernels)
-    model = random_model(
-        config,
-        mesh=choice.mesh,
-        dtype=choice.dtype,
-        kernels=choice.kernels,
-        threads=choice.threads,
-        progress=terminal.progress,
-        runtime=choice.runtime,
-    )
-    terminal.clear()
-    tell_shortfall(model, terminal)
-    return model
 
 
 def _fields(

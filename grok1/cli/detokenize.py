@@ -6,7 +6,7 @@ import json
 
 import click
 
-from grok1.cli.model_choice import ModelChoice
+from grok1.cli.loading import ModelChoice
 from grok1.cli.options import output_options, tokenizer_choice_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.cli.text_input import read_stdin, stdin_is_terminal

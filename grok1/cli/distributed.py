@@ -7,18 +7,18 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from grok1.cli.loading import prepare_jax, start_jax
-from grok1.cli.model_choice import ModelChoice
+from grok1.cli.loading import ModelChoice, prepare_jax, start_jax
 from grok1.cli.terminal import Terminal
 from grok1.errors import Grok1Error
 
 if TYPE_CHECKING:
+    from grok1.multihost.cluster import Cluster
     from grok1.multihost.runtime import Runtime
 
 # Options that each process may have of its own.
@@ -30,19 +30,15 @@ _ENVIRONMENT = ("GROK1_KERNELS", "JAX_PLATFORMS")  # variables that have to be t
 
 _TERMINATION_SECONDS = 20.0
 
-ProcessOptions = tuple[str | None, int | None, int | None, str | None, int]
-"""`--coordinator`, `--num-processes`, `--process-id`, `--coordinator-bind` and `--start-timeout`."""
-
 
 @contextlib.contextmanager
-def joined(detect: bool, processes: ProcessOptions, choice: ModelChoice) -> Iterator[Runtime]:
+def joined(find_cluster: Callable[[], Cluster], choice: ModelChoice) -> Iterator[Runtime]:
     """Within this block a command is run by several processes, of which this is process 0.
 
     In any other process the block is never entered: it follows process 0 and ends with it.
 
     Args:
-        detect: whether to find out from a cluster's variables who takes part.
-        processes: the options that describe them.
+        find_cluster: finds out who takes part.
         choice: the model, as this process finds it.
 
     Raises:
@@ -52,7 +48,7 @@ def joined(detect: bool, processes: ProcessOptions, choice: ModelChoice) -> Iter
     _keep_results_apart()
     prepare_jax(terminal, choice.threads)
     with terminal.interruptible():
-        runtime = _join(terminal, detect, processes)
+        runtime = _join(terminal, find_cluster)
         if runtime.leads:
             terminal.on_leave = lambda: runtime.leave(130, wait=False)
             runtime.start(terminal.abort)
@@ -81,12 +77,11 @@ def joined(detect: bool, processes: ProcessOptions, choice: ModelChoice) -> Iter
         runtime.leave()
 
 
-def _join(terminal: Terminal, detect: bool, processes: ProcessOptions) -> Runtime:
+def _join(terminal: Terminal, find_cluster: Callable[[], Cluster]) -> Runtime:
     terminal.show_status("starting JAX")
-    from grok1.multihost.cluster import detected_cluster, given_cluster
     from grok1.multihost.join import MismatchError, join
 
-    cluster = detected_cluster(*processes) if detect else given_cluster(*processes)
+    cluster = find_cluster()
     if cluster.process_id != 0:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # process 0 decides what an interrupt ends
     try:

@@ -8,9 +8,8 @@ import shlex
 from pathlib import Path
 
 import click
-from click.core import ParameterSource
 
-from grok1.cli.options import LAYERS, output_options
+from grok1.cli.options import LAYERS, is_given, output_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.config import PRESETS, TRAINED, ModelConfig
 from grok1.config import preset as preset_config
@@ -140,16 +139,12 @@ def command(
 
 def _check_options(preset: str, hollow: bool) -> None:
     """Refuses options that would have no effect."""
-    context = click.get_current_context()
-
-    def given(*names: str) -> list[str]:
-        return [f"--{name}" for name in names if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
-
-    if preset in TRAINED and (unused := given("layers", "seed", "tokenizer", "hollow")):
+    unused = [f"--{name}" for name in ("layers", "seed", "tokenizer", "hollow") if is_given(name)]
+    if preset in TRAINED and unused:
         raise click.UsageError(
             f"{preset} is a trained model: leave out {' and '.join(unused)}, or choose another preset."
         )
-    if hollow and given("seed"):
+    if hollow and is_given("seed"):
         raise click.UsageError("--hollow and --seed are both given: hollow files have no random weights.")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from grok1.cli.columns import columns
-from grok1.cli.options import output_options
+from grok1.cli.options import CHECKPOINT_ARGUMENT, output_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.jobs.result_json import json_line
 
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command("inspect", short_help="Show what is in a checkpoint.")
-@click.argument(
-    "directory", metavar="[DIR]", type=click.Path(path_type=Path), envvar="GROK1_CHECKPOINT", default="checkpoints"
-)
+@CHECKPOINT_ARGUMENT
 @click.option(
     "--tensors",
     is_flag=True,

@@ -13,8 +13,7 @@ import click
 
 from grok1.checkpoint.reader import Checkpoint
 from grok1.cli.interrupt import GracefulShutdown
-from grok1.cli.loading import load_model, open_model
-from grok1.cli.model_choice import ModelChoice
+from grok1.cli.loading import ModelChoice, load_model, open_model
 from grok1.cli.terminal import Terminal
 from grok1.errors import JobError
 from grok1.jobs.journal import Journal

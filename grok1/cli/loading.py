@@ -1,17 +1,19 @@
-"""Opens and loads the model of a `ModelChoice`."""
+"""The model that the options of a command select: choosing, opening and loading it."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from grok1.cli.model_choice import ModelChoice
 from grok1.cli.terminal import Terminal
 from grok1.config import ModelConfig
 from grok1.errors import Grok1Error
+from grok1.host.memory import DEFAULT_LOAD_MEMORY
 from grok1.host.threads import set_threads
 from grok1.plan.devices import GPU_MEMORY_FRACTION
 
@@ -20,40 +22,49 @@ if TYPE_CHECKING:
 
     from grok1.checkpoint.reader import Checkpoint
     from grok1.model import Model
+    from grok1.multihost.runtime import Runtime
     from grok1.text.tokenizer import Tokenizer
 
 
-def read_config(choice: ModelChoice) -> ModelConfig:
-    """The config of the chosen checkpoint, whose files are all found and right; no array is read.
+@dataclasses.dataclass(frozen=True)
+class ModelChoice:
+    """Which model to load, and how.
 
-    Raises:
-        CheckpointError: if there is no checkpoint or it is damaged.
-        ConfigError: if its config is none.
+    Attributes:
+        checkpoint: folder that holds `ckpt-0`, or is it.
+        tokenizer: a SentencePiece model; None looks in and beside the checkpoint.
+        mesh: sizes of the (data, model) axes; None uses all devices.
+        dtype: of activations and the KV cache; None chooses by device.
+        load_memory: host memory limit in bytes for loading, in addition to the weights.
+        kernels: the kernel implementation; "auto" chooses.
+        threads: number of CPU threads; None uses one per physical core.
+        runtime: the processes that load it together, of which this is process 0; None if there is only one.
     """
-    from grok1.checkpoint.reader import Checkpoint
 
-    return Checkpoint.open(choice.checkpoint).config
+    checkpoint: Path
+    tokenizer: Path | None
+    mesh: tuple[int, int] | None = None
+    dtype: str | None = None
+    load_memory: int = DEFAULT_LOAD_MEMORY
+    kernels: str = "auto"
+    threads: int | None = None
+    runtime: Runtime | None = None
 
 
-def read_tokenizer(choice: ModelChoice, config: ModelConfig | None = None) -> Tokenizer | None:
+class DeviceError(Grok1Error):
+    """JAX found no devices to run on."""
+
+
+def read_tokenizer(choice: ModelChoice) -> Tokenizer | None:
     """The chosen checkpoint's tokenizer; None if there is none.
 
-    Args:
-        choice: whose.
-        config: what the vocabulary has to fit, if that matters.
-
     Raises:
-        TokenizerError: if it cannot be read or has another vocabulary.
+        TokenizerError: if it cannot be read.
     """
     from grok1.text.tokenizer import Tokenizer, find_tokenizer
 
     path = find_tokenizer(choice.checkpoint, choice.tokenizer)
-    if path is None:
-        return None
-    tokenizer = Tokenizer.read(path)
-    if config is not None:
-        tokenizer.check_vocabulary(config.vocab_size)
-    return tokenizer
+    return None if path is None else Tokenizer.read(path)
 
 
 def open_model(choice: ModelChoice, terminal: Terminal) -> tuple[Checkpoint, Tokenizer | None]:
@@ -71,13 +82,11 @@ def open_model(choice: ModelChoice, terminal: Terminal) -> tuple[Checkpoint, Tok
 
     terminal.show_status("checking files")
     checkpoint = Checkpoint.open(choice.checkpoint)
-    tokenizer = read_tokenizer(choice, checkpoint.config)
+    tokenizer = read_tokenizer(choice)
+    if tokenizer is not None:
+        tokenizer.check_vocabulary(checkpoint.config.vocab_size)
     terminal.clear()
     return checkpoint, tokenizer
-
-
-class DeviceError(Grok1Error):
-    """JAX found no devices to run on."""
 
 
 def prepare_jax(terminal: Terminal, threads: int | None = None) -> None:
@@ -135,41 +144,34 @@ def tell_shortfall(model: Model, terminal: Terminal) -> None:
 
 
 def load_model(
-    choice: ModelChoice,
-    terminal: Terminal,
-    checkpoint: Checkpoint | None = None,
-    tokenizer: Tokenizer | None = None,
+    choice: ModelChoice, terminal: Terminal, source: Checkpoint | ModelConfig, tokenizer: Tokenizer | None = None
 ) -> tuple[Model, float]:
     """Loads the chosen model and shows progress.
 
     Args:
         choice: the model.
         terminal: where to show progress.
-        checkpoint: the chosen one, if it is open.
-        tokenizer: the chosen one, if it has been read.
+        source: the chosen checkpoint, or the config of a model of random weights.
+        tokenizer: the chosen one; None if there is none.
 
     Returns:
         the model, and how many seconds it took, including the start of JAX.
     """
     start = time.perf_counter()
     start_jax(terminal, choice.threads)
-    from grok1.model import load
+    from grok1.model import load, random_model
+    from grok1.model.worker import tell_load, tell_random
 
-    if choice.runtime is not None:
-        from grok1.model.worker import tell_load
-
-        tell_load(choice.runtime, choice.mesh, choice.dtype, choice.kernels)
-    model = load(
-        choice.checkpoint if checkpoint is None else checkpoint,
-        tokenizer=choice.tokenizer if tokenizer is None else tokenizer,
-        mesh=choice.mesh,
-        dtype=choice.dtype,  # type: ignore[arg-type]
-        load_memory=choice.load_memory,
-        kernels=choice.kernels,  # type: ignore[arg-type]
-        threads=choice.threads,
-        progress=terminal.progress,
-        runtime=choice.runtime,
-    )
+    shared: dict[str, Any] = {"mesh": choice.mesh, "dtype": choice.dtype, "kernels": choice.kernels}
+    own: dict[str, Any] = {"threads": choice.threads, "progress": terminal.progress, "runtime": choice.runtime}
+    if isinstance(source, ModelConfig):
+        if choice.runtime is not None:
+            tell_random(choice.runtime, source, **shared)
+        model = random_model(source, **shared, **own)
+    else:
+        if choice.runtime is not None:
+            tell_load(choice.runtime, **shared)
+        model = load(source, tokenizer=tokenizer, load_memory=choice.load_memory, **shared, **own)
     terminal.clear()
     tell_shortfall(model, terminal)
     return model, time.perf_counter() - start

@@ -11,16 +11,32 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import click
 from click.core import ParameterSource
 
-from grok1.cli.model_choice import ModelChoice
+from grok1.cli.loading import ModelChoice
 from grok1.cli.terminal import Terminal
 from grok1.config import KernelsName
 from grok1.errors import RequestError
 from grok1.host.memory import DEFAULT_LOAD_MEMORY, MIN_LOAD_MEMORY
 from grok1.host.sizes import format_bytes, parse_bytes
-from grok1.multihost.cluster import START_TIMEOUT
+from grok1.multihost.cluster import START_TIMEOUT, detected_cluster, given_cluster
 from grok1.request import MAX_SEED, SamplingOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def is_given(name: str) -> bool:
+    """Whether an option is on the command line."""
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    """A decorator that adds options, which help lists in this order."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 class _MeshType(click.ParamType):
@@ -93,6 +109,9 @@ TOKENIZER = click.option(
     metavar="FILE",
     help="The SentencePiece model of the checkpoint.  [default: tokenizer.model in or beside the checkpoint]",
 )
+CHECKPOINT_ARGUMENT = click.argument(
+    "directory", metavar="[DIR]", type=click.Path(path_type=Path), envvar="GROK1_CHECKPOINT", default="checkpoints"
+)
 LAYERS = click.option(
     "--layers",
     type=click.IntRange(1, 4096),
@@ -137,7 +156,7 @@ _THREADS = click.option(
 )
 
 
-_PROCESSES = [
+_PROCESSES = _options(
     click.option(
         "--distributed",
         is_flag=True,
@@ -184,23 +203,21 @@ _PROCESSES = [
         metavar="SECONDS",
         help="How long the processes wait for each other at the start.",
     ),
-]
+)
 
 
-def _refuse_alone(coordinator_bind: str | None) -> None:
-    """Makes sure that nothing is asked of other processes where there are none."""
-    explicit = click.get_current_context().get_parameter_source("start_timeout") is not ParameterSource.DEFAULT
-    if explicit or coordinator_bind is not None:
-        name = "--start-timeout" if explicit else "--coordinator-bind"
-        raise click.UsageError(f"{name} is for several processes: give --distributed or --coordinator with it.")
+def _take_choice(given: dict[str, Any]) -> ModelChoice:
+    """Takes the options that select a model out of those that are given."""
+    names = [field.name for field in dataclasses.fields(ModelChoice) if field.name in given]
+    return ModelChoice(**{name: given.pop(name) for name in names})
 
 
 def tokenizer_choice_options(command: Command) -> Command:
     """Adds `--checkpoint` and `--tokenizer`; the command gets a `ModelChoice` as `choice`."""
 
     @functools.wraps(command)
-    def with_choice(*args: Any, checkpoint: Path, tokenizer: Path | None, **rest: Any) -> Any:
-        return command(*args, choice=ModelChoice(checkpoint, tokenizer), **rest)
+    def with_choice(*args: Any, **given: Any) -> Any:
+        return command(*args, choice=_take_choice(given), **given)
 
     return CHECKPOINT(TOKENIZER(with_choice))  # type: ignore[return-value]
 
@@ -211,34 +228,31 @@ def model_options(command: Command) -> Command:
     @functools.wraps(command)
     def with_choice(
         *args: Any,
-        checkpoint: Path,
-        tokenizer: Path | None,
-        mesh: tuple[int, int] | None,
-        dtype: str | None,
-        load_memory: int,
-        kernels: str,
-        threads: int | None,
         distributed: bool,
         coordinator: str | None,
         num_processes: int | None,
         process_id: int | None,
         coordinator_bind: str | None,
         start_timeout: int,
-        **rest: Any,
+        **given: Any,
     ) -> Any:
-        choice = ModelChoice(checkpoint, tokenizer, mesh, dtype, load_memory, kernels, threads)
+        choice = _take_choice(given)
         if not distributed and (coordinator, num_processes, process_id) == (None, None, None):
-            _refuse_alone(coordinator_bind)
-            return command(*args, choice=choice, **rest)
+            if is_given("start_timeout") or coordinator_bind is not None:
+                name = "--start-timeout" if is_given("start_timeout") else "--coordinator-bind"
+                raise click.UsageError(f"{name} is for several processes: give --distributed or --coordinator with it.")
+            return command(*args, choice=choice, **given)
         from grok1.cli.distributed import joined
 
-        processes = coordinator, num_processes, process_id, coordinator_bind, start_timeout
-        with joined(distributed, processes, choice) as runtime:
-            return command(*args, choice=dataclasses.replace(choice, runtime=runtime), **rest)
+        find_cluster = functools.partial(
+            detected_cluster if distributed else given_cluster,
+            *(coordinator, num_processes, process_id, coordinator_bind, start_timeout),
+        )
+        with joined(find_cluster, choice) as runtime:
+            return command(*args, choice=dataclasses.replace(choice, runtime=runtime), **given)
 
-    for option in (*reversed(_PROCESSES), _THREADS, _KERNELS, _LOAD_MEMORY, _DTYPE, MESH, TOKENIZER, CHECKPOINT):
-        with_choice = option(with_choice)
-    return with_choice  # type: ignore[return-value]
+    options = _options(CHECKPOINT, TOKENIZER, MESH, _DTYPE, _LOAD_MEMORY, _KERNELS, _THREADS, _PROCESSES)
+    return options(with_choice)  # type: ignore[return-value]
 
 
 def _set_on_terminal(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -247,10 +261,7 @@ def _set_on_terminal(ctx: click.Context, param: click.Parameter, value: bool) ->
         setattr(ctx.ensure_object(Terminal), param.name, True)
 
 
-_OUTPUT = [
-    click.option(
-        "--json", "as_json", is_flag=True, help="Print JSON instead of text: one object a line, for programs."
-    ),
+terminal_options = _options(
     click.option(
         "--quiet",
         is_flag=True,
@@ -267,22 +278,16 @@ _OUTPUT = [
         callback=_set_on_terminal,
         help="Show the traceback of an error, and what JAX logs.",
     ),
-]
+)
+"""Decorator that adds `--quiet` and `--verbose`, which set up the `Terminal`."""
 
-
-def output_options(command: Command) -> Command:
-    """Adds `--json` (the command gets `as_json`), `--quiet` and `--verbose` (which set up the `Terminal`)."""
-    for option in reversed(_OUTPUT):
-        command = option(command)
-    return command
-
-
-def terminal_options(command: Command) -> Command:
-    """Adds `--quiet` and `--verbose`, which set up the `Terminal`."""
-    for option in reversed(_OUTPUT[1:]):
-        command = option(command)
-    return command
-
+output_options = _options(
+    click.option(
+        "--json", "as_json", is_flag=True, help="Print JSON instead of text: one object a line, for programs."
+    ),
+    terminal_options,
+)
+"""Decorator that adds `--json` (the command gets `as_json`), `--quiet` and `--verbose`."""
 
 _GREEDY = click.option("--greedy", is_flag=True, help="Always take the likeliest token: the same as --temperature 0.")
 _NUM_SAMPLES = click.option(
@@ -317,13 +322,11 @@ def sampling_options(command: Command) -> Command:
 
     @functools.wraps(command)
     def with_sampling(*args: Any, greedy: bool, num_samples: int, **given: Any) -> Any:
-        context = click.get_current_context()
         values = {field.name: given.pop(field.name) for field in dataclasses.fields(SamplingOptions)}
         if values["logprobs"] is not None and not given.get("as_json", True):
             raise click.UsageError("--logprobs needs --json: log-probabilities have no place in plain text.")
         if greedy:
-            explicit = context.get_parameter_source("temperature") is not ParameterSource.DEFAULT
-            if explicit and values["temperature"] != 0:
+            if is_given("temperature") and values["temperature"] != 0:
                 raise click.UsageError(
                     f"--greedy contradicts --temperature {values['temperature']:g}: give one of them."
                 )
@@ -339,12 +342,9 @@ def sampling_options(command: Command) -> Command:
             )
         return command(*args, sampling=sampling, num_samples=num_samples, **given)
 
-    with_sampling = _NUM_SAMPLES(with_sampling)
-    for field in reversed(dataclasses.fields(SamplingOptions)):
-        if field.name == "temperature":
-            with_sampling = _GREEDY(with_sampling)
-        with_sampling = _sampling_option(field)(with_sampling)
-    return with_sampling  # type: ignore[return-value]
+    options = {field.name: _sampling_option(field) for field in dataclasses.fields(SamplingOptions)}
+    options["temperature"] = _options(options["temperature"], _GREEDY)
+    return _options(*options.values(), _NUM_SAMPLES)(with_sampling)  # type: ignore[return-value]
 
 
 batch_size_option = click.option(
@@ -355,7 +355,7 @@ batch_size_option = click.option(
 )
 """Decorator that adds `--batch-size`."""
 
-_JOB = [
+job_options = _options(
     click.option(
         "-o",
         "--output",
@@ -378,11 +378,5 @@ _JOB = [
     click.option(
         "--restart", is_flag=True, help="Forget what an interrupted run has done, and replace FILE if it is there."
     ),
-]
-
-
-def job_options(command: Command) -> Command:
-    """Adds the options of a file of rows: `output`, `row_format`, `skip_bad` and `restart`."""
-    for option in reversed(_JOB):
-        command = option(command)
-    return command
+)
+"""Decorator that adds the options of a file of rows: `output`, `row_format`, `skip_bad` and `restart`."""

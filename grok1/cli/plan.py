@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from grok1.cli.columns import columns
 from grok1.cli.loading import prepare_jax, start_jax
-from grok1.cli.options import LAYERS, MESH, ByteSize, Numbers, output_options
+from grok1.cli.options import LAYERS, MESH, ByteSize, Numbers, is_given, output_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.config import PRESETS, ModelConfig, preset
 from grok1.host.sizes import format_bytes
@@ -118,8 +117,7 @@ def command(
     grok1 plan --device h100-80gb --hosts 4,6
     grok1 plan --device cpu --memory 512GB --bandwidth 300GB
     """
-    named = click.get_current_context().get_parameter_source("preset_name") is not ParameterSource.DEFAULT
-    if checkpoint is not None and named:
+    if checkpoint is not None and is_given("preset_name"):
         raise click.UsageError("--checkpoint and --preset are both given: give one of them.")
     if checkpoint is not None and layers is not None:
         raise click.UsageError("--checkpoint and --layers are both given: a checkpoint has its own layers.")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from grok1.cli.model_choice import ModelChoice
+from grok1.cli.loading import ModelChoice
 from grok1.cli.options import model_options, output_options, sampling_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.cli.text_input import given_text

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from grok1.cli.detokenize import json_ids, parsed_ids
-from grok1.cli.model_choice import ModelChoice
+from grok1.cli.loading import ModelChoice
 from grok1.cli.options import batch_size_option, job_options, model_options, output_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.cli.text_input import checked_argument, read_file, read_stdin, stdin_is_terminal

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from grok1.cli.options import output_options
+from grok1.cli.options import CHECKPOINT_ARGUMENT, output_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.jobs.result_json import json_line
 
@@ -16,13 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command("verify", short_help="Check that a checkpoint is whole and sane.")
-@click.argument(
-    "directory",
-    metavar="[DIR]",
-    type=click.Path(path_type=Path),
-    default="checkpoints",
-    envvar="GROK1_CHECKPOINT",
-)
+@CHECKPOINT_ARGUMENT
 @click.option(
     "--content",
     is_flag=True,
