@@ -137,8 +137,7 @@ def sentence_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         name = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{name}: make room, or check names and permissions"
-    told = f"internal error: {type(error).__name__}: {text}"
-    return f"{told} (run again with --verbose for the traceback)"
+    return f"internal error: {type(error).__name__}: {text} (run again with --verbose for the traceback)"
 
 
 def _abandon_stdout() -> None:

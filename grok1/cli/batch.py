@@ -9,7 +9,14 @@ from typing import Any
 import click
 
 from grok1.cli.loading import ModelChoice
-from grok1.cli.options import batch_size_option, job_options, model_options, sampling_options, terminal_options
+from grok1.cli.options import (
+    batch_size_option,
+    job_options,
+    model_options,
+    sampling_options,
+    terminal_options,
+    truncate_option,
+)
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.cli.text_input import stdin_is_terminal
 from grok1.request import SamplingOptions, fresh_seed
@@ -21,11 +28,7 @@ from grok1.request import SamplingOptions, fresh_seed
 @click.option("--unescape", is_flag=True, help="Read \\n, \\t, \\r and \\\\ in a line of .txt as what they stand for.")
 @click.option("--no-prompt", is_flag=True, help="Leave the prompts out of the results.")
 @click.option("--echo", is_flag=True, help="Begin each completion's text with its prompt.")
-@click.option(
-    "--truncate",
-    is_flag=True,
-    help="Keep only the last tokens of a prompt that is longer than the model's context, rather than refuse it.",
-)
+@truncate_option
 @batch_size_option
 @click.option("--json", "summarise", is_flag=True, help="Print a summary as JSON at the end; needs -o.")
 @sampling_options

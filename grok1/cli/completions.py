@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from grok1.cli.terminal import Terminal
 from grok1.host import memory
@@ -103,16 +103,13 @@ class CompletionPrinter:
             self.terminal.write("\n")
 
     def _json_line(self, completion: Completion) -> str:
-        return json_line(completion_object(completion, alone=True) | self._run_object())
-
-    def _run_object(self) -> dict[str, Any]:
-        told = {
+        told = completion_object(completion, alone=True) | {
             "load_seconds": self.load_seconds,
             "peak_memory_bytes": memory.peak_resident_bytes(),
             "peak_device_memory_bytes": self.model.peak_device_bytes,
             "mesh": list(self.model.mesh_shape),
         }
-        return told | ({"processes": self.model.loads} if self.model.loads else {})
+        return json_line(told | ({"processes": self.model.loads} if self.model.loads else {}))
 
     def _statistics(self, completions: Sequence[Completion]) -> str:
         first = completions[0]
@@ -125,33 +122,16 @@ class CompletionPrinter:
             f"{tokens_out} out{_rate(decode)}",
             f"first after {first.timings.time_to_first_token:.2f} s",
         ]
-        compiling = sum(completion.timings.compile_seconds for completion in completions[:1])
-        if compiling >= 0.1:
-            parts.append(f"compiling {compiling:.1f} s")
-        peaks = [
-            f"{_gigabytes(peak)}{where}"
-            for peak, where in (
-                (memory.peak_resident_bytes(), ""),
-                (self.model.peak_device_bytes, " a device"),
-            )
-            if peak is not None
-        ]
-        if peaks:
-            parts.append(f"peak {', '.join(peaks)}")
-        reasons = dict.fromkeys(_ENDED[completion.finish_reason] for completion in completions)
-        parts.append(", ".join(reasons))
+        if first.timings.compile_seconds >= 0.1:
+            parts.append(f"compiling {first.timings.compile_seconds:.1f} s")
+        peaks = [(memory.peak_resident_bytes(), ""), (self.model.peak_device_bytes, " a device")]
+        if told := [f"{peak / 1e9:.2f} GB{where}" for peak, where in peaks if peak is not None]:
+            parts.append(f"peak {', '.join(told)}")
+        parts.append(", ".join(dict.fromkeys(_ENDED[completion.finish_reason] for completion in completions)))
         last = f" to {completions[-1].seed}" if len(completions) > 1 else ""
         parts.append(f"seed {first.seed}{last}")
         return "[" + " · ".join(parts) + "]"
 
 
-def _fields(options: Any) -> dict[str, Any]:
-    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-
-
 def _rate(tokens_per_second: float | None) -> str:
     return "" if tokens_per_second is None else f" ({tokens_per_second:.1f}/s)"
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"

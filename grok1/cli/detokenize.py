@@ -56,7 +56,9 @@ def parsed_ids(text: str) -> list[int]:
     for word in text.replace(",", " ").split():
         if not (word.isascii() and word.isdigit()):
             raise RequestError(f"{word!r} is no token id: expected whole numbers from 0 on")
-        numbers.append(_integer(word))
+        if len(word) > 18:
+            raise RequestError(f"{word[:18]}… is no token id: it has {len(word)} digits")
+        numbers.append(int(word))
     return numbers
 
 
@@ -78,9 +80,3 @@ def json_ids(text: str, source: str) -> list[int]:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise RequestError(f"{value!r} in {source} is no token id: expected whole numbers from 0 on")
     return values
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > 18:
-        raise RequestError(f"{digits[:18]}… is no token id: it has {len(digits)} digits")
-    return int(digits)

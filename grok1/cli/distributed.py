@@ -15,7 +15,6 @@ from click.core import ParameterSource
 
 from grok1.cli.loading import ModelChoice, prepare_jax, start_jax
 from grok1.cli.terminal import Terminal
-from grok1.errors import Grok1Error
 
 if TYPE_CHECKING:
     from grok1.multihost.cluster import Cluster
@@ -57,20 +56,14 @@ def joined(find_cluster: Callable[[], Cluster], choice: ModelChoice) -> Iterator
         _follow(terminal, runtime, choice)
     try:
         yield runtime
-    except (click.ClickException, Grok1Error):
-        runtime.leave(1)
-        raise
     except KeyboardInterrupt:
         runtime.leave(130)
-        raise
-    except BrokenPipeError:
-        runtime.leave()
         raise
     except Exception as error:
         if _is_exchange(error):
             terminal.show_status("an exchange failed; finding out which process is gone")
             runtime.await_cause()
-        runtime.leave(1)
+        runtime.leave(0 if isinstance(error, BrokenPipeError) else 1)
         raise
     finally:
         terminal.on_leave = None
@@ -109,7 +102,6 @@ def _options() -> dict[str, Any]:
 def _follow(terminal: Terminal, runtime: Runtime, choice: ModelChoice) -> None:
     """Follows process 0 until this process ends."""
     terminal.quiet = True
-
     _end_patiently(runtime)
     from grok1.model.worker import worker_loop
 

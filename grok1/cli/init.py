@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.resources
 import shlex
 from pathlib import Path
@@ -84,11 +85,7 @@ def command(
     from grok1.checkpoint.reader import find_checkpoint
     from grok1.checkpoint.writer import unpack_checkpoint, write_checkpoint
 
-    doing = "writing hollow files" if hollow else "writing weights"
-
-    def show_progress(done: int, total: int) -> None:
-        terminal.show_bytes(doing, done, total)
-
+    show_progress = functools.partial(terminal.show_bytes, "writing hollow files" if hollow else "writing weights")
     config, trained = preset_config(preset, layers), preset in TRAINED
     if trained:
         with importlib.resources.as_file(importlib.resources.files("grok1").joinpath(TRAINED[preset])) as archive:
@@ -109,20 +106,17 @@ def command(
     written += [path for name in ("config.json", "tokenizer.model") if (path := directory / name).is_file()]
     size = sum(path.stat().st_size for path in written)
     if as_json:
-        terminal.write(
-            json_line(
-                {
-                    "directory": str(directory),
-                    "preset": preset,
-                    "seed": None if hollow or trained else seed,
-                    "hollow": hollow,
-                    "files": len(written),
-                    "bytes": size,
-                    "parameters": config.num_parameters,
-                    "vocab_size": config.vocab_size,
-                }
-            )
-        )
+        told = {
+            "directory": str(directory),
+            "preset": preset,
+            "seed": None if hollow or trained else seed,
+            "hollow": hollow,
+            "files": len(written),
+            "bytes": size,
+            "parameters": config.num_parameters,
+            "vocab_size": config.vocab_size,
+        }
+        terminal.write(json_line(told))
     terminal.note(
         f"Wrote {len(written)} files, {format_bytes(size)}, {config.num_parameters:,} parameters, to {directory}."
     )

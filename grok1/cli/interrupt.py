@@ -68,24 +68,6 @@ def _watch(reader: int, patient: bool, hint: Callable[[], None], leave: Callable
                 timeout = _GRACE_SECONDS
 
 
-def end_soon(leave: Callable[[], None]) -> None:
-    """Ends the process with status 130 if it has not ended within a second.
-
-    Whatever an interrupt breaks off may have left a lock behind, an import above all, which the end would wait for.
-
-    Args:
-        leave: leaves the terminal as it should be; called from another thread.
-    """
-
-    def end() -> None:
-        leave()
-        os._exit(130)
-
-    timer = threading.Timer(1.0, end)
-    timer.daemon = True
-    timer.start()
-
-
 class GracefulShutdown:
     """Requests a stop at the first SIGINT or SIGTERM; the second is a `KeyboardInterrupt`.
 

@@ -347,6 +347,13 @@ def sampling_options(command: Command) -> Command:
     return _options(*options.values(), _NUM_SAMPLES)(with_sampling)  # type: ignore[return-value]
 
 
+truncate_option = click.option(
+    "--truncate",
+    is_flag=True,
+    help="Keep only the last tokens of a prompt that is longer than the model's context, rather than refuse it.",
+)
+"""Decorator that adds `--truncate`."""
+
 batch_size_option = click.option(
     "--batch-size",
     type=click.IntRange(min=1),

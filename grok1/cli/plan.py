@@ -126,8 +126,12 @@ def command(
     if hosts is not None:
         count = sum(hosts)
     prepare_jax(terminal)
-    config = _config(preset_name, layers, checkpoint)
-    name = str(checkpoint) if checkpoint else preset_name
+    if checkpoint is None:
+        name, config = preset_name, preset(preset_name, layers)
+    else:
+        from grok1.checkpoint.reader import find_checkpoint, stated_or_release
+
+        name, config = str(checkpoint), stated_or_release(find_checkpoint(checkpoint))[0]
     devices = _devices(terminal, device, count, memory, bandwidth)
 
     from grok1.plan.estimate import next_fit
@@ -155,14 +159,6 @@ def command(
     if steps:
         terminal.write(f"{_compiled_table(estimate, steps)}\n")
     terminal.write(f"{verdict(estimate)}\n")
-
-
-def _config(preset_name: str, layers: int | None, checkpoint: Path | None) -> ModelConfig:
-    from grok1.checkpoint.reader import find_checkpoint, stated_or_release
-
-    if checkpoint is None:
-        return preset(preset_name, layers)
-    return stated_or_release(find_checkpoint(checkpoint))[0]
 
 
 def _devices(
@@ -197,9 +193,9 @@ def _estimate(
     from grok1.plan.estimate import Estimate, smallest_fit
 
     dtype = dtype or devices.kind.dtype
-    if choose_count and mesh is None:
-        return smallest_fit(config, devices, dtype)
-    if choose_count and mesh is not None:
+    if choose_count:
+        if mesh is None:
+            return smallest_fit(config, devices, dtype)
         devices = dataclasses.replace(devices, count=mesh[0] * mesh[1])
     if mesh is None:
         mesh = default_mesh_shape(

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from grok1.cli.loading import ModelChoice
-from grok1.cli.options import model_options, output_options, sampling_options
+from grok1.cli.options import model_options, output_options, sampling_options, truncate_option
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.cli.text_input import given_text
 from grok1.request import Request, SamplingOptions
@@ -21,11 +21,7 @@ from grok1.request import Request, SamplingOptions
     metavar="FILE",
     help="Take the prompt from this file, which is UTF-8 text.",
 )
-@click.option(
-    "--truncate",
-    is_flag=True,
-    help="Keep only the last tokens of a prompt that is longer than the model's context, rather than refuse it.",
-)
+@truncate_option
 @click.option("--echo", is_flag=True, help="Print the prompt before its completion. (JSON has both in any case.)")
 @sampling_options
 @model_options

@@ -6,7 +6,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import platformdirs
 from prompt_toolkit import PromptSession
@@ -24,11 +23,6 @@ class PrivateHistory(FileHistory):
     If it cannot be read or written, the session works without it.
     """
 
-    def __init__(self, path: Path):
-        """`path` need not exist."""
-        super().__init__(str(path))
-        self._path = path
-
     def load_history_strings(self) -> Iterable[str]:
         """Return the prompts, latest first."""
         try:
@@ -39,8 +33,8 @@ class PrivateHistory(FileHistory):
     def store_string(self, string: str) -> None:
         """Append a prompt."""
         with contextlib.suppress(OSError):
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+            os.makedirs(os.path.dirname(self.filename), mode=0o700, exist_ok=True)
+            os.close(os.open(self.filename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
             super().store_string(string)
 
 

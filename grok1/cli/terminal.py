@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from grok1.cli.interrupt import end_soon, interrupts_end_within_a_second
+from grok1.cli.interrupt import interrupts_end_within_a_second
 from grok1.errors import Grok1Error
 
 if TYPE_CHECKING:
@@ -116,9 +117,8 @@ class Terminal:
     def progress(self, progress: Progress) -> None:
         """Shows what a model reports of its long steps; may be called from any thread."""
         if progress.stage == "loading":
-            self.show_bytes(
-                ", ".join(filter(None, ["loading weights", progress.detail])), progress.done, progress.total
-            )
+            doing = f"loading weights, {progress.detail}" if progress.detail else "loading weights"
+            self.show_bytes(doing, progress.done, progress.total)
         elif progress.stage == "compiling":
             self.show_status(f"compiling the {progress.detail} program")
         elif self._describe is not None:
@@ -184,21 +184,17 @@ class Terminal:
             max_refresh = 0.2
 
             def render(self, task: Any) -> Text:
-                assert describe is not None
-                return Text(describe(), no_wrap=True, overflow="ellipsis")
+                return Text(describe() if describe is not None else text, no_wrap=True, overflow="ellipsis")
 
-        name = TextColumn("{task.description}", markup=False)
-        columns: list[Any] = [SpinnerColumn(), name, TimeElapsedColumn()]
-        if describe is not None:
-            whole = Column(no_wrap=True)  # the description is what is cut on a narrow terminal
-            columns = [SpinnerColumn(), DescriptionColumn(Column()), TimeElapsedColumn(whole)]
-        elif total is not None:
+        whole = Column(no_wrap=True)  # on a narrow terminal the description is cut, or the bar
+        columns: list[Any] = [SpinnerColumn(), DescriptionColumn(), TimeElapsedColumn(whole)]
+        if total is not None:
             columns = [
-                name,
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
-                DownloadColumn(table_column=Column(no_wrap=True)),
-                TransferSpeedColumn(table_column=Column(no_wrap=True)),
-                TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+                DownloadColumn(table_column=whole),
+                TransferSpeedColumn(table_column=whole),
+                TimeRemainingColumn(compact=True, table_column=whole),
             ]
         self._live = Progress(
             *columns, console=Console(stderr=True), transient=True, redirect_stdout=False, expand=False
@@ -231,8 +227,18 @@ class Terminal:
         os._exit(code)
 
     def end_soon(self) -> None:
-        """Ends the process after an interrupt, should it not come to its end by itself."""
-        end_soon(self._leave_terminal)
+        """Ends the process with status 130 if it has not ended within a second after an interrupt.
+
+        What an interrupt breaks off may have left a lock behind, an import above all, which the end would wait for.
+        """
+
+        def end() -> None:
+            self._leave_terminal()
+            os._exit(130)
+
+        timer = threading.Timer(1.0, end)
+        timer.daemon = True
+        timer.start()
 
     def _leave_terminal(self) -> None:
         if self.on_leave is not None:

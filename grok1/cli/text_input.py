@@ -51,7 +51,7 @@ def checked_argument(text: str, name: str) -> str:
 
 
 def read_file(path: Path) -> bytes:
-    """The content of a file; "-" is stdin.
+    """The content of a file.
 
     Raises:
         RequestError: if it cannot be read.
