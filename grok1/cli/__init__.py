@@ -1,7 +1,7 @@
-"""The command line: `execute` runs one command and turns whatever goes wrong into one sentence and an exit code.
+"""The command line: `execute` runs a command and turns any error into one sentence and an exit code.
 
 Commands are imported when they are used, and import JAX, NumPy, rich and prompt_toolkit when they run, so that help
-comes at once.
+is immediate.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from grok1.cli.terminal import Terminal
 from grok1.config import VERSION
 from grok1.errors import Grok1Error
 
-DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, INTERRUPTED = 0, 1, 130
 
 _COMMANDS = (
     "run",
@@ -34,11 +34,11 @@ _COMMANDS = (
     "detokenize",
     "smoke",
 )
-"""Each is the object `command` of the module of its name in this package."""
+"""Each is the object `command` of the module of that name in this package."""
 
 
 class _LazyGroup(click.Group):
-    """A group that imports a command's module when the command is asked for."""
+    """A group that imports a command's module when the command is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -46,8 +46,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command = importlib.import_module(f"grok1.cli.{cmd_name}").command
-        assert isinstance(command, click.Command)
+        command: click.Command = importlib.import_module(f"grok1.cli.{cmd_name}").command
         return command
 
 
@@ -69,12 +68,12 @@ def cli() -> None:
 
 def main() -> int:
     """Runs the command of this process's arguments and returns its exit code."""
-    if sys.stderr is None:  # closed: click would say on stdout what belongs there
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it stays open as long as the process
+    if sys.stderr is None:  # closed: click would print errors on stdout
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
     terminal = Terminal()
     code = execute(sys.argv[1:], terminal, terminal.end_soon)
     if terminal.interrupted and "jax" in sys.modules:
-        # XLA may still be compiling in a thread of its own, and crashes when Python ends under it.
+        # XLA may still be compiling in another thread, and crashes when the interpreter is finalized.
         os._exit(code)
     return code
 
@@ -83,14 +82,14 @@ def execute(arguments: Sequence[str], terminal: Terminal, on_interrupt: Callable
     """Runs one command and returns its exit code.
 
     Args:
-        arguments: what follows `grok1`.
-        terminal: what the user sees.
-        on_interrupt: is called as soon as an interrupt ends the command.
+        arguments: of the command line, without the program's name.
+        terminal: where to print.
+        on_interrupt: called as soon as an interrupt ends the command.
     """
     if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
     try:
-        # Not `cli.main`, which has its own idea of what an interrupt and a broken pipe mean.
+        # Not `cli.main`, which handles interrupts and broken pipes in another way.
         with cli.make_context("grok1", list(arguments), obj=terminal) as context:
             cli.invoke(context)
         terminal.flush()
@@ -99,7 +98,7 @@ def execute(arguments: Sequence[str], terminal: Terminal, on_interrupt: Callable
         terminal.flush()
         return exit_request.exit_code
     except BrokenPipeError:
-        _abandon_stdout()  # whoever read the results has seen enough
+        _abandon_stdout()  # the reader of the results has seen enough
         return DONE
     except (KeyboardInterrupt, click.Abort):
         terminal.interrupted = True
@@ -124,7 +123,7 @@ def execute(arguments: Sequence[str], terminal: Terminal, on_interrupt: Callable
 
 
 def sentence_of(error: Exception) -> str:
-    """What the user reads about an error."""
+    """The sentence that the user reads about an error."""
     if isinstance(error, Grok1Error):
         return str(error)
     text = " ".join(str(error).split())
@@ -141,10 +140,10 @@ def sentence_of(error: Exception) -> str:
 
 
 def _abandon_stdout() -> None:
-    """Lets Python end without complaining about what could not be written."""
+    """Prevents errors about unwritten output when the interpreter flushes stdout at its end."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
     except (OSError, AttributeError, ValueError):
-        pass  # there is no stdout, or it is not a file
+        pass  # stdout is closed or not a file

@@ -51,10 +51,6 @@ class ModelChoice:
     runtime: Runtime | None = None
 
 
-class DeviceError(Grok1Error):
-    """JAX found no devices to run on."""
-
-
 def read_tokenizer(choice: ModelChoice) -> Tokenizer | None:
     """The chosen checkpoint's tokenizer; None if there is none.
 
@@ -68,10 +64,7 @@ def read_tokenizer(choice: ModelChoice) -> Tokenizer | None:
 
 
 def open_model(choice: ModelChoice, terminal: Terminal) -> tuple[Checkpoint, Tokenizer | None]:
-    """Opens the chosen checkpoint, whose files are all checked, and reads its tokenizer; no array is read.
-
-    Returns:
-        the checkpoint, and the tokenizer or None if there is none.
+    """Opens the chosen checkpoint and reads its tokenizer, if it has one; all files are checked, no array is read.
 
     Raises:
         CheckpointError: if there is no checkpoint or it is damaged.
@@ -90,10 +83,10 @@ def open_model(choice: ModelChoice, terminal: Terminal) -> tuple[Checkpoint, Tok
 
 
 def prepare_jax(terminal: Terminal, threads: int | None = None) -> None:
-    """Sets up what JAX reads from the environment; comes before it is imported.
+    """Sets the environment variables that JAX reads when it is imported.
 
-    XLA does not log to stderr unless the user wants that, takes more of a GPU's memory than the three quarters that it
-    would by itself, and computes on processors with as many threads as are given, or as there are cores.
+    Without --verbose XLA does not log to stderr. XLA may use more of a GPU's memory than its default of three quarters.
+    `threads` is the number of CPU threads; None uses one per physical core.
     """
     set_threads(threads)
     if not terminal.verbose:
@@ -103,14 +96,10 @@ def prepare_jax(terminal: Terminal, threads: int | None = None) -> None:
 
 
 def start_jax(terminal: Terminal, threads: int | None = None) -> Sequence[jax.Device]:
-    """Starts JAX, which takes a second or more, and gives its devices.
-
-    Args:
-        terminal: shows that it takes a while.
-        threads: that compute on processors; by default one on each physical core.
+    """Starts JAX, which takes a second or more, and returns its devices.
 
     Raises:
-        DeviceError: if it finds none.
+        Grok1Error: if it finds none.
     """
     terminal.show_status("starting JAX")
     prepare_jax(terminal, threads)
@@ -122,14 +111,14 @@ def start_jax(terminal: Terminal, threads: int | None = None) -> Sequence[jax.De
         platforms = os.environ.get("JAX_PLATFORMS")
         found = " ".join(str(error).split())[:200] or type(error).__name__
         because = f"JAX_PLATFORMS is {platforms!r}; " if platforms else ""
-        raise DeviceError(
+        raise Grok1Error(
             f"JAX could not start its devices ({found}): {because}set JAX_PLATFORMS=cpu to run on the processor, "
             "or unset it to use what there is"
         ) from error
 
 
 def tell_shortfall(model: Model, terminal: Terminal) -> None:
-    """Says in a line each if a model runs on XLA's kernels for want of better ones, and if devices stay idle."""
+    """Prints a note if a model uses XLA's kernels because the native ones are unavailable, and if devices are idle."""
     if model.kernels_fallback is not None:
         terminal.note(f"XLA computes, which is slower than the kernels made for it: {model.kernels_fallback}")
     if model.idle:

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from grok1.cli.loading import ModelChoice
 from grok1.cli.terminal import Terminal
-from grok1.config import KernelsName
+from grok1.config import DTypeName, KernelsName
 from grok1.errors import RequestError
 from grok1.host.memory import DEFAULT_LOAD_MEMORY, MIN_LOAD_MEMORY
 from grok1.host.sizes import format_bytes, parse_bytes
@@ -118,8 +118,6 @@ LAYERS = click.option(
     metavar="N",
     help="Give the preset this many layers instead of its own.",
 )
-"""How many layers a preset is to have."""
-
 MESH = click.option(
     "--mesh",
     type=_MeshType(),
@@ -129,7 +127,7 @@ MESH = click.option(
 )
 _DTYPE = click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16"]),
+    type=click.Choice(get_args(DTypeName)),
     help="The type of activations and of the key/value cache.  [default: bfloat16 on accelerators, float32 on "
     "processors]",
 )
@@ -223,7 +221,7 @@ def tokenizer_choice_options(command: Command) -> Command:
 
 
 def model_options(command: Command) -> Command:
-    """Adds the options that say which model to load; the command gets a `ModelChoice` as `choice`."""
+    """Adds the options that select a model, and runs the command; it gets a `ModelChoice` as `choice`."""
 
     @functools.wraps(command)
     def with_choice(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -13,7 +13,7 @@ from grok1.cli.columns import columns
 from grok1.cli.loading import prepare_jax, start_jax
 from grok1.cli.options import LAYERS, MESH, ByteSize, Numbers, is_given, output_options
 from grok1.cli.terminal import Terminal, pass_terminal
-from grok1.config import PRESETS, ModelConfig, preset
+from grok1.config import PRESETS, DTypeName, ModelConfig, preset
 from grok1.host.sizes import format_bytes
 from grok1.jobs.result_json import json_line
 from grok1.plan.devices import DEVICE_KINDS
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from grok1.plan.devices import Devices
     from grok1.plan.estimate import Estimate
 
-_PROMPT = 2048  # tokens of the prompt whose speed is told
+_PROMPT = 2048  # tokens, for the speed of prefill
 
 
 @click.command("plan", short_help="Tell what fits on which devices, and how fast it could be.")
@@ -58,7 +58,7 @@ _PROMPT = 2048  # tokens of the prompt whose speed is told
 @MESH
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16"]),
+    type=click.Choice(get_args(DTypeName)),
     help="The type of activations and of the key/value cache.  [default: float32 for cpu, otherwise bfloat16]",
 )
 @click.option(
@@ -188,7 +188,7 @@ def _estimate(
     *,
     choose_count: bool,
 ) -> Estimate:
-    """The estimate for what the user asked, with the rest chosen."""
+    """The estimate for the given choices; the others are made here."""
     from grok1.params.sharding import check_mesh_shape, default_mesh_shape
     from grok1.plan.estimate import Estimate, smallest_fit
 
@@ -242,7 +242,7 @@ def _compile(terminal: Terminal, estimate: Estimate) -> list[CompiledStep]:
 
 
 def _compiled_table(estimate: Estimate, steps: list[CompiledStep]) -> str:
-    """What the compiler says of each step on one device, beside the estimate."""
+    """The compiler's figures of each step on one device, beside the estimate."""
     expected = estimate.weight_bytes + estimate.cache_bytes
 
     def difference(step: CompiledStep) -> str:
@@ -299,7 +299,7 @@ def _fields(estimate: Estimate) -> dict[str, Any]:
 
 
 def _table(estimates: list[Estimate]) -> str:
-    """A line for each figure and a column for each estimate."""
+    """A row for each figure and a column for each estimate."""
     config = estimates[0].config
     context, prompt = config.sequence_len, min(_PROMPT, config.sequence_len)
     shared = estimates[0].devices.kind.shares_memory

@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from grok1.diagnose.smoke import Check
 
 
-class _ChecksFailed(Grok1Error):
-    """Checks that failed; the sentence names them."""
-
-
 @click.command("smoke", short_help="Check the whole path on a tiny model, in under a minute.")
 @click.option(
     "--keep",
@@ -58,7 +54,7 @@ def command(terminal: Terminal, keep: Path | None, as_json: bool) -> None:
                 failed.append(check.name)
     if failed:
         verb = "check" if len(failed) == 1 else "checks"
-        raise _ChecksFailed(f"{len(failed)} {verb} failed: {'; '.join(failed)}")
+        raise Grok1Error(f"{len(failed)} {verb} failed: {'; '.join(failed)}")
 
 
 def _line(check: Check) -> str:

@@ -1,4 +1,4 @@
-"""What the user sees: results on stdout; progress, notes and errors on stderr."""
+"""The two output streams: results on stdout; progress, notes and errors on stderr."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class Terminal:
     """The two output streams of a command.
 
     Attributes:
-        quiet: whether stderr stays silent even if it is a terminal; errors are told all the same.
-        verbose: whether errors come with tracebacks, and libraries may log.
+        quiet: whether to print nothing but errors on stderr, even if it is a terminal.
+        verbose: whether to print tracebacks of errors, and let libraries log.
         interrupted: whether Ctrl-C has stopped something.
-        on_leave: is called before the process ends at once, from any thread.
+        on_leave: called before the process is ended by `os._exit`, from any thread.
     """
 
     def __init__(self) -> None:
-        """Options set the attributes later."""
+        """Starts with the defaults of `--quiet` and `--verbose`."""
         self.quiet = False
         self.verbose = False
         self.interrupted = False
@@ -53,7 +53,7 @@ class Terminal:
 
     @property
     def shows(self) -> bool:
-        """Whether anybody sees progress and notes."""
+        """Whether progress and notes are shown."""
         return not self.quiet and _is_terminal(sys.stderr)
 
     @property
@@ -61,17 +61,15 @@ class Terminal:
         """Whether stdout is a terminal."""
         return _is_terminal(sys.stdout)
 
-    # Results
-
     def write(self, text: str) -> None:
-        """Writes a part of the results to stdout at once.
+        """Writes results to stdout and flushes it.
 
-        On a terminal control characters other than newline and tab are shown as symbols, so that a text cannot
-        operate the terminal; elsewhere the text is written exactly.
+        On a terminal, control characters other than newline and tab are replaced by symbols, so that a text cannot
+        control the terminal.
 
         Raises:
-            OutputError: if it cannot be written.
-            BrokenPipeError: if nobody reads it any more.
+            OutputError: if they cannot be written.
+            BrokenPipeError: if the reader has gone.
         """
         if not text:
             return
@@ -86,13 +84,13 @@ class Terminal:
         self._mid_line = not text.endswith("\n")
 
     def flush(self) -> None:
-        """Writes what a library may have left in the buffer of stdout."""
+        """Flushes stdout, to which libraries may have written."""
         if sys.stdout is not None:
             with _output_errors():
                 sys.stdout.flush()
 
     def end_line(self) -> None:
-        """Takes progress away, and on a terminal ends a line of results that is not whole."""
+        """Clears progress, and on a terminal ends an unfinished line of results."""
         self.clear()
         if self._mid_line and self.shows_results:
             self._mid_line = False
@@ -100,22 +98,20 @@ class Terminal:
                 sys.stdout.write("\n")
                 sys.stdout.flush()
 
-    # Everything else
-
     def note(self, text: str) -> None:
-        """Says something on stderr, if that is a terminal."""
+        """Prints a line on stderr if it is a terminal."""
         if self.shows:
             self.end_line()
             with contextlib.suppress(OSError):
                 click.echo(text.translate(_CONTROL), err=True)
 
     def error(self, sentence: str) -> None:
-        """Says on stderr what went wrong, in one line."""
+        """Prints an error on stderr, in one line."""
         with contextlib.suppress(OSError):
             click.echo(f"grok1: error: {' '.join(sentence.split())}", err=True)
 
     def progress(self, progress: Progress) -> None:
-        """Shows what a model reports of its long steps; may be called from any thread."""
+        """Shows the progress of a model's long steps; may be called from any thread."""
         if progress.stage == "loading":
             doing = f"loading weights, {progress.detail}" if progress.detail else "loading weights"
             self.show_bytes(doing, progress.done, progress.total)
@@ -132,11 +128,11 @@ class Terminal:
             self.show_status(f"{progress.stage} files")
 
     def show_status(self, text: str) -> None:
-        """Shows a line with the time that this takes, until `clear` or the next line."""
+        """Shows a line with the elapsed time, until `clear` or the next line."""
         self._show(text)
 
     def show_bytes(self, text: str, done: int, total: int) -> None:
-        """Shows a bar of bytes with their rate and the time left, until `clear` or the next line."""
+        """Shows a progress bar with the rate and the time left, until `clear` or the next line."""
         if not self._bar:
             self._show(text, total)
             self._bar = self._live is not None
@@ -145,7 +141,7 @@ class Terminal:
 
     @contextlib.contextmanager
     def describing(self, describe: Callable[[], str]) -> Iterator[None]:
-        """Within this block a line is shown that `describe` makes anew several times a second, from another thread."""
+        """Within this block shows a line that `describe`, called in another thread, updates several times a second."""
         self._describe = describe
         self._show("", describe=describe)
         try:
@@ -155,7 +151,7 @@ class Terminal:
             self.clear()
 
     def clear(self) -> None:
-        """Takes away whatever progress is shown."""
+        """Clears the progress shown."""
         if self._live is not None:
             self._live.stop()
             self._live = self._task = self._shown = None
@@ -208,19 +204,20 @@ class Terminal:
         """Within this block Ctrl-C ends the process within a second, even while XLA compiles.
 
         Args:
-            patient: if the block does not react, the first Ctrl-C only says so and the second ends the process.
-            hint: how it says so.
+            patient: whether the first Ctrl-C only prints the hint if the block does not react, and the second ends the
+                process.
+            hint: to print.
         """
 
         def show_hint() -> None:
-            if self.shows and self._describe is None:  # a line that is described says so itself
+            if self.shows and self._describe is None:  # whose line has the hint
                 self._raw_to_stderr(f"\r\n{hint}\r\n".encode())
 
         with interrupts_end_within_a_second(patient=patient, hint=show_hint, leave=self._leave_terminal):
             yield
 
     def abort(self, sentence: str | None, code: int) -> None:
-        """Ends the process at once, from any thread, with a line that says why."""
+        """Ends the process immediately, from any thread, after printing an error."""
         self._restore_terminal()
         if sentence is not None:
             self._raw_to_stderr(f"grok1: error: {sentence}\n".encode())
@@ -246,7 +243,7 @@ class Terminal:
         self._restore_terminal()
 
     def _restore_terminal(self) -> None:
-        # The main thread may hold any lock: nothing here takes one.
+        # The main thread may hold any lock, so nothing here takes one.
         if _is_terminal(sys.stderr):
             self._raw_to_stderr(b"\r\x1b[2K\x1b[?25h" if self._live is not None else b"\r\n")
 
@@ -257,13 +254,13 @@ class Terminal:
 
 
 pass_terminal = click.make_pass_decorator(Terminal, ensure=True)
-"""Decorator that gives a command the `Terminal` as its first argument."""
+"""Decorator that passes the `Terminal` as a command's first argument."""
 
 
 def _is_terminal(stream: Any) -> bool:
     try:
         return stream is not None and stream.isatty()
-    except ValueError:  # it has been closed
+    except ValueError:  # closed
         return False
 
 

@@ -1,4 +1,4 @@
-"""Texts that come from an argument, a file or standard input."""
+"""Texts from an argument, a file or standard input."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def stdin_is_terminal() -> bool:
 
 
 def given_text(argument: str | None, file: Path | None, *, argument_name: str, file_option: str) -> str | None:
-    """The text of an argument, a file, or stdin; None if there is no argument, no file, and stdin is a terminal.
+    """Reads a text from an argument, a file or stdin; None if neither is given and stdin is a terminal.
 
-    From a file or stdin, one newline at the very end is not part of the text.
+    One newline at the end of a file or stdin is not part of the text.
 
     Args:
         argument: the text itself, or "-" for stdin.
         file: a file to read.
-        argument_name: what the argument is called in messages.
-        file_option: what the option of the file is called in messages.
+        argument_name: name of the argument in messages.
+        file_option: name of the file's option in messages.
 
     Raises:
         RequestError: if the text cannot be read or is not UTF-8.
@@ -42,16 +42,16 @@ def given_text(argument: str | None, file: Path | None, *, argument_name: str, f
 
 
 def checked_argument(text: str, name: str) -> str:
-    """The same text, if it was UTF-8 on the command line.
+    """Returns an argument unchanged.
 
     Raises:
-        RequestError: if it was not.
+        RequestError: if it was not UTF-8 on the command line.
     """
     return decode_utf8(text.encode("utf-8", "surrogateescape"), name)
 
 
 def read_file(path: Path) -> bytes:
-    """The content of a file.
+    """Reads a file.
 
     Raises:
         RequestError: if it cannot be read.
@@ -63,10 +63,10 @@ def read_file(path: Path) -> bytes:
 
 
 def read_stdin() -> bytes:
-    """All of standard input.
+    """Reads standard input to its end.
 
     Raises:
-        RequestError: if there is none or it cannot be read.
+        RequestError: if it is closed or cannot be read.
     """
     if sys.stdin is None:
         raise RequestError("standard input is closed: give the text as an argument or in a file")

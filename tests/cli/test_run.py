@@ -188,7 +188,13 @@ def test_tokenizers_that_are_missing_or_of_another_vocabulary(grok1, checkpoint,
 
 
 @pytest.mark.parametrize(
-    "arguments", [("run", "A word", "-n", 2), ("score", "--text", "A word"), ("batch", "-", "--format", "txt", "-n", 2)]
+    "arguments",
+    [
+        ("run", "A word", "-n", 2),
+        ("score", "--text", "A word"),
+        ("batch", "-", "--format", "txt", "-n", 2),
+        ("bench", "--prompt", 8, "--decode", 2),
+    ],
 )
 def test_checkpoint_and_tokenizer_are_read_once(arguments, grok1, checkpoint, monkeypatch):
     read = []
