@@ -1,4 +1,4 @@
-"""`grok1 bench`: what a model reaches on the devices at hand."""
+"""`grok1 bench`: measures the speed of a model on the devices of this machine."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from grok1.diagnose.bench import Limits, Measurement
     from grok1.model import Model
 
-_PROMPT = 512  # tokens, unless the user says otherwise
+_PROMPT = 512  # tokens, by default
 
-# Options that say what to measure, and how.
+# Options that have no effect with --devices.
 _OF_MEASURING = (
     *("checkpoint", "tokenizer", "mesh", "dtype", "load_memory"),
     *("preset_name", "layers", "prompt", "batch", "decode", "plot"),
@@ -139,7 +139,7 @@ def command(
             for sequences in batch:
                 terminal.show_status(f"measuring {sequences} x {tokens} tokens")
                 measured.append(measure(model, tokens, sequences, decode))
-        peak = memory.peak_resident_bytes()  # before what the next step takes
+        peak = memory.peak_resident_bytes()  # without the next step
         terminal.show_status("measuring how fast memory can be read")
         limits = measure_limits(model)
     terminal.clear()
@@ -160,7 +160,7 @@ def command(
 
 
 def _refuse(*names: str, because: str) -> None:
-    """Makes sure that none of these options is on the command line, where it would do nothing."""
+    """Refuses options of these names on the command line, where they would have no effect."""
     for parameter in click.get_current_context().command.params:
         if parameter.name in names and is_given(parameter.name):
             raise click.UsageError(f"{because}: leave out {max(parameter.opts, key=len)}.")
@@ -174,14 +174,18 @@ def _measurable(
     batch: tuple[int, ...],
     decode: int,
 ) -> tuple[int, ...]:
-    """The lengths of prompts to measure. What cannot be measured is told before hundreds of gigabytes are loaded."""
+    """The lengths of prompts to measure.
+
+    Raises:
+        Grok1Error: if they cannot be measured, which should be reported before hundreds of gigabytes are loaded.
+    """
     devices = start_jax(terminal, choice.threads)
     from grok1.diagnose.bench import check_measurable, longest_prompt
     from grok1.params.sharding import make_mesh
     from grok1.plan.verdict import require_room
 
     data, room = 1, None
-    if choice.runtime is None:  # otherwise it takes all processes to tell, when they load
+    if choice.runtime is None:  # several processes find it out together, when they load
         rows, shards = make_mesh(config, choice.mesh, devices).devices.shape
         data = int(rows)
         room = require_room(config, (data, shards), devices, choice.dtype or default_dtype(devices[0].platform))
@@ -291,16 +295,14 @@ def _tell_devices(terminal: Terminal, choice: ModelChoice, as_json: bool) -> Non
     from grok1.ops.cpu import library as cpu
     from grok1.ops.kernels import kernels_in_use
 
-    terminal.clear()
     platform = devices[0].platform
     used = kernels_in_use(devices[0], choice.kernels)  # type: ignore[arg-type]
     terminal.clear()
-    threads = thread_count()
-    limits = [  # of devices of other processes nothing is known here
+    limits = [  # unknown for devices of other processes
         (device.memory_stats() or {}).get("bytes_limit") if device.process_index == jax.process_index() else None
         for device in devices
     ]
-    machine = memory.total_bytes()
+    threads, machine = thread_count(), memory.total_bytes()
     if as_json:
         for device, limit in zip(devices, limits, strict=True):
             fields = {"id": device.id, "platform": device.platform, "kind": device.device_kind, "kernels": used.name}
@@ -324,7 +326,7 @@ def _tell_devices(terminal: Terminal, choice: ModelChoice, as_json: bool) -> Non
 
 
 def _require_place(path: Path) -> None:
-    """Makes sure that a file can be written beside which a scratch file can."""
+    """Checks that the picture can be written, before anything is measured."""
     try:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:

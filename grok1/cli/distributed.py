@@ -1,4 +1,4 @@
-"""Commands as one of several processes: meeting the others, following process 0, and ending together."""
+"""Runs a command as one of several processes: joins the others, follows process 0, and ends with them."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ if TYPE_CHECKING:
     from grok1.multihost.cluster import Cluster
     from grok1.multihost.runtime import Runtime
 
-# Options that each process may have of its own.
+# Options that may differ between processes.
 _OWN = {
     *("checkpoint", "tokenizer", "threads", "load_memory", "quiet", "verbose"),
     *("distributed", "coordinator", "num_processes", "process_id", "coordinator_bind", "start_timeout"),
 }
-_ENVIRONMENT = ("GROK1_KERNELS", "JAX_PLATFORMS")  # variables that have to be the same everywhere
+_ENVIRONMENT = ("GROK1_KERNELS", "JAX_PLATFORMS")  # variables that must be the same in all processes
 
 _TERMINATION_SECONDS = 20.0
 
 
 @contextlib.contextmanager
 def joined(find_cluster: Callable[[], Cluster], choice: ModelChoice) -> Iterator[Runtime]:
-    """Within this block a command is run by several processes, of which this is process 0.
+    """Within this block process 0 of several processes runs the command.
 
-    In any other process the block is never entered: it follows process 0 and ends with it.
+    Other processes do not enter the block: they follow process 0 and end with it.
 
     Args:
-        find_cluster: finds out who takes part.
-        choice: the model, as this process finds it.
+        find_cluster: describes the processes.
+        choice: the model, with this process's paths.
 
     Raises:
-        MultihostError: if the processes do not meet or do not fit together.
+        MultihostError: if the processes cannot connect or do not agree.
     """
     terminal = click.get_current_context().ensure_object(Terminal)
     _keep_results_apart()
@@ -76,7 +76,7 @@ def _join(terminal: Terminal, find_cluster: Callable[[], Cluster]) -> Runtime:
 
     cluster = find_cluster()
     if cluster.process_id != 0:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # process 0 decides what an interrupt ends
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # process 0 handles interrupts for all
     try:
         return join(cluster, _options(), terminal.show_status, reports=terminal.shows)
     except MismatchError:
@@ -86,7 +86,7 @@ def _join(terminal: Terminal, find_cluster: Callable[[], Cluster]) -> Runtime:
 
 
 def _options() -> dict[str, Any]:
-    """What has to be the same in all processes: the command, its options, and some variables."""
+    """What must be the same in all processes: the command, its options, and some variables."""
     context = click.get_current_context()
     told: dict[str, Any] = {"the command": context.info_name}
     for parameter in context.command.params:
@@ -119,9 +119,9 @@ def _follow(terminal: Terminal, runtime: Runtime, choice: ModelChoice) -> None:
 
 
 def _end_patiently(runtime: Runtime) -> None:
-    """Lets process 0 finish what it has begun when all processes are told to terminate, as schedulers do.
+    """Gives process 0 time to finish when all processes receive SIGTERM, as from schedulers.
 
-    A second SIGTERM ends this process at once.
+    A second SIGTERM ends this process immediately.
     """
 
     def end() -> None:
@@ -140,13 +140,13 @@ def _end_patiently(runtime: Runtime) -> None:
 
 
 def _is_exchange(error: Exception) -> bool:
-    """Whether an error may come of another process's death."""
+    """Whether the cause of an error may be the death of another process."""
     text = str(error)
     return type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" not in text
 
 
 def _keep_results_apart() -> None:
-    """Lets nothing but results reach stdout: libraries of JAX's exchange between processors write there."""
+    """Redirects file descriptor 1 except for results: the libraries of JAX's collectives on CPUs write there."""
     if sys.stdout is None:
         return
     with contextlib.suppress(OSError, ValueError):

@@ -20,13 +20,13 @@ def interrupts_end_within_a_second(
 ) -> Iterator[None]:
     """Ends the process with status 130 if the block is not left within a second after SIGINT or SIGTERM.
 
-    Python raises KeyboardInterrupt only between two bytecodes of the main thread. A compilation is one bytecode. So
-    a thread waits for the signal beside it, and ends the process where the exception does not come through.
+    Python raises KeyboardInterrupt only between two bytecodes of the main thread, and a compilation is one bytecode. So
+    a second thread receives the signal too, and ends the process if the exception is not raised.
 
     Args:
-        patient: whether the first signal only gives the hint.
-        hint: says that a second signal ends the process.
-        leave: leaves the terminal as it should be; called from another thread.
+        patient: whether the first signal only calls `hint`.
+        hint: tells the user that a second signal ends the process; called from another thread.
+        leave: restores the terminal; called from another thread.
     """
     if threading.current_thread() is not threading.main_thread() or os.name != "posix":
         yield
@@ -35,7 +35,7 @@ def interrupts_end_within_a_second(
     os.set_blocking(writer, False)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     report_unraisable = sys.unraisablehook
-    # Raised within a callback, the exception is reported and dropped; the watcher then ends the process.
+    # An exception raised in a callback is reported and dropped; the watcher then ends the process.
     sys.unraisablehook = lambda found: None if found.exc_type is KeyboardInterrupt else report_unraisable(found)
     watcher = threading.Thread(target=_watch, args=(reader, patient, hint, leave), name="grok1-interrupt", daemon=True)
     watcher.start()
@@ -69,12 +69,12 @@ def _watch(reader: int, patient: bool, hint: Callable[[], None], leave: Callable
 
 
 class GracefulShutdown:
-    """Requests a stop at the first SIGINT or SIGTERM; the second is a `KeyboardInterrupt`.
+    """Requests a stop at the first SIGINT or SIGTERM; the second raises `KeyboardInterrupt`.
 
-    Outside the block `graceful` the first one is a `KeyboardInterrupt`, too.
+    Outside the block `graceful` the first one does so, too.
 
     Attributes:
-        requested: is set by the first signal.
+        requested: set by the first signal.
     """
 
     def __init__(self) -> None:

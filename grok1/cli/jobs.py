@@ -1,4 +1,4 @@
-"""What `grok1 batch` and `grok1 score` share: from their options to a job, and its reports on the terminal."""
+"""Runs the jobs of `grok1 batch` and `grok1 score`, and reports on the terminal."""
 
 from __future__ import annotations
 

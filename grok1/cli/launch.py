@@ -1,4 +1,4 @@
-"""`grok1 launch`: several processes of one command on this machine."""
+"""`grok1 launch`: runs a command as several processes on this machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from grok1.host.threads import VARIABLE as THREADS_VARIABLE
 from grok1.host.threads import thread_count
 
 _COMMANDS = ("run", "batch", "score", "bench")
-_GRACE_SECONDS = 10.0  # for the others to end when process 0 has
+_GRACE_SECONDS = 10.0  # for the other processes to end after process 0
 _VIRTUAL_DEVICES = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 _GPUS = Path("/proc/driver/nvidia/gpus")
 
@@ -65,7 +65,7 @@ def command(terminal: Terminal, num_processes: int, port: int | None, command_li
             place = ["--coordinator", address, "--num-processes", str(num_processes), "--process-id", str(process)]
             others = None if process == 0 else subprocess.DEVNULL
             silent = None if process == 0 or "--verbose" in arguments else subprocess.DEVNULL
-            # -P: a file of the folder that the user is in cannot stand for a module of Python
+            # -P: files in the current folder do not shadow Python modules
             words = [sys.executable, "-P", "-m", "grok1", name, *place, *arguments]
             environment = {**os.environ, **share, "PYTHONPATH": path}
             processes.append(
@@ -82,7 +82,7 @@ def command(terminal: Terminal, num_processes: int, port: int | None, command_li
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Waits for process 0, which has the terminal's interrupts and those that come to this one; its exit code."""
+    """Waits for process 0, which receives the terminal's interrupts and SIGTERM of this process; its exit code."""
     first = processes[0]
 
     def forward(number: int, frame: object) -> None:
@@ -101,10 +101,10 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Waits for all processes, and ends those that do not end."""
+    """Waits for all processes, and kills those that do not end."""
     end = time.monotonic() + _GRACE_SECONDS
     if processes and processes[0].poll() not in (None, 0):
-        end = time.monotonic() + 2.0  # it may have failed before the others could know of it
+        end = time.monotonic() + 2.0  # it may have failed before the others connected
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, end - time.monotonic()))
@@ -115,7 +115,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _shares(environment: Mapping[str, str], count: int) -> list[dict[str, str]]:
-    """For each process the variables that give it its devices and its cores.
+    """Environment variables that give each process its devices and cores.
 
     Raises:
         MultihostError: if there are not enough devices.
@@ -140,12 +140,12 @@ def _shares(environment: Mapping[str, str], count: int) -> list[dict[str, str]]:
         )
     share = {"JAX_NUM_CPU_DEVICES": str(devices // count)}
     if found:
-        share["XLA_FLAGS"] = _VIRTUAL_DEVICES.sub("", flags).strip()  # XLA takes a blank for the name of a file
+        share["XLA_FLAGS"] = _VIRTUAL_DEVICES.sub("", flags).strip()  # XLA takes a blank for a file name
     return [share | threads for _ in range(count)]
 
 
 def _gpus(environment: Mapping[str, str]) -> list[str]:
-    """The NVIDIA GPUs that may be used, as CUDA_VISIBLE_DEVICES names them."""
+    """The visible NVIDIA GPUs, in the form of CUDA_VISIBLE_DEVICES."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name]
@@ -159,6 +159,6 @@ def _free_port() -> int:
 
 
 def _end_with_parent() -> None:
-    """Has this process, which has just begun, terminated when the one that started it dies; on Linux."""
+    """Has this new process terminated when its parent dies; on Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
