@@ -1,7 +1,6 @@
-"""The numbers that define a model: `ModelConfig`, its derived sizes, and the presets.
+"""The architecture of a model: `ModelConfig`, its derived sizes, and the presets.
 
-A checkpoint says what it is with a `config.json` beside `ckpt-0`; the release itself has none and is the preset
-`grok-1`. Nothing here imports JAX.
+A checkpoint has a `config.json` beside `ckpt-0`; the release has none and is the preset `grok-1`.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ VERSION = "0.1.0"
 """Version of grok1."""
 
 SCALE_GROUPS = 8
-"""Row groups in the scales of a matrix whose input dimension the release split over its 8 devices."""
+"""Scale groups of a matrix whose input dimension the release split over its 8 devices."""
 
 DTypeName = Literal["float32", "bfloat16"]
-"""Dtypes of activations and of the key/value cache."""
+"""Dtypes of activations and of the KV cache."""
 
 KernelsName = Literal["auto", "native", "xla"]
-"""What users may ask to compute: the platform's own kernels or XLA's."""
+"""Kernel implementations: "native" is hand-written for the platform."""
 
 _MAX_SIZE = 2**31 - 1  # every index into an axis is an int32 on the device
 _MAX_LAYERS = 4096
@@ -37,7 +36,7 @@ class ModelConfig:
     Field names are those of the release's own config classes and the keys of `config.json`.
 
     Raises:
-        ConfigError: on construction, if the numbers do not describe a model that can be built.
+        ConfigError: on construction, if a value is invalid.
     """
 
     vocab_size: int = 131072
@@ -54,7 +53,7 @@ class ModelConfig:
     embedding_multiplier_scale: float = 78.38367176906169
     output_multiplier_scale: float = 0.5773502691896257
 
-    # What the architecture fixes and no config changes.
+    # The same for every model.
     pad_id: ClassVar[int] = 0
     bos_id: ClassVar[int] = 1
     eos_id: ClassVar[int] = 2
@@ -113,18 +112,18 @@ class ModelConfig:
 
     @property
     def ffn_size(self) -> int:
-        """Width of an expert: two thirds of `widening_factor * emb_size`, up to a multiple of 8."""
+        """Width of an expert: two thirds of `widening_factor * emb_size`, rounded up to a multiple of 8."""
         size = int(self.widening_factor * self.emb_size) * 2 // 3
         return size + (8 - size) % 8
 
     @property
     def num_parameters(self) -> int:
-        """Weights of the whole model, not counting the scales of quantised ones."""
+        """Number of weights, without scales."""
         return self._parameters(self.num_experts)
 
     @property
     def num_active_parameters(self) -> int:
-        """Weights that one token uses, not counting scales."""
+        """Number of weights that one token uses, without scales."""
         return self._parameters(self.num_selected_experts)
 
     def _parameters(self, experts: int) -> int:
@@ -139,14 +138,14 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str = "config.json") -> ModelConfig:
-        """Reads the text of a `config.json`.
+        """Parses a `config.json`.
 
         Args:
             text: a JSON object with every field of this class and no other key.
             source: the file's name for messages.
 
         Raises:
-            ConfigError: if the text is no such object or the config is impossible.
+            ConfigError: if it is anything else, or a value is invalid.
         """
         try:
             values: Any = json.loads(text)
@@ -171,7 +170,7 @@ class ModelConfig:
         """Reads a `config.json` file.
 
         Raises:
-            ConfigError: if the file cannot be read or is no config.
+            ConfigError: if the file cannot be read or is invalid.
         """
         try:
             with path.open("rb") as file:
@@ -204,7 +203,7 @@ PRESETS: dict[str, ModelConfig] = {
         key_size=8,
         num_q_heads=16,
         num_kv_heads=8,
-        num_layers=12,  # past ten, so that the order of the layers' files shows
+        num_layers=12,  # more than ten, which tests the order of the files
         widening_factor=6,
         sequence_len=512,
         attn_output_multiplier=8**-0.5,
@@ -239,23 +238,19 @@ The release, some of its layers, random models of 20 million and 3.3 billion wei
 """
 
 TRAINED = {"bard": "checkpoint/bard.zip"}
-"""Presets with trained weights that come with the package: the path of each one's archive in it."""
+"""Presets with trained weights, and the path in the package of each one's archive."""
 
 
 def default_dtype(platform: str) -> DTypeName:
-    """The dtype of activations on a platform: bfloat16 on accelerators, float32 on "cpu", which it suits better."""
+    """The default dtype of activations on a JAX platform."""
     return "float32" if platform == "cpu" else "bfloat16"
 
 
 def preset(name: str, layers: int | None = None) -> ModelConfig:
-    """The preset of that name.
-
-    Args:
-        name: a name of `PRESETS`.
-        layers: how many there are to be; by default as many as it has.
+    """The preset of a name, with `layers` layers instead of its own if given.
 
     Raises:
-        ConfigError: if there is none, or there cannot be so many layers.
+        ConfigError: if there is no such preset, or the number of layers is invalid.
     """
     try:
         config = PRESETS[name]

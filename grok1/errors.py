@@ -1,53 +1,53 @@
 """The errors that a user can cause.
 
-Each carries one sentence that says what was found, what was expected and what to do. They are raised where the
-cause is known and caught once, in `grok1.cli`, which prints the sentence and exits with status 1.
+Their messages are one sentence: what was found, what was expected, and how to fix it. They are raised where the cause
+is known and caught once, in `grok1.cli`.
 """
 
 
 class Grok1Error(Exception):
-    """Base of every error that a user can cause; `str(error)` is the sentence the user reads."""
+    """Base class; `str(error)` is the sentence that the user reads."""
 
 
 class ConfigError(Grok1Error):
-    """A model config that cannot be built, or a `config.json` that cannot be read."""
+    """An invalid model config, or a `config.json` that cannot be read."""
 
 
 class CheckpointError(Grok1Error):
-    """A checkpoint that is missing, damaged, not in the release's format, or that cannot be written."""
+    """A checkpoint that is missing, damaged or not in the release's format, or that cannot be written."""
 
 
 class TokenizerError(Grok1Error):
-    """A tokenizer that is missing, unreadable or made for another vocabulary."""
+    """A tokenizer that is missing, cannot be read, or has another vocabulary than the model."""
 
 
 class MeshError(Grok1Error):
-    """A device mesh that the devices or the model cannot be divided by."""
+    """A device mesh that does not fit the devices or the model."""
 
 
 class DeviceKindError(Grok1Error):
-    """A kind of device that is not known, or whose memory is not."""
+    """A kind of device that is unknown, or whose memory is."""
 
 
 class TooSmallError(Grok1Error):
-    """Devices without room for a model."""
+    """Devices with too little memory for a model."""
 
 
 class KernelsError(Grok1Error):
-    """Kernels that were asked for and cannot be had."""
+    """Native kernels that are unavailable."""
 
 
 class CompileError(Grok1Error):
-    """A program that the compiler cannot make for a device, or a compiler that is not installed."""
+    """A program that cannot be compiled for a device, or a compiler that is not installed."""
 
 
 class RequestError(Grok1Error, ValueError):
-    """A request that cannot be served: an empty or too long prompt, or a sampling option out of range."""
+    """An invalid request: an empty or too long prompt, or a sampling option out of range."""
 
 
 class JobError(Grok1Error):
-    """A file of rows that cannot be worked on, or results that cannot be kept."""
+    """A file of rows that cannot be processed, or results that cannot be written."""
 
 
 class MultihostError(Grok1Error):
-    """Processes that cannot work together, or of which one is gone."""
+    """Processes that cannot run together, or of which one has died."""

@@ -1,4 +1,4 @@
-"""What a long operation reports while it runs. Nothing here imports JAX."""
+"""Progress reports of long operations."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a long step is doing.
+    """What a long operation is doing.
 
     Attributes:
         stage: "checking" files, "loading" weights, "compiling" a program, "running" it for the first time, or "reading"
             a long prompt.
-        detail: what in particular; of loading in several processes, which is the slowest, whose bytes these are.
-        done: bytes loaded or tokens read; 0 where it is not known.
-        total: bytes to load or tokens to read; 0 where it is not known.
+        detail: the checkpoint, the program, or when several processes load, the slowest one, whose bytes are counted.
+        done: bytes loaded or tokens read; 0 if unknown.
+        total: bytes to load or tokens to read; 0 if unknown.
     """
 
     stage: Literal["checking", "loading", "compiling", "running", "reading"]

@@ -1,4 +1,4 @@
-"""Requests to complete a prompt, their sampling options, and log-probabilities. Nothing here imports JAX."""
+"""Requests to complete a prompt, their sampling options, and log-probabilities."""
 
 from __future__ import annotations
 

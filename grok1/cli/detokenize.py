@@ -45,10 +45,10 @@ def command(terminal: Terminal, ids: tuple[str, ...], choice: ModelChoice, as_js
 
 
 def parsed_ids(text: str) -> list[int]:
-    """Token ids of a JSON list, or with spaces, newlines or commas between.
+    """Parses token ids in a JSON list, or separated by spaces, newlines or commas.
 
     Raises:
-        RequestError: if something else is among them.
+        RequestError: if the text contains anything else.
     """
     if text.lstrip().startswith("["):
         return json_ids(text, "the list")
@@ -63,10 +63,10 @@ def parsed_ids(text: str) -> list[int]:
 
 
 def json_ids(text: str, source: str) -> list[int]:
-    """Token ids of a JSON list.
+    """Parses a JSON list of token ids.
 
     Raises:
-        RequestError: if the text is no such list.
+        RequestError: if the text is anything else.
     """
     try:
         values = json.loads(text)

@@ -143,13 +143,13 @@ def _check_options(preset: str, hollow: bool) -> None:
 
 
 def _tokenizer(terminal: Terminal, config: ModelConfig, file: Path | None) -> tuple[ModelConfig, bytes | None]:
-    """The config with the vocabulary of the tokenizer to write, and that tokenizer."""
+    """The config with the vocabulary size of the tokenizer to write, and the tokenizer's file."""
     if file is not None:
         from grok1.text.tokenizer import Tokenizer
 
         size = Tokenizer.read(file).vocab_size
         return dataclasses.replace(config, vocab_size=size), file.read_bytes()
-    if config.vocab_size == PRESETS["grok-1"].vocab_size:  # whose tokenizer exists already, with the release's code
+    if config.vocab_size == PRESETS["grok-1"].vocab_size:  # its tokenizer comes with the release's code
         return config, None
     from grok1.text.train_tokenizer import train_small_tokenizer
 

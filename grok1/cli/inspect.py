@@ -1,4 +1,4 @@
-"""`grok1 inspect`: what is in a checkpoint."""
+"""`grok1 inspect`: shows what a checkpoint contains."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _tensor_fields(tensor: TensorEntry) -> dict[str, Any]:
 
 
 def _facts(inspection: Inspection) -> str:
-    """The checkpoint's and the model's main numbers, one a line."""
+    """Sizes of the checkpoint and the model, one per line."""
     config, size = inspection.config, inspection.file_bytes
     facts = [
         ("checkpoint", str(inspection.directory)),
@@ -107,7 +107,7 @@ def _facts(inspection: Inspection) -> str:
 
 
 def _kind_lines(inspection: Inspection) -> str:
-    """A line for each kind, and one more for each further shape of a kind."""
+    """A row for each kind, and one for each further shape of a kind."""
     rows = [("kind", "files", "bytes", "share", "shapes", "dtype", "scales")]
     for kind in inspection.kinds():
         share = f"{100 * kind.file_bytes / inspection.file_bytes:.3f} %"

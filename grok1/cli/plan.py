@@ -1,4 +1,4 @@
-"""`grok1 plan`: what fits where, and how fast it could be."""
+"""`grok1 plan`: estimates memory and speed on given devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`grok1 score`: how likely the model finds a text."""
+"""`grok1 score`: computes log-probabilities of texts."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def command(
 
 
 def in_one_line(piece: str) -> str:
-    """A piece with backslash, newline and other characters that do not print written as escapes."""
+    """Escapes backslashes and unprintable characters of a piece."""
     return "".join(
         character if character.isprintable() and character != "\\" else character.encode("unicode_escape").decode()
         for character in piece

@@ -1,4 +1,4 @@
-"""`grok1 verify`: whether a checkpoint is whole and sane."""
+"""`grok1 verify`: checks that a checkpoint is complete and valid."""
 
 from __future__ import annotations
 
