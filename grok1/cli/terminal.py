@@ -45,8 +45,6 @@ class Terminal:
         self.interrupted = False
         self._live: Any = None
         self._shown: str | None = None
-        self._task: Any = None
-        self._bar = False
         self._mid_line = False
         self._describe: Callable[[], str] | None = None
         self.on_leave: Callable[[], None] | None = None
@@ -133,11 +131,10 @@ class Terminal:
 
     def show_bytes(self, text: str, done: int, total: int) -> None:
         """Shows a progress bar with the rate and the time left, until `clear` or the next line."""
-        if not self._bar:
+        if self._live is None or self._live.tasks[0].total is None:
             self._show(text, total)
-            self._bar = self._live is not None
         if self._live is not None:
-            self._live.update(self._task, description=text, completed=done, total=total)
+            self._live.update(self._live.task_ids[0], description=text, completed=done, total=total)
 
     @contextlib.contextmanager
     def describing(self, describe: Callable[[], str]) -> Iterator[None]:
@@ -154,8 +151,7 @@ class Terminal:
         """Clears the progress shown."""
         if self._live is not None:
             self._live.stop()
-            self._live = self._task = self._shown = None
-            self._bar = False
+            self._live = self._shown = None
 
     def _show(self, text: str, total: int | None = None, describe: Callable[[], str] | None = None) -> None:
         if not self.shows or self._shown == text or (self._mid_line and self.shows_results):
@@ -195,7 +191,7 @@ class Terminal:
         self._live = Progress(
             *columns, console=Console(stderr=True), transient=True, redirect_stdout=False, expand=False
         )
-        self._task = self._live.add_task(text, total=total)
+        self._live.add_task(text, total=total)
         self._shown = text
         self._live.start()
 
