@@ -18,25 +18,15 @@ MAX_SEED = 2**63 - 1
 
 
 class _OptionMetadata(TypedDict, total=False):
-    """What is known about a sampling option besides its type and default.
+    """What is known about a sampling option besides its type and default."""
 
-    Attributes:
-        help: of the option on the command line.
-        names: on the command line; by default the field's name with dashes.
-        metavar: for its value in the help.
-        valid: whether a value is in range; by default every value is.
-        expected: the range, for messages.
-        dtype: of its array on the device, if it is applied there; see `grok1.engine.sampling`.
-        neutral: the value that has no effect there.
-    """
-
-    help: Required[str]
-    names: tuple[str, ...]
+    help: Required[str]  # on the command line
+    names: tuple[str, ...]  # on the command line; by default the field's name with dashes
     metavar: str
-    valid: Callable[[Any], bool]
-    expected: str
-    dtype: str
-    neutral: float
+    valid: Callable[[Any], bool]  # whether a value is in range; without it every value is
+    expected: str  # the range, for messages
+    dtype: str  # of its array on the device, if it is applied there: see `grok1.engine.sampling`
+    neutral: float  # the value that has no effect there
 
 
 def sampling_option(default: Any, **metadata: Unpack[_OptionMetadata]) -> Any:

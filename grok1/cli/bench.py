@@ -12,7 +12,7 @@ import click
 
 from grok1.cli.columns import columns
 from grok1.cli.loading import ModelChoice, load_model, open_model, start_jax
-from grok1.cli.options import LAYERS, Numbers, is_given, model_options, output_options
+from grok1.cli.options import Numbers, is_given, layers_option, model_options, output_options
 from grok1.cli.terminal import OutputError, Terminal, pass_terminal
 from grok1.config import PRESETS, VERSION, ModelConfig, default_dtype, preset
 from grok1.host.atomic_write import whole_file
@@ -50,7 +50,7 @@ def _plot_file(ctx: click.Context, param: click.Parameter, value: Path | None) -
     type=click.Choice(list(PRESETS)),
     help="Measure this model with random weights, made in memory, instead of a checkpoint.",
 )
-@LAYERS
+@layers_option
 @click.option(
     "--prompt",
     type=Numbers(),

@@ -16,3 +16,11 @@ def columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
         ]
         lines.append("  ".join(cells).rstrip() + "\n")
     return "".join(lines)
+
+
+def in_one_line(piece: str) -> str:
+    """Escapes backslashes and unprintable characters of a piece."""
+    return "".join(
+        character if character.isprintable() and character != "\\" else character.encode("unicode_escape").decode()
+        for character in piece
+    )

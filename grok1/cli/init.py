@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from grok1.cli.options import LAYERS, is_given, output_options
+from grok1.cli.options import is_given, layers_option, output_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.config import PRESETS, TRAINED, ModelConfig
 from grok1.config import preset as preset_config
@@ -27,7 +27,7 @@ from grok1.jobs.result_json import json_line
     help="Model to write. bard has 5 million weights, trained on Shakespeare. The others have random weights: tiny 20 "
     "million, bench-3b 3.3 billion, grok-1 as many as the release (318 GB), grok-1-slice 8 of its 64 layers.",
 )
-@LAYERS
+@layers_option
 @click.option(
     "--seed",
     type=click.IntRange(min=0),

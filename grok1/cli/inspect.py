@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from grok1.cli.columns import columns
-from grok1.cli.options import CHECKPOINT_ARGUMENT, output_options
+from grok1.cli.options import checkpoint_argument, output_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.jobs.result_json import json_line
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command("inspect", short_help="Show what is in a checkpoint.")
-@CHECKPOINT_ARGUMENT
+@checkpoint_argument
 @click.option(
     "--tensors",
     is_flag=True,

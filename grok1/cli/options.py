@@ -90,7 +90,7 @@ class Numbers(click.ParamType):
         return numbers
 
 
-CHECKPOINT = click.option(
+_CHECKPOINT = click.option(
     "-c",
     "--checkpoint",
     type=click.Path(path_type=Path),
@@ -101,7 +101,7 @@ CHECKPOINT = click.option(
     metavar="DIR",
     help="The folder that holds ckpt-0, or is it.",
 )
-TOKENIZER = click.option(
+_TOKENIZER = click.option(
     "--tokenizer",
     type=click.Path(path_type=Path),
     envvar="GROK1_TOKENIZER",
@@ -109,16 +109,16 @@ TOKENIZER = click.option(
     metavar="FILE",
     help="The SentencePiece model of the checkpoint.  [default: tokenizer.model in or beside the checkpoint]",
 )
-CHECKPOINT_ARGUMENT = click.argument(
+checkpoint_argument = click.argument(
     "directory", metavar="[DIR]", type=click.Path(path_type=Path), envvar="GROK1_CHECKPOINT", default="checkpoints"
 )
-LAYERS = click.option(
+layers_option = click.option(
     "--layers",
     type=click.IntRange(1, 4096),
     metavar="N",
     help="Give the preset this many layers instead of its own.",
 )
-MESH = click.option(
+mesh_option = click.option(
     "--mesh",
     type=_MeshType(),
     metavar="DATA,MODEL",
@@ -217,7 +217,7 @@ def tokenizer_choice_options(command: Command) -> Command:
     def with_choice(*args: Any, **given: Any) -> Any:
         return command(*args, choice=_take_choice(given), **given)
 
-    return CHECKPOINT(TOKENIZER(with_choice))  # type: ignore[return-value]
+    return _CHECKPOINT(_TOKENIZER(with_choice))  # type: ignore[return-value]
 
 
 def model_options(command: Command) -> Command:
@@ -249,7 +249,7 @@ def model_options(command: Command) -> Command:
         with joined(find_cluster, choice) as runtime:
             return command(*args, choice=dataclasses.replace(choice, runtime=runtime), **given)
 
-    options = _options(CHECKPOINT, TOKENIZER, MESH, _DTYPE, _LOAD_MEMORY, _KERNELS, _THREADS, _PROCESSES)
+    options = _options(_CHECKPOINT, _TOKENIZER, mesh_option, _DTYPE, _LOAD_MEMORY, _KERNELS, _THREADS, _PROCESSES)
     return options(with_choice)  # type: ignore[return-value]
 
 

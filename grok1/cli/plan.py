@@ -11,7 +11,7 @@ import click
 
 from grok1.cli.columns import columns
 from grok1.cli.loading import prepare_jax, start_jax
-from grok1.cli.options import LAYERS, MESH, ByteSize, Numbers, is_given, output_options
+from grok1.cli.options import ByteSize, Numbers, is_given, layers_option, mesh_option, output_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.config import PRESETS, DTypeName, ModelConfig, preset
 from grok1.host.sizes import format_bytes
@@ -55,7 +55,7 @@ _PROMPT = 2048  # tokens, for the speed of prefill
     help="Bytes a second that each device can read from its memory, or the machine for cpu, such as 3.35TB.  [default: "
     "what the kind has; for cpu, that of a server with 8 channels of DDR4-3200]",
 )
-@MESH
+@mesh_option
 @click.option(
     "--dtype",
     type=click.Choice(get_args(DTypeName)),
@@ -69,7 +69,7 @@ _PROMPT = 2048  # tokens, for the speed of prefill
     show_default=True,
     help="Plan for this model.",
 )
-@LAYERS
+@layers_option
 @click.option(
     "-c",
     "--checkpoint",

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from grok1.cli.detokenize import json_ids, parsed_ids
+from grok1.cli.columns import in_one_line
 from grok1.cli.loading import ModelChoice
 from grok1.cli.options import batch_size_option, job_options, model_options, output_options
 from grok1.cli.terminal import Terminal, pass_terminal
-from grok1.cli.text_input import checked_argument, read_file, read_stdin, stdin_is_terminal
-from grok1.cli.tokenize import in_one_line
+from grok1.cli.text_input import checked_argument, json_ids, parsed_ids, read_file, read_stdin, stdin_is_terminal
 from grok1.jobs.result_json import json_line, score_object
 from grok1.jobs.source import decode_utf8
 from grok1.request import MAX_LOGPROBS

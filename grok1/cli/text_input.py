@@ -1,7 +1,8 @@
-"""Texts from an argument, a file or standard input."""
+"""Texts and token ids from arguments, files and standard input."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -74,3 +75,41 @@ def read_stdin() -> bytes:
         return sys.stdin.buffer.read()
     except OSError as error:
         raise RequestError(f"cannot read standard input ({error.strerror})") from None
+
+
+def parsed_ids(text: str) -> list[int]:
+    """Parses token ids in a JSON list, or separated by spaces, newlines or commas.
+
+    Raises:
+        RequestError: if the text contains anything else.
+    """
+    if text.lstrip().startswith("["):
+        return json_ids(text, "the list")
+    numbers = []
+    for word in text.replace(",", " ").split():
+        if not (word.isascii() and word.isdigit()):
+            raise RequestError(f"{word!r} is no token id: expected whole numbers from 0 on")
+        if len(word) > 18:
+            raise RequestError(f"{word[:18]}… is no token id: it has {len(word)} digits")
+        numbers.append(int(word))
+    return numbers
+
+
+def json_ids(text: str, source: str) -> list[int]:
+    """Parses a JSON list of token ids.
+
+    Raises:
+        RequestError: if the text is anything else.
+    """
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{source} is not JSON ({error}): expected a list of token ids") from None
+    if not isinstance(values, list):
+        raise RequestError(
+            f"{source} holds a JSON {type(values).__name__}, expected a list of token ids such as [422, 3033]"
+        )
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise RequestError(f"{value!r} in {source} is no token id: expected whole numbers from 0 on")
+    return values

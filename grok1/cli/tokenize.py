@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from grok1.cli.columns import in_one_line
 from grok1.cli.loading import ModelChoice
 from grok1.cli.options import output_options, tokenizer_choice_options
 from grok1.cli.terminal import Terminal, pass_terminal
@@ -59,11 +60,3 @@ def command(
         terminal.write("".join(f"{token}\t{in_one_line(piece)}\n" for token, piece in lines))
     else:
         terminal.write(" ".join(map(str, ids)) + "\n")
-
-
-def in_one_line(piece: str) -> str:
-    """Escapes backslashes and unprintable characters of a piece."""
-    return "".join(
-        character if character.isprintable() and character != "\\" else character.encode("unicode_escape").decode()
-        for character in piece
-    )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from grok1.cli.options import CHECKPOINT_ARGUMENT, output_options
+from grok1.cli.options import checkpoint_argument, output_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.jobs.result_json import json_line
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command("verify", short_help="Check that a checkpoint is whole and sane.")
-@CHECKPOINT_ARGUMENT
+@checkpoint_argument
 @click.option(
     "--content",
     is_flag=True,
