@@ -72,8 +72,9 @@ def main() -> int:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
     terminal = Terminal()
     code = execute(sys.argv[1:], terminal, terminal.end_soon)
-    if terminal.interrupted and "jax" in sys.modules:
-        # XLA may still be compiling in another thread, and crashes when the interpreter is finalized.
+    if terminal.interrupted:
+        # XLA may still be compiling in another thread, and crashes when the interpreter is finalized. And after some
+        # interrupts, of `eval` and `exec`, Python ends itself with SIGINT instead of this code.
         os._exit(code)
     return code
 

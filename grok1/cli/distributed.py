@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from grok1.cli.loading import ModelChoice, prepare_jax, start_jax
+from grok1.cli.loading import ModelChoice, import_jax, start_jax
 from grok1.cli.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def joined(find_cluster: Callable[[], Cluster], choice: ModelChoice) -> Iterator
     """
     terminal = click.get_current_context().ensure_object(Terminal)
     _keep_results_apart()
-    prepare_jax(terminal, choice.threads)
+    import_jax(terminal, choice.threads)
     with terminal.interruptible():
         runtime = _join(terminal, find_cluster)
         if runtime.leads:
@@ -71,7 +71,6 @@ def joined(find_cluster: Callable[[], Cluster], choice: ModelChoice) -> Iterator
 
 
 def _join(terminal: Terminal, find_cluster: Callable[[], Cluster]) -> Runtime:
-    terminal.show_status("starting JAX")
     from grok1.multihost.join import MismatchError, join
 
     cluster = find_cluster()

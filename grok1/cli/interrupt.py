@@ -68,6 +68,31 @@ def _watch(reader: int, patient: bool, hint: Callable[[], None], leave: Callable
                 timeout = _GRACE_SECONDS
 
 
+@contextlib.contextmanager
+def interrupts_end_at_once(leave: Callable[[], None]) -> Iterator[None]:
+    """Within this block SIGINT ends the process with status 130.
+
+    An exception raised while JAX's extension modules are imported crashes the process.
+
+    Args:
+        leave: restores the terminal.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        leave()
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class GracefulShutdown:
     """Requests a stop at the first SIGINT or SIGTERM; the second raises `KeyboardInterrupt`.
 

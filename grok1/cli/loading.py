@@ -82,17 +82,20 @@ def open_model(choice: ModelChoice, terminal: Terminal) -> tuple[Checkpoint, Tok
     return checkpoint, tokenizer
 
 
-def prepare_jax(terminal: Terminal, threads: int | None = None) -> None:
-    """Sets the environment variables that JAX reads when it is imported.
+def import_jax(terminal: Terminal, threads: int | None = None) -> None:
+    """Imports JAX, after setting the environment variables that it reads then; Ctrl-C ends the process immediately.
 
     Without --verbose XLA does not log to stderr. XLA may use more of a GPU's memory than its default of three quarters.
     `threads` is the number of CPU threads; None uses one per physical core.
     """
+    terminal.show_status("starting JAX")
     set_threads(threads)
     if not terminal.verbose:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_MEMORY_FRACTION)
+    with terminal.importing():
+        import jax  # noqa: F401
 
 
 def start_jax(terminal: Terminal, threads: int | None = None) -> Sequence[jax.Device]:
@@ -101,8 +104,7 @@ def start_jax(terminal: Terminal, threads: int | None = None) -> Sequence[jax.De
     Raises:
         Grok1Error: if it finds none.
     """
-    terminal.show_status("starting JAX")
-    prepare_jax(terminal, threads)
+    import_jax(terminal, threads)
     import jax
 
     try:
@@ -148,8 +150,9 @@ def load_model(
     """
     start = time.perf_counter()
     start_jax(terminal, choice.threads)
-    from grok1.model import load, random_model
-    from grok1.model.worker import tell_load, tell_random
+    with terminal.importing():
+        from grok1.model import load, random_model
+        from grok1.model.worker import tell_load, tell_random
 
     shared: dict[str, Any] = {"mesh": choice.mesh, "dtype": choice.dtype, "kernels": choice.kernels}
     own: dict[str, Any] = {"threads": choice.threads, "progress": terminal.progress, "runtime": choice.runtime}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from grok1.cli.columns import columns
-from grok1.cli.loading import prepare_jax, start_jax
+from grok1.cli.loading import import_jax, start_jax
 from grok1.cli.options import ByteSize, Numbers, is_given, layers_option, mesh_option, output_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.config import PRESETS, DTypeName, ModelConfig, preset
@@ -125,14 +125,15 @@ def command(
         raise click.UsageError(f"--count {count} contradicts --hosts, which have {sum(hosts)} devices: leave it out.")
     if hosts is not None:
         count = sum(hosts)
-    prepare_jax(terminal)
     if checkpoint is None:
         name, config = preset_name, preset(preset_name, layers)
     else:
         from grok1.checkpoint.reader import find_checkpoint, stated_or_release
 
         name, config = str(checkpoint), stated_or_release(find_checkpoint(checkpoint))[0]
+    import_jax(terminal)
     devices = _devices(terminal, device, count, memory, bandwidth)
+    terminal.clear()
 
     from grok1.plan.estimate import next_fit
     from grok1.plan.verdict import verdict
@@ -170,7 +171,6 @@ def _devices(
         devices = named_devices(device, count or 1, memory)
     else:
         devices = present_devices(start_jax(terminal))
-        terminal.clear()
         devices = dataclasses.replace(
             devices, count=count or devices.count, usable_bytes=memory or devices.usable_bytes
         )

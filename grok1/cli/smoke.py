@@ -36,10 +36,9 @@ def command(terminal: Terminal, keep: Path | None, as_json: bool) -> None:
     machine without accelerators plays 8 devices. It takes under a minute and 25 MB. If a check fails, the exit code
     is 1 and the error names the check.
     """
-    from grok1.cli.loading import prepare_jax
+    from grok1.cli.loading import import_jax
 
-    prepare_jax(terminal)
-    terminal.show_status("starting")
+    import_jax(terminal)
     from grok1.diagnose.smoke import run_smoke
 
     failed = []

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from grok1.cli.interrupt import interrupts_end_within_a_second
+from grok1.cli.interrupt import interrupts_end_at_once, interrupts_end_within_a_second
 from grok1.errors import Grok1Error
 
 if TYPE_CHECKING:
@@ -211,6 +211,10 @@ class Terminal:
 
         with interrupts_end_within_a_second(patient=patient, hint=show_hint, leave=self._leave_terminal):
             yield
+
+    def importing(self) -> contextlib.AbstractContextManager[None]:
+        """Within this block, which imports JAX, Ctrl-C ends the process immediately."""
+        return interrupts_end_at_once(self._leave_terminal)
 
     def abort(self, sentence: str | None, code: int) -> None:
         """Ends the process immediately, from any thread, after printing an error."""

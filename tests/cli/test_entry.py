@@ -125,9 +125,11 @@ runpy.run_module("grok1", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("module", ["grok1.config", "click", "grok1.cli.terminal", "grok1.cli.options"])
-def test_an_interrupt_during_the_first_imports_is_130_and_silent(start, module):
-    process = start("tokenize", "word", code=IMPORTING.format(module=module))
+@pytest.mark.parametrize(
+    "module", ["grok1.config", "click", "grok1.cli.terminal", "grok1.cli.options", "numpy.linalg", "jaxlib", "haiku"]
+)
+def test_an_interrupt_during_imports_is_130_and_silent(start, checkpoint, module):
+    process = start("run", "-c", checkpoint, "word", code=IMPORTING.format(module=module))
     assert process.communicate(timeout=60) == (b"", b"")
     assert process.returncode == 130
 
