@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import haiku as hk
@@ -19,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grok1.config import ModelConfig
 from grok1.engine.chunks import LANE_TOKENS, PrefillChunk
-from grok1.engine.programs import CACHE_STATE, PROGRAMS, AnyState, BatchState, State, StepKey, host_partition, is_spec
+from grok1.engine.programs import CACHE_STATE, PROGRAMS, AnyState, BatchState, State, StepKey, host_partition
 from grok1.engine.replay import Step, StepSender
 from grok1.engine.sampling import SampledTokens
 from grok1.network import KVCache, ModelShard
@@ -31,7 +32,7 @@ from grok1.request import MAX_LOGPROBS
 _MAX_LANE_TOKENS = 512  # per step with several lanes: longer steps would delay the next token of every sequence
 
 # XLA:CPU uses half of a 512-bit register unless told otherwise; where there are none this changes nothing.
-_COMPILER_OPTIONS = {"cpu": {"xla_cpu_prefer_vector_width": 512}}
+_COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"cpu": {"xla_cpu_prefer_vector_width": 512}}
 
 
 class Engine:
@@ -64,13 +65,13 @@ class Engine:
         self.mesh = mesh
         self.compile_seconds = 0.0
         self.compiled: dict[StepKey, jax.stages.Compiled] = {}
+        self.replayed: dict[int, State] = {}  # by handle
         self._progress = progress or (lambda stage, detail, done, total: None)
         self._platform = mesh.devices.flat[0].platform
         self.params = params
         self.kernels = kernels or xla_kernels(self._platform)
         self._shard = ModelShard(config, mesh.shape[MODEL_AXIS], MODEL_AXIS, jnp.dtype(dtype), self.kernels)
         self._sender = sender
-        self._replayed: dict[int, State] = {}
         self._single_process = len(self.local_devices) == mesh.size
 
     @property
@@ -89,14 +90,9 @@ class Engine:
         return int(self.mesh.shape[DATA_AXIS])
 
     @property
-    def max_seq_len(self) -> int:
-        """Number of positions in each slot of a cache."""
-        return self.config.sequence_len
-
-    @property
     def max_chunk(self) -> int:
         """Maximum length of a chunk."""
-        return min(self.kernels.max_chunk, self.max_seq_len)
+        return min(self.kernels.max_chunk, self.config.sequence_len)
 
     def chunk_bucket(self, count: int) -> int:
         """The compiled length, for a step of one lane, of a chunk of `count` tokens, 1 to `max_chunk`."""
@@ -161,10 +157,11 @@ class Engine:
             the cache, arrays `[rows, length]` for the targets, and the row of each chunk.
         """
         top_logprobs = max(1, self._top_logprobs(logprobs))
-        key, rows, (packed, targets) = self._pack("score", chunks, lanes, cache.keys.shape[1], top_logprobs)
+        key, rows, host = self._pack("score", chunks, lanes, cache.keys.shape[1], top_logprobs)
+        *_, targets = host
         for chunk, row in zip(chunks, rows, strict=True):
             targets[row, : len(chunk.tokens)] = chunk.targets
-        cache, scored = self._run(key, cache, packed, targets)
+        cache, scored = self._run(key, cache, *host)
         return cache, scored, rows
 
     def prefill(
@@ -187,11 +184,13 @@ class Engine:
             undefined.
         """
         top_logprobs = self._top_logprobs(logprobs)
-        key, rows, (packed, first) = self._pack("prefill", chunks, lanes, state.tokens.shape[0], top_logprobs)
+        key, rows, host = self._pack("prefill", chunks, lanes, state.tokens.shape[0], top_logprobs)
+        *_, ends, sampling = host
         for chunk, row in zip(chunks, rows, strict=True):
             if chunk.sampling is not None:
-                first.put(row, *chunk.sampling)
-        state, sampled = self._run(key, state, packed, first)
+                ends[row] = True
+                sampling.put(row, *chunk.sampling)
+        state, sampled = self._run(key, state, *host)
         return state, sampled, rows
 
     def decode(self, state: BatchState, active: np.ndarray, logprobs: bool = False) -> tuple[BatchState, SampledTokens]:
@@ -237,47 +236,43 @@ class Engine:
 
     def _pack(
         self, kind: str, chunks: Sequence[PrefillChunk], lanes: int, slots: int, top_logprobs: int
-    ) -> tuple[StepKey, list[int], tuple[Any, Any]]:
+    ) -> tuple[StepKey, list[int], tuple[Any, ...]]:
         """The step that reads chunks, the row of each, and the step's host arrays with the chunks in their rows."""
         longest = max(len(chunk.tokens) for chunk in chunks)
         length = LANE_TOKENS if lanes > 1 else self.chunk_bucket(longest)
         key = StepKey(kind, slots, self.data_rows * lanes, length, top_logprobs)
+        host = PROGRAMS[kind].host(key)
+        tokens, positions, slot_indices, *_ = host
         row_slots = slots // self.data_rows
         used = [0] * self.data_rows
         rows = []
         for chunk in chunks:
-            data_row = chunk.slot // row_slots
-            rows.append(data_row * lanes + used[data_row])
+            data_row, slot = divmod(chunk.slot, row_slots)
+            row, count = data_row * lanes + used[data_row], len(chunk.tokens)
             used[data_row] += 1
-        if max(used) > lanes or longest > length:
-            raise ValueError(f"{max(used)} chunks of up to {longest} tokens in {lanes} lanes of {length}")
-        packed, rest = PROGRAMS[kind].host(key)
-        for chunk, row in zip(chunks, rows, strict=True):
-            packed.put(row, chunk, row_slots)
-        return key, rows, (packed, rest)
+            if used[data_row] > lanes or count > length:
+                raise ValueError(f"{used[data_row]} chunks of up to {longest} tokens in {lanes} lanes of {length}")
+            tokens[row, :count] = chunk.tokens
+            positions[row, :count] = np.arange(chunk.start, chunk.end)
+            slot_indices[row] = slot
+            rows.append(row)
+        return key, rows, host
 
-    # Compiling
+    # Compiling and running
 
-    @property
-    def compiler_options(self) -> dict[str, Any] | None:
-        """Options that every program is compiled with, for `jax.stages.Lowered.compile`."""
-        return _COMPILER_OPTIONS.get(self._platform)
-
-    def abstract_cache(self, slots: int) -> KVCache:
-        """The result of `new_cache`, with a `jax.ShapeDtypeStruct` for each array."""
-        cache: KVCache = CACHE_STATE.abstract(self._shard, self.mesh, slots)
-        return cache
+    def cache_bytes(self, slots: int) -> int:
+        """Bytes of each device's part of a cache."""
+        cache = jax.eval_shape(partial(CACHE_STATE.new, self._shard, slots))
+        return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(cache)) // self.mesh.size
 
     def lower(self, key: StepKey) -> jax.stages.Lowered:
         """Lower the program of a step; the engine's parameters may be abstract."""
         program = PROGRAMS[key.kind]
-        weights = (self.params,) if program.takes_weights else ()
-        return self._jit(key).lower(*weights, *program.abstract_arguments(key, self._shard, self.mesh))
+        return program.lower(key, self._shard, self.mesh, self.params, single_process=self._single_process)
 
-    def _jit(self, key: StepKey) -> Any:
-        return PROGRAMS[key.kind].jit(key, self._shard, self.mesh, self.params, single_process=self._single_process)
-
-    # Running
+    def compile(self, key: StepKey) -> jax.stages.Compiled:
+        """Compile the program of a step; the engine's parameters may be abstract."""
+        return self.lower(key).compile(_COMPILER_OPTIONS.get(self._platform))
 
     def _run(self, key: StepKey, state: Any = None, *host: Any) -> Any:
         """Run a step in every process of the mesh, with its program compiled the first time.
@@ -294,16 +289,15 @@ class Engine:
         if self._sender is not None:
             handle = self._sender.send(key, None if state is None else _cache(state).keys, jax.tree.leaves(host))
         batch = state if isinstance(state, BatchState) and program.state is CACHE_STATE else None
-        taken: tuple[Any, ...] = () if state is None else (state if batch is None else batch.cache,)
-        weights = (self.params,) if program.takes_weights else ()
-        arguments = (*weights, *taken, *self._on_mesh(host))
+        weights = [self.params] if program.takes_weights else []
+        states = [] if state is None else [state if batch is None else batch.cache]
         if key not in self.compiled:
             self._progress("compiling", program.title, 0, 0)
             start = time.perf_counter()
-            self.compiled[key] = self._jit(key).lower(*arguments).compile(self.compiler_options)
+            self.compiled[key] = self.compile(key)
             self.compile_seconds += time.perf_counter() - start
             self._progress("running", program.title, 0, 0)
-        state, outputs = self.compiled[key](*arguments)
+        state, outputs = self.compiled[key](*weights, *states, *self._on_mesh(host))
         if batch is not None:
             state = dataclasses.replace(batch, cache=state)
         if self._sender is not None:
@@ -311,20 +305,20 @@ class Engine:
         return state, outputs
 
     def replay(self, step: Step) -> None:
-        """Run a step that another process of the mesh has sent; its outputs stay on the devices.
+        """Run a step that another process of the mesh has sent, and keep its state in `replayed`.
 
-        Nothing happens if no device of the mesh belongs to this process.
+        Does nothing if no device of the mesh belongs to this process.
         """
         if not self.local_devices:
             return
         for handle in step.freed:
-            self._replayed.pop(handle, None)
+            self.replayed.pop(handle, None)
         key = StepKey(*step.key)
         host = jax.tree.unflatten(jax.tree.structure(PROGRAMS[key.kind].host(key)), step.arrays)
-        self._replayed[step.handle] = self._run(key, self._replayed.pop(step.handle, None), *host)[0]
+        self.replayed[step.handle] = self._run(key, self.replayed.pop(step.handle, None), *host)[0]
 
     def _on_mesh(self, host: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Host arrays as a program takes them: each of several processes provides its own devices' part."""
+        """Host arrays as a program takes them: each of several processes provides the part of its own devices."""
         if jax.process_count() == 1:
             return host
 
@@ -332,7 +326,7 @@ class Engine:
             sharding = NamedSharding(self.mesh, spec)
             return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-        return jax.tree.map(put, host_partition(host), host, is_leaf=is_spec)
+        return jax.tree.map(put, host_partition(host), host)
 
 
 def _cache(state: State) -> KVCache:

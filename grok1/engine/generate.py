@@ -163,7 +163,7 @@ class _Loop:
                 index, request = next(self._requests, (0, None))
                 if request is None:
                     return
-                self._waiting.extend(_sequences(index, request, self._engine.max_seq_len))
+                self._waiting.extend(_sequences(index, request, self._engine.config.sequence_len))
             sequence = self._waiting.popleft()
             sequence.started = time.perf_counter()
             prompt = np.asarray(sequence.request.tokens, np.int32)

@@ -19,13 +19,12 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grok1.engine.chunks import ChunkRows, FirstTokens
 from grok1.engine.sampling import SampledTokens, SamplingState, sample, token_logprobs
 from grok1.network import KVCache, ModelShard, network
 from grok1.params.sharding import DATA_AXIS, MODEL_AXIS
 
-BATCH = PartitionSpec(DATA_AXIS)
-REPLICATED = PartitionSpec()
+_ROWS = PartitionSpec(DATA_AXIS)
+_REPLICATED = PartitionSpec()
 _CACHE = PartitionSpec(None, DATA_AXIS, MODEL_AXIS)
 
 _COPY_BLOCK = 256  # positions
@@ -77,9 +76,8 @@ AnyState = TypeVar("AnyState", KVCache, BatchState)
 
 
 def _new_cache(shard: ModelShard, slots: int) -> KVCache:
-    config = shard.config
-    heads = shard.num_kv_heads * shard.shards  # of all shards
-    shape = (config.num_layers, slots, heads, config.sequence_len, config.key_size)
+    layers, _, heads, *rest = shard.cache_shape(slots)
+    shape = (layers, slots, heads * shard.shards, *rest)
     return KVCache(jnp.zeros(shape, shard.dtype), jnp.zeros(shape, shard.dtype))
 
 
@@ -100,30 +98,14 @@ class StateKind(NamedTuple):
     new: Callable[[ModelShard, int], State]
     partition: Any
 
-    def abstract(self, shard: ModelShard, mesh: Mesh, slots: int) -> Any:
-        """The state with a `jax.ShapeDtypeStruct` for each array."""
-        shapes = jax.eval_shape(partial(self.new, shard, slots))
-
-        def place(spec: PartitionSpec, part: Any) -> Any:
-            return jax.tree.map(partial(_abstract, mesh, spec), part)
-
-        return jax.tree.map(place, self.partition, shapes, is_leaf=is_spec)
-
-
-def _abstract(mesh: Mesh, spec: PartitionSpec, array: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, spec))
-
-
-def is_spec(value: object) -> bool:
-    """Whether a value is a leaf of a tree of partitions."""
-    return isinstance(value, PartitionSpec)
-
 
 CACHE_STATE = StateKind(_new_cache, _CACHE)
-BATCH_STATE = StateKind(_new_batch, BatchState(_CACHE, BATCH, BATCH, BATCH))  # type: ignore[arg-type]
+BATCH_STATE = StateKind(_new_batch, BatchState(_CACHE, _ROWS, _ROWS, _ROWS))  # type: ignore[arg-type]
 
 
-# Steps: pure functions of a shard and a key, which are static, and of arrays
+# Steps: pure functions of a shard and a key, which are static, and of arrays. A step that reads chunks takes them as
+# int32 arrays with a chunk in each row: tokens `[rows, length]`, positions `[rows, length]`, negative for padding, and
+# slots `[rows]`, indices within the data row.
 
 
 def logits_step(
@@ -135,29 +117,45 @@ def logits_step(
 
 
 def score_step(
-    shard: ModelShard, key: StepKey, params: hk.Params, cache: KVCache, chunks: ChunkRows, targets: jax.Array
+    shard: ModelShard,
+    key: StepKey,
+    params: hk.Params,
+    cache: KVCache,
+    tokens: jax.Array,
+    positions: jax.Array,
+    slots: jax.Array,
+    targets: jax.Array,
 ) -> tuple[KVCache, SampledTokens]:
     """Read chunks and return the log-probabilities of `targets` `[rows, length]`."""
-    logits, cache = network(shard).apply(params, chunks.tokens, chunks.positions, cache, True, chunks.slots)
+    logits, cache = network(shard).apply(params, tokens, positions, cache, True, slots)
     scored = token_logprobs(logits.reshape(targets.size, -1), targets.reshape(-1), key.top_logprobs)
     return cache, jax.tree.map(lambda array: array.reshape(*targets.shape, *array.shape[1:]), scored)
 
 
 def prefill_step(
-    shard: ModelShard, key: StepKey, params: hk.Params, state: BatchState, chunks: ChunkRows, first: FirstTokens
+    shard: ModelShard,
+    key: StepKey,
+    params: hk.Params,
+    state: BatchState,
+    tokens: jax.Array,
+    positions: jax.Array,
+    slots: jax.Array,
+    ends: jax.Array,
+    sampling: SamplingState,
 ) -> tuple[BatchState, SampledTokens]:
-    """Read chunks, and sample and store the first token of the prompts that end with one of them."""
-    logits, cache = network(shard).apply(params, chunks.tokens, chunks.positions, state.cache, False, chunks.slots)
-    next_positions = jnp.max(chunks.positions, axis=1) + 1
-    sampled = sample(logits, first.sampling, next_positions, key.top_logprobs)
-    slots = jnp.where(first.wanted, chunks.slots, state.tokens.shape[0])  # past the end: dropped
+    """Read chunks, and sample and store the first token of the prompts that end: bool `[rows]`, `sampling` by row."""
+    logits, cache = network(shard).apply(params, tokens, positions, state.cache, False, slots)
+    next_positions = jnp.max(positions, axis=1) + 1
+    sampled = sample(logits, sampling, next_positions, key.top_logprobs)
+    targets = jnp.where(ends, slots, state.tokens.shape[0])  # past the end: dropped
 
     def put(array: jax.Array, new: jax.Array) -> jax.Array:
-        return array.at[slots].set(new, mode="drop")
+        return array.at[targets].set(new, mode="drop")
 
-    sampling = jax.tree.map(put, state.sampling, first.sampling)
-    tokens, positions = put(state.tokens, sampled.tokens), put(state.positions, next_positions)
-    return BatchState(cache, tokens, positions, sampling), sampled
+    new_sampling = jax.tree.map(put, state.sampling, sampling)
+    return BatchState(
+        cache, put(state.tokens, sampled.tokens), put(state.positions, next_positions), new_sampling
+    ), sampled
 
 
 def copy_prefix_step(
@@ -207,17 +205,13 @@ def decode_step(
 
 
 def host_partition(arrays: tuple[Any, ...]) -> Any:
-    """How the host arrays of a step are split over the mesh: over its data rows, but for scalars."""
-    return jax.tree.map(lambda array: BATCH if array.ndim else REPLICATED, arrays)
+    """How the host arrays of a step are split over the mesh: over its data rows, except for scalars."""
+    return jax.tree.map(lambda array: _ROWS if array.ndim else _REPLICATED, arrays)
 
 
 def _gather_outputs(step: Callable[..., tuple[Any, Any]], *arguments: Any) -> tuple[Any, Any]:
     state, outputs = step(*arguments)
     return state, jax.tree.map(lambda array: lax.all_gather(array, DATA_AXIS, tiled=True), outputs)
-
-
-def _no_arrays(key: StepKey) -> tuple[Any, ...]:
-    return ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,41 +232,44 @@ class Program:
     title: str
     step: Callable[..., tuple[Any, Any]] | None
     state: StateKind
-    host: Callable[[StepKey], tuple[Any, ...]] = _no_arrays
+    host: Callable[[StepKey], tuple[Any, ...]] = lambda key: ()
     takes_weights: bool = True
     replicate_outputs: bool = True
 
-    def jit(self, key: StepKey, shard: ModelShard, mesh: Mesh, params: hk.Params, *, single_process: bool) -> Any:
-        """The jitted program, which runs the step on every device's part of its arguments."""
+    def lower(
+        self, key: StepKey, shard: ModelShard, mesh: Mesh, params: hk.Params, *, single_process: bool
+    ) -> jax.stages.Lowered:
+        """Lower the step, to run on every device's part of its arguments; the parameters may be abstract."""
 
         def shardings(specs: Any) -> Any:
-            return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+            return jax.tree.map(partial(NamedSharding, mesh), specs)
 
         partition = self.state.partition
+        new = partial(self.state.new, shard, key.slots)
         if self.step is None:
-            new = partial(self.state.new, shard, key.slots)
-            return jax.jit(lambda: (new(), ()), out_shardings=(shardings(partition), ()))
+            return jax.jit(lambda: (new(), ()), out_shardings=(shardings(partition), ())).lower()
         step: Callable[..., tuple[Any, Any]] = partial(self.step, shard, key)
-        specs: tuple[Any, ...] = (partition, *host_partition(self.host(key)))
-        if self.takes_weights:
-            specs = (jax.tree.map(lambda array: array.sharding.spec, params), *specs)
-        outputs = BATCH
-        if self.replicate_outputs and not single_process:
-            step, outputs = partial(_gather_outputs, step), REPLICATED
-        mapped = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(partition, outputs), check_vma=False)
-        return jax.jit(mapped, in_shardings=shardings(specs), donate_argnums=int(self.takes_weights))
-
-    def abstract_arguments(self, key: StepKey, shard: ModelShard, mesh: Mesh) -> tuple[Any, ...]:
-        """The arguments after the weights, with a `jax.ShapeDtypeStruct` for each array."""
-        if self.step is None:
-            return ()
         host = self.host(key)
-        placed = jax.tree.map(partial(_abstract, mesh), host_partition(host), host, is_leaf=is_spec)
-        return self.state.abstract(shard, mesh, key.slots), *placed
+        arguments: tuple[Any, ...] = jax.eval_shape(lambda: (new(), *host))
+        specs: tuple[Any, ...] = (partition, *host_partition(host))
+        if self.takes_weights:
+            arguments = (params, *arguments)
+            specs = (jax.tree.map(lambda array: array.sharding.spec, params), *specs)
+        outputs = _ROWS
+        if self.replicate_outputs and not single_process:
+            step, outputs = partial(_gather_outputs, step), _REPLICATED
+        mapped = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(partition, outputs), check_vma=False)
+        donated = int(self.takes_weights)  # the state
+        return jax.jit(mapped, in_shardings=shardings(specs), donate_argnums=donated).lower(*arguments)
 
 
 def _int32(*shape: int) -> np.ndarray:
     return np.zeros(shape, np.int32)
+
+
+def _chunk_arrays(key: StepKey) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens `[rows, length]`, positions `[rows, length]`, slots `[rows]` of the chunks in a step."""
+    return _int32(key.rows, key.length), np.full((key.rows, key.length), -1, np.int32), _int32(key.rows)
 
 
 PROGRAMS: dict[str, Program] = {
@@ -286,23 +283,16 @@ PROGRAMS: dict[str, Program] = {
         replicate_outputs=False,
     ),
     "score": Program(
-        "scoring",
-        score_step,
-        CACHE_STATE,
-        lambda key: (ChunkRows.empty(key.rows, key.length), _int32(key.rows, key.length)),
+        "scoring", score_step, CACHE_STATE, lambda key: (*_chunk_arrays(key), _int32(key.rows, key.length))
     ),
     "prefill": Program(
         "prefill",
         prefill_step,
         BATCH_STATE,
-        lambda key: (ChunkRows.empty(key.rows, key.length), FirstTokens.empty(key.rows)),
+        lambda key: (*_chunk_arrays(key), np.zeros(key.rows, bool), SamplingState.empty(key.rows)),
     ),
     "copy_prefix": Program(
-        "copying",
-        copy_prefix_step,
-        CACHE_STATE,
-        lambda key: (_int32(key.rows, 2), _int32()),
-        takes_weights=False,
+        "copying", copy_prefix_step, CACHE_STATE, lambda key: (_int32(key.rows, 2), _int32()), takes_weights=False
     ),
     "decode": Program("decoding", decode_step, BATCH_STATE, lambda key: (np.zeros(key.slots, bool),)),
 }

@@ -7,6 +7,7 @@ followed by the bytes of the arrays; nothing in it is executed.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import weakref
 from collections.abc import Callable, Sequence
@@ -34,25 +35,25 @@ class Step:
 
     def encode(self) -> bytes:
         """Encode as a message."""
-        told = {
+        header = {
             "key": self.key,
             "handle": self.handle,
             "freed": self.freed,
             "arrays": [[array.dtype.name, array.shape] for array in self.arrays],
         }
-        return b"".join([json.dumps(told).encode(), b"\n", *(array.tobytes() for array in self.arrays)])
+        return b"".join([json.dumps(header).encode(), b"\n", *(array.tobytes() for array in self.arrays)])
 
     @classmethod
     def decode(cls, message: bytes) -> Step:
         """Decode a message."""
         end = message.index(b"\n")
-        told = json.loads(message[:end])
+        header = json.loads(message[:end])
         arrays, offset = [], end + 1
-        for name, shape in told["arrays"]:
+        for name, shape in header["arrays"]:
             array = np.frombuffer(message, name, int(np.prod(shape)), offset).reshape(shape)
             arrays.append(array)
             offset += array.nbytes
-        return cls(tuple(told["key"]), told["handle"], told["freed"], arrays)
+        return cls(tuple(header["key"]), header["handle"], header["freed"], arrays)
 
 
 class StepSender:
@@ -64,10 +65,9 @@ class StepSender:
     def __init__(self, send: Callable[[bytes], None]):
         """Create a sender; `send` delivers a message to every other process, in order."""
         self._send = send
-        self._handles: dict[int, int] = {}  # by the id of the owner
+        self._new_handles = itertools.count(1)
         self._owners: dict[int, int] = {}  # the id of the owner by handle
         self._freed: list[int] = []
-        self._count = 0
 
     def send(self, key: tuple[Any, ...], owner: jax.Array | None, arrays: Sequence[Any]) -> int:
         """Send a step.
@@ -81,22 +81,19 @@ class StepSender:
             the handle of the state that it returns.
         """
         if owner is None:
-            self._count += 1
-            handle = self._count
+            handle = next(self._new_handles)
         else:
-            handle = self._handles[id(owner)]
+            handle = next(handle for handle, known in self._owners.items() if known == id(owner))
         freed = [self._freed.pop() for _ in range(len(self._freed))]
         self._send(Step(key, handle, freed, [np.asarray(array) for array in arrays]).encode())
         return handle
 
     def returned(self, handle: int, owner: jax.Array) -> None:
         """Record the owner of the state that a step has returned."""
-        self._handles[id(owner)] = handle
         self._owners[handle] = id(owner)
         weakref.finalize(owner, self._forget, id(owner), handle).atexit = False
 
     def _forget(self, owner: int, handle: int) -> None:
-        del self._handles[owner]
         if self._owners.get(handle) == owner:
             del self._owners[handle]
             self._freed.append(handle)

@@ -32,22 +32,19 @@ class SamplingState:
     seed: Any
 
     @classmethod
-    def of(cls, options: SamplingOptions, seed: int) -> SamplingState:
-        """The state of one sequence, as NumPy arrays with a leading axis of 1."""
-        values = [(field, getattr(options, field.name)) for field in _DEVICE_OPTIONS]
-        return cls(
-            OrderedDict((field.name, np.asarray([value], field.metadata["dtype"])) for field, value in values),
-            np.asarray([[seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF]], np.uint32),
-        )
-
-    @classmethod
     def empty(cls, batch: int) -> SamplingState:
         """Greedy sampling for every sequence of a batch, as NumPy arrays."""
-        values = [(field.name, field.metadata["neutral"], field.metadata["dtype"]) for field in _DEVICE_OPTIONS]
-        return cls(
-            OrderedDict((name, np.full(batch, neutral, dtype)) for name, neutral, dtype in values),
-            np.zeros((batch, 2), np.uint32),
+        neutral = OrderedDict(
+            (field.name, np.full(batch, field.metadata["neutral"], field.metadata["dtype"]))
+            for field in _DEVICE_OPTIONS
         )
+        return cls(neutral, np.zeros((batch, 2), np.uint32))
+
+    def put(self, row: int, options: SamplingOptions, seed: int) -> None:
+        """Store the options and the seed of one sequence; the arrays must be NumPy's."""
+        for name, array in self.options.items():
+            array[row] = getattr(options, name)
+        self.seed[row] = seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF
 
 
 @jax.tree_util.register_dataclass

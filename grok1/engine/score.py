@@ -86,7 +86,7 @@ def score(
     while True:
         while scheduler.has_free_slot and (numbered := next(waiting, None)) is not None:
             index, request = numbered
-            if not 1 <= request.first < len(request.tokens) <= engine.max_seq_len + 1:
+            if not 1 <= request.first < len(request.tokens) <= engine.config.sequence_len + 1:
                 raise ValueError(f"{len(request.tokens)} tokens, to be scored from {request.first} on")
             tokens = np.asarray(request.tokens, np.int32)
             scheduler.admit(ScoredSequence(request, index), tokens[:-1], request.first - 1, targets=tokens[1:])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from jax import lax
 
 from grok1.config import SCALE_GROUPS, ModelConfig
 from grok1.ops.xla.kernels import XLA, Kernels
+from grok1.params.sharding import shard_range
 
 _FLOAT32 = jnp.dtype(jnp.float32)
 
@@ -36,35 +36,44 @@ class ModelShard:
     dtype: jnp.dtype = _FLOAT32
     kernels: Kernels = XLA
 
+    def _part(self, units: int) -> int:
+        """How many of a model's indivisible units a shard holds."""
+        return shard_range(units, units, self.shards, 0).stop
+
     @property
     def num_q_heads(self) -> int:
         """Query heads of a shard."""
-        return self.config.num_q_heads // math.gcd(self.config.num_q_heads, self.shards)
+        return self._part(self.config.num_q_heads)
 
     @property
     def attention_copies(self) -> int:
         """How many shards hold the same query heads."""
-        return self.shards // math.gcd(self.config.num_q_heads, self.shards)
+        return self.shards * self.num_q_heads // self.config.num_q_heads
 
     @property
     def num_kv_heads(self) -> int:
         """Key/value heads of a shard, at least 1."""
-        return max(1, self.config.num_kv_heads // self.shards)
+        return self._part(self.config.num_kv_heads)
 
     @property
     def ffn_size(self) -> int:
         """Expert width of a shard."""
-        return self.config.ffn_size // self.shards
+        return self._part(self.config.ffn_size)
 
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding matrix of a shard."""
-        return self.config.vocab_size // self.shards
+        return self._part(self.config.vocab_size)
 
     @property
     def scale_groups(self) -> int:
         """Scale groups of a shard's part of a matrix whose input dimension is split, at least 1."""
-        return max(1, SCALE_GROUPS // self.shards)
+        return self._part(SCALE_GROUPS)
+
+    def cache_shape(self, slots: int) -> tuple[int, ...]:
+        """Shape of a shard's keys, and of its values: `[layers, slots, kv_heads, max_seq_len, key]`."""
+        config = self.config
+        return config.num_layers, slots, self.num_kv_heads, config.sequence_len, config.key_size
 
     def sum_over_shards(self, x: jax.Array) -> jax.Array:
         """The sum of every shard's float32 `x`, exchanged in the activations' dtype."""

@@ -168,7 +168,7 @@ def compile_steps(
         if progress is not None:
             progress(key.kind)
         start = time.perf_counter()
-        program = _compile(key.kind, engine.lower(key), engine.compiler_options)
+        program = _compile(engine, key)
         seconds = time.perf_counter() - start
         yield CompiledStep(
             name=key.kind,
@@ -177,7 +177,7 @@ def compile_steps(
             sequences=slots,
             tokens=key.length or 1,
             weight_bytes=device_bytes(engine.params),
-            cache_bytes=device_bytes(engine.abstract_cache(slots)),
+            cache_bytes=engine.cache_bytes(slots),
             layer_seconds=_estimated_seconds(program),
             collectives=collectives(program.as_text() or ""),
             compile_seconds=seconds,
@@ -192,15 +192,15 @@ def device_bytes(tree: Any) -> int:
     )
 
 
-def _compile(name: str, lowered: jax.stages.Lowered, options: dict[str, Any] | None) -> jax.stages.Compiled:
+def _compile(engine: Engine, key: StepKey) -> jax.stages.Compiled:
     try:
-        return lowered.compile(options)
+        return engine.compile(key)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ").rstrip(". ")
         raise CompileError(
-            f"the {name} step does not fit its device ({reason}): use more model shards, fewer sequences "
+            f"the {key.kind} step does not fit its device ({reason}): use more model shards, fewer sequences "
             "or a device with more memory"
         ) from None
 

@@ -28,7 +28,7 @@ def _sizes(program):
 
 def _check(engine, abstract, key):
     ran = engine.compiled[key]
-    compiled = abstract.lower(key).compile(abstract.compiler_options)
+    compiled = abstract.compile(key)
     assert _computation(compiled) == _computation(ran)
     assert _sizes(compiled) == _sizes(ran)
 

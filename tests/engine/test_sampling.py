@@ -12,20 +12,17 @@ DRAWS = 20000
 
 
 def states(options, seeds):
-    return jax.tree.map(
-        lambda *rows: np.concatenate(rows),
-        *(SamplingState.of(options, seed) for seed in seeds),
-    )
-
-
-def repeated(state, count):
-    return jax.tree.map(lambda row: np.repeat(row, count, axis=0), state)
+    """The state of a sequence for each of the options, with its seed."""
+    state = SamplingState.empty(len(options))
+    for row, (option, seed) in enumerate(zip(options, seeds, strict=True)):
+        state.put(row, option, seed)
+    return state
 
 
 def draw_many(logits, options, seeds, positions):
     """One token for each of the seeds and positions, all from the same logits."""
     logits = np.tile(np.asarray(logits, np.float32), (len(positions), 1))
-    return np.asarray(draw(logits, states(options, seeds), np.asarray(positions, np.int32), 0).tokens)
+    return np.asarray(draw(logits, states([options] * len(seeds), seeds), np.asarray(positions, np.int32), 0).tokens)
 
 
 def distribution(logits, temperature):
@@ -97,7 +94,7 @@ def test_successive_seeds_are_independent():
 def test_temperature_0_takes_the_likeliest_and_of_equal_ones_the_first():
     logits = np.asarray([[0.0, 3.0, 3.0, 1.0], [2.0, 1.0, 0.0, 2.0]], np.float32)
     options = [SamplingOptions(temperature=0, top_p=0.5, top_k=3), SamplingOptions(temperature=0)]
-    state = jax.tree.map(lambda *rows: np.concatenate(rows), *(SamplingState.of(o, 1) for o in options))
+    state = states(options, [1, 1])
     assert draw(logits, state, np.asarray([4, 5], np.int32), 0).tokens.tolist() == [1, 0]
 
 
@@ -118,7 +115,7 @@ def test_a_token_depends_on_its_own_seed_position_and_options_alone():
         SamplingOptions(temperature=1, top_p=1),
         SamplingOptions(temperature=3, top_p=0.999),
     ]
-    rows = [SamplingState.of(option, 100 + i) for i, option in enumerate(options)]
+    rows = [states([option], [100 + i]) for i, option in enumerate(options)]
     positions = np.arange(8, dtype=np.int32) * 7
     together = draw(logits, jax.tree.map(lambda *r: np.concatenate(r), *rows), positions, 0).tokens
     alone = [draw(logits[i : i + 1], rows[i], positions[i : i + 1], 0).tokens[0] for i in range(8)]
@@ -141,7 +138,7 @@ def test_every_bit_of_a_seed_counts(other):
 
 def test_log_probabilities_are_those_of_the_models_own_logits():
     logits = 3 * np.random.default_rng(1).standard_normal((5, 200)).astype(np.float32)
-    state = repeated(SamplingState.of(SamplingOptions(temperature=1.7, top_k=50), 3), 5)
+    state = states([SamplingOptions(temperature=1.7, top_k=50)] * 5, [3] * 5)
     found = jax.device_get(draw(logits, state, np.arange(5, dtype=np.int32), 20))
     wide = logits.astype(np.float64)
     exact = wide - np.log(np.sum(np.exp(wide), axis=1, keepdims=True))

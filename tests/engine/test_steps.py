@@ -44,7 +44,7 @@ def test_an_engine_that_replays_steps_has_the_states_of_the_first(make_checkpoin
     kept = first.new_cache(2)  # tells what is free by now
     for message in messages:
         second.replay(Step.decode(message))
-    assert len(second._replayed) == 2
-    for found, expected in zip(second._replayed.values(), (batch, kept), strict=True):
+    assert len(second.replayed) == 2
+    for found, expected in zip(second.replayed.values(), (batch, kept), strict=True):
         for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
