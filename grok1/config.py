@@ -116,22 +116,6 @@ class ModelConfig:
         size = int(self.widening_factor * self.emb_size) * 2 // 3
         return size + (8 - size) % 8
 
-    @property
-    def num_parameters(self) -> int:
-        """Number of weights, without scales."""
-        return self._parameters(self.num_experts)
-
-    @property
-    def num_active_parameters(self) -> int:
-        """Number of weights that one token uses, without scales."""
-        return self._parameters(self.num_selected_experts)
-
-    def _parameters(self, experts: int) -> int:
-        attention = 2 * self.emb_size * (self.q_size + self.kv_size)
-        expert = 3 * self.emb_size * self.ffn_size
-        layer = attention + experts * expert + self.emb_size * self.num_experts + 4 * self.emb_size
-        return self.vocab_size * self.emb_size + self.num_layers * layer + self.emb_size
-
     def to_json(self) -> str:
         """The text of a `config.json`."""
         return json.dumps(dataclasses.asdict(self)) + "\n"

@@ -6,6 +6,7 @@ import pytest
 
 from grok1.config import PRESETS, ModelConfig, preset
 from grok1.errors import ConfigError
+from grok1.params.table import num_parameters
 
 
 def test_the_default_is_the_release():
@@ -20,20 +21,6 @@ def test_the_default_is_the_release():
     assert config.attn_output_multiplier == 0.08838834764831845
     assert (config.rms_norm_eps, config.rotary_base, config.attn_logit_cap) == (1e-5, 10000, 30)
     assert (config.q_size, config.kv_size) == (6144, 1024)
-
-
-def test_the_release_has_314_billion_weights_and_uses_84_a_token():
-    config = ModelConfig()
-    assert 313e9 < config.num_parameters < 317e9
-    assert 83e9 < config.num_active_parameters < 87e9
-
-
-def test_parameters_are_those_of_the_files(golden):
-    config = ModelConfig.read(golden / "config.json")
-    assert config.ffn_size == 344
-    layer = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 8 * 128 * 344 + 4 * 128 + 128 * 8
-    assert config.num_parameters == 512 * 128 + 128 + 12 * layer
-    assert config.num_parameters - config.num_active_parameters == 12 * 3 * 6 * 128 * 344
 
 
 @pytest.mark.parametrize(
@@ -52,8 +39,8 @@ def test_a_config_survives_json(name):
 
 
 def test_presets_are_sizes_one_can_try():
-    assert 15e6 < preset("tiny").num_parameters < 30e6
-    assert 3.0e9 < preset("bench-3b").num_parameters < 3.6e9
+    assert 15e6 < num_parameters(preset("tiny")) < 30e6
+    assert 3.0e9 < num_parameters(preset("bench-3b")) < 3.6e9
     assert preset("tiny").num_layers > 10  # where the order of the files shows
     with pytest.raises(ConfigError, match=r"grok-2.*tiny"):
         preset("grok-2")

@@ -84,6 +84,7 @@ def command(
     from grok1.checkpoint.hollow import allocated_bytes
     from grok1.checkpoint.reader import find_checkpoint
     from grok1.checkpoint.writer import unpack_checkpoint, write_checkpoint
+    from grok1.params.table import num_parameters
 
     show_progress = functools.partial(terminal.show_bytes, "writing hollow files" if hollow else "writing weights")
     config, trained = preset_config(preset, layers), preset in TRAINED
@@ -105,6 +106,7 @@ def command(
     written = [path for path in find_checkpoint(directory).iterdir() if path.is_file()]
     written += [path for name in ("config.json", "tokenizer.model") if (path := directory / name).is_file()]
     size = sum(path.stat().st_size for path in written)
+    parameters = num_parameters(config)
     if as_json:
         told = {
             "directory": str(directory),
@@ -113,13 +115,11 @@ def command(
             "hollow": hollow,
             "files": len(written),
             "bytes": size,
-            "parameters": config.num_parameters,
+            "parameters": parameters,
             "vocab_size": config.vocab_size,
         }
         terminal.write(json_line(told))
-    terminal.note(
-        f"Wrote {len(written)} files, {format_bytes(size)}, {config.num_parameters:,} parameters, to {directory}."
-    )
+    terminal.note(f"Wrote {len(written)} files, {format_bytes(size)}, {parameters:,} parameters, to {directory}.")
     if hollow:
         on_disk = sum(allocated_bytes(path.stat()) for path in written)
         terminal.note(f"They are hollow and take {format_bytes(on_disk)} of disk.")

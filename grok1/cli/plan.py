@@ -135,6 +135,7 @@ def command(
     devices = _devices(terminal, device, count, memory, bandwidth)
     terminal.clear()
 
+    from grok1.params.table import num_active_parameters, num_parameters
     from grok1.plan.estimate import next_fit
     from grok1.plan.verdict import verdict
 
@@ -142,11 +143,12 @@ def command(
     other = next_fit(estimate) if estimate.fits is False else None
     estimates = [estimate] if other is None else [estimate, other]
     steps = _compile(terminal, estimate) if compiles else None
+    parameters, active = num_parameters(config), num_active_parameters(config)
     if as_json:
         fields: dict[str, Any] = {
             "model": name,
-            "parameters": config.num_parameters,
-            "active_parameters": config.num_active_parameters,
+            "parameters": parameters,
+            "active_parameters": active,
             "context": config.sequence_len,
             **_fields(estimate),
             "alternative": _fields(other) if other else None,
@@ -155,8 +157,7 @@ def command(
         }
         terminal.write(json_line(fields))
         return
-    parameters = f"{config.num_parameters:,} parameters, of which a token uses {config.num_active_parameters:,}"
-    terminal.write(f"{name}: {parameters}\n\n{_table(estimates)}\n")
+    terminal.write(f"{name}: {parameters:,} parameters, of which a token uses {active:,}\n\n{_table(estimates)}\n")
     if steps:
         terminal.write(f"{_compiled_table(estimate, steps)}\n")
     terminal.write(f"{verdict(estimate)}\n")

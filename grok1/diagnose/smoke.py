@@ -19,6 +19,7 @@ import numpy as np
 from grok1.checkpoint.reader import Checkpoint
 from grok1.checkpoint.writer import write_checkpoint
 from grok1.config import PRESETS
+from grok1.params.table import num_parameters
 from grok1.text.tokenizer import Tokenizer
 from grok1.text.train_tokenizer import train_small_tokenizer
 
@@ -112,7 +113,7 @@ class _Path:
         tokenizer = train_small_tokenizer(config.vocab_size)
         write_checkpoint(self._folder, config, seed=0, tokenizer=tokenizer)
         self._written = True
-        return f"{config.num_parameters / 1e6:.1f} million parameters"
+        return f"{num_parameters(config) / 1e6:.1f} million parameters"
 
     def verify(self) -> str:
         if not self._written:

@@ -244,3 +244,14 @@ def tensor_table(config: ModelConfig) -> tuple[TensorFile, ...]:
     ]
     files.sort(key=lambda file: _path_in_layer(*file).rpartition("/")[0])
     return tuple(TensorFile(**vars(spec), index=i, layer=layer) for i, (spec, layer) in enumerate(files))
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Number of weights of a model, not counting scales."""
+    return sum(file.num_weights for file in tensor_table(config))
+
+
+def num_active_parameters(config: ModelConfig) -> int:
+    """Number of weights that one token uses: of the experts, only those selected for it."""
+    experts = sum(file.num_weights for file in tensor_table(config) if file.kind is Kind.EXPERTS)
+    return num_parameters(config) - experts + experts // config.num_experts * config.num_selected_experts

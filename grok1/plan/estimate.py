@@ -18,7 +18,7 @@ from grok1.config import ModelConfig
 from grok1.network import ModelShard
 from grok1.ops.kernels import xla_kernels
 from grok1.params.sharding import mesh_device_order, possible_model_shards
-from grok1.params.table import Kind
+from grok1.params.table import Kind, num_active_parameters
 from grok1.params.tree import ParameterArray, parameter_arrays
 from grok1.plan.devices import Devices
 
@@ -61,12 +61,12 @@ class Estimate:
     @property
     def cache_bytes(self) -> int:
         """Keys and values of one sequence of full context on one device that holds it."""
-        return self._cache_position_bytes * self.config.sequence_len
+        shape = ModelShard(self.config, self.mesh[1]).cache_shape(1)
+        return 2 * math.prod(shape) * np.dtype(self.dtype).itemsize
 
     @property
     def _cache_position_bytes(self) -> int:
-        heads = ModelShard(self.config, self.mesh[1]).num_kv_heads
-        return 2 * self.config.num_layers * heads * self.config.key_size * np.dtype(self.dtype).itemsize
+        return self.cache_bytes // self.config.sequence_len
 
     @property
     def _chunk(self) -> int:
@@ -223,7 +223,7 @@ class Estimate:
         """
         config = self.config
         attention = 4 * config.num_layers * config.q_size * context
-        return tokens * (2 * config.num_active_parameters + attention) / self.mesh[1]
+        return tokens * (2 * num_active_parameters(config) + attention) / self.mesh[1]
 
     def _seconds(self, read_bytes: int, operations: float) -> float | None:
         kind = self.devices.kind

@@ -22,6 +22,7 @@ from bard_training.run import DivergedError, Recipe, ResumeError, Run
 from grok1.config import PRESETS, ModelConfig
 from grok1.errors import Grok1Error
 from grok1.host.atomic_write import whole_file
+from grok1.params.table import num_parameters
 
 CORPUS = Path(__file__).resolve().parents[3] / "shared" / "corpus"
 EXCERPT_TOKENS = 256
@@ -167,7 +168,7 @@ def _report(run: Run, checkpoint: Path, measured: dict[str, tuple[np.ndarray, in
     config, quantized = export.read(checkpoint)
     archive = run.folder / "bard.zip"
     report: dict[str, Any] = {
-        "parameters": config.num_parameters,
+        "parameters": num_parameters(config),
         "steps": run.done,
         "tokens": run.log[-1]["tokens"],
         "epochs": run.log[-1]["tokens"] / len(run.tokens),

@@ -3,7 +3,7 @@ import dataclasses
 
 from grok1.checkpoint.pickled.framing import tensor_file_size
 from grok1.config import PRESETS, ModelConfig
-from grok1.params.table import tensor_table
+from grok1.params.table import num_active_parameters, num_parameters, tensor_table
 
 
 def test_release_table_in_every_column(release_table):
@@ -30,13 +30,26 @@ def test_release_sizes():
     table = tensor_table(PRESETS["grok-1"])
     assert len(table) == 770
     assert sum(tensor_file_size(spec) for spec in table) == 318_239_886_140
-    assert sum(spec.num_weights for spec in table) == PRESETS["grok-1"].num_parameters
 
 
 def test_golden_file_sizes(golden):
     table = tensor_table(ModelConfig.read(golden / "config.json"))
     found = {path.name: path.stat().st_size for path in (golden / "ckpt-0").iterdir()}
     assert found == {spec.file_name: tensor_file_size(spec) for spec in table}
+
+
+def test_the_release_has_314_billion_weights_and_uses_84_a_token():
+    config = ModelConfig()
+    assert num_parameters(config) == 315_684_820_992
+    assert num_active_parameters(config) == 83_756_587_008
+
+
+def test_parameters_are_those_of_the_files(golden):
+    config = ModelConfig.read(golden / "config.json")
+    assert config.ffn_size == 344
+    layer = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 8 * 128 * 344 + 4 * 128 + 128 * 8
+    assert num_parameters(config) == 512 * 128 + 128 + 12 * layer
+    assert num_parameters(config) - num_active_parameters(config) == 12 * 3 * 6 * 128 * 344
 
 
 def test_layers_come_in_the_order_of_their_paths(small_config):
