@@ -1,7 +1,7 @@
 """The network: Haiku modules with the names and the parameter tree of the release."""
 
 from grok1.network.kv_cache import KVCache
-from grok1.network.language_model import Network, network
+from grok1.network.language_model import network
 from grok1.network.shard import ModelShard
 
-__all__ = ["KVCache", "ModelShard", "Network", "network"]
+__all__ = ["KVCache", "ModelShard", "network"]

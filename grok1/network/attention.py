@@ -37,20 +37,20 @@ class MultiHeadAttention(hk.Module):
         Returns:
             float32 `[batch, seq, emb]` and the cache.
         """
-        config, shard = self.shard.config, self.shard
-        layers, emb = config.num_layers, config.emb_size
-        q_size, kv_size = shard.num_q_heads * config.key_size, shard.num_kv_heads * config.key_size
+        config, shard, kernels = self.shard.config, self.shard, self.shard.kernels
+        layers, emb, key_size = config.num_layers, config.emb_size, config.key_size
+        q_size, kv_size = shard.num_q_heads * key_size, shard.num_kv_heads * key_size
 
         def heads(projected: jax.Array) -> jax.Array:
-            return projected.reshape(*x.shape[:2], -1, config.key_size)  # [batch, seq, heads, key]
+            return projected.reshape(*x.shape[:2], -1, key_size)  # [batch, seq, heads, key]
 
         sizes = {"query": q_size, "key": kv_size, "value": kv_size}
-        weights = [QuantizedLinear(layers, emb, size, 1, shard.kernels, name=name).w for name, size in sizes.items()]
-        rows = x.reshape(-1, emb)
-        query, key, value = map(heads, shard.kernels.matmuls(rows, weights, (layer,)))
-        keep_layout = shard.kernels.keeps_cache_layout
-        cache = cache.write(layer, rotary_embedding(key, positions), value, positions, slots, keep_layout)
-        attended = shard.kernels.attention(
+        weights = [QuantizedLinear((layers, emb, size), 1, name)() for name, size in sizes.items()]
+        query, key, value = map(heads, kernels.matmuls(x.reshape(-1, emb), weights, (layer,)))
+        cache = cache.write(
+            layer, rotary_embedding(key, positions), value, positions, slots, kernels.keeps_cache_layout
+        )
+        attended = kernels.attention(
             rotary_embedding(query, positions),
             cache.keys,
             cache.values,
@@ -61,6 +61,6 @@ class MultiHeadAttention(hk.Module):
             cap=config.attn_logit_cap,
         )
         attended = (attended / shard.attention_copies).reshape(*x.shape[:2], q_size).astype(shard.dtype)
-        linear = QuantizedLinear(layers, q_size, emb, shard.scale_groups, shard.kernels, name="linear")
-        output = linear(attended, layer)
-        return shard.sum_over_shards(output), cache
+        linear = QuantizedLinear((layers, q_size, emb), shard.scale_groups, name="linear")()
+        output = kernels.matmul(attended.reshape(-1, q_size), linear, (layer,))
+        return shard.sum_over_shards(output.reshape(x.shape)), cache

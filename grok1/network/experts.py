@@ -6,9 +6,8 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from grok1.network.layers import quantized_parameter
+from grok1.network.layers import QuantizedLinear
 from grok1.network.shard import ModelShard
-from grok1.params.weights import QuantizedMatrix
 
 
 class Router(hk.Module):
@@ -30,19 +29,6 @@ class Router(hk.Module):
         w = hk.get_parameter("w", shape, jnp.float32, init=jnp.zeros)[layer]
         probabilities = jax.nn.softmax(jnp.dot(x, w, precision="highest"), axis=-1)
         return jax.lax.top_k(probabilities, config.num_selected_experts)
-
-
-class ExpertLinear(hk.Module):
-    """The matrices of a linear map that every expert has, a stack for each layer."""
-
-    def __init__(self, shard: ModelShard, input_size: int, output_size: int, groups: int, name: str):
-        super().__init__(name=name)
-        self.shape = (shard.config.num_layers, shard.config.num_experts, input_size, output_size)
-        self.groups = groups
-
-    def __call__(self) -> QuantizedMatrix:
-        """`[layers, experts, input, output]`."""
-        return quantized_parameter("w", self.shape, self.groups)
 
 
 class MixtureOfExperts(hk.Module):
@@ -76,12 +62,14 @@ class MixtureOfExperts(hk.Module):
             float32 `[rows, emb]`.
         """
         shard, config = self.shard, self.shard.config
-        emb = config.emb_size
+        stack = (config.num_layers, config.num_experts)
+        inward = (*stack, config.emb_size, shard.ffn_size)
+        outward = (*stack, shard.ffn_size, config.emb_size)
         mixed = shard.kernels.gated_experts(
             x,
-            ExpertLinear(shard, emb, shard.ffn_size, 1, name="linear")(),
-            ExpertLinear(shard, emb, shard.ffn_size, 1, name="linear_v")(),
-            ExpertLinear(shard, shard.ffn_size, emb, shard.scale_groups, name="linear_1")(),
+            QuantizedLinear(inward, 1, name="linear")(),
+            QuantizedLinear(inward, 1, name="linear_v")(),
+            QuantizedLinear(outward, shard.scale_groups, name="linear_1")(),
             layer,
             jnp.where(valid[:, None], experts, config.num_experts),
             probabilities,

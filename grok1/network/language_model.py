@@ -7,8 +7,7 @@ compiled once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import haiku as hk
 import jax
@@ -140,29 +139,14 @@ class LanguageModel(hk.Module):
         return logits, cache
 
 
-class Network(NamedTuple):
-    """The model as two pure functions.
+def network(shard: ModelShard) -> hk.Transformed:
+    """The network of one shard as two pure functions; several shards run inside `jax.shard_map` over `shard.axis`.
 
-    Attributes:
-        init: makes a tree of parameters, of the right shapes and dtypes but of no useful values.
-        apply: `apply(params, tokens, positions, cache, every_position, slots=None)`, as `LanguageModel.__call__`.
+    `init` takes None and the arguments of `LanguageModel.__call__`, and makes parameters of the right shapes and dtypes
+    but of no useful values; `apply` takes parameters and those arguments.
     """
 
-    init: Callable[..., hk.Params]
-    apply: Callable[..., tuple[jax.Array, KVCache]]
+    def forward(*arguments: Any) -> tuple[jax.Array, KVCache]:
+        return LanguageModel(Transformer(shard), shard)(*arguments)
 
-
-def network(shard: ModelShard) -> Network:
-    """The network of one shard; with more shards than one it runs inside `jax.shard_map` over `shard.axis`."""
-
-    def forward(
-        tokens: jax.Array,
-        positions: jax.Array,
-        cache: KVCache,
-        every_position: bool,
-        slots: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache]:
-        return LanguageModel(Transformer(shard), shard)(tokens, positions, cache, every_position, slots)
-
-    transformed: hk.Transformed = hk.without_apply_rng(hk.transform(forward))
-    return Network(transformed.init, transformed.apply)
+    return hk.without_apply_rng(hk.transform(forward))

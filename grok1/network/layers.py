@@ -1,4 +1,4 @@
-"""The building blocks of every layer: RMS norm, rotary position embedding, quantized linear map."""
+"""The building blocks of every layer: quantized matrices, RMS norm, rotary position embedding."""
 
 from __future__ import annotations
 
@@ -9,46 +9,28 @@ import jax
 import jax.numpy as jnp
 
 from grok1.config import ModelConfig
-from grok1.ops.xla.kernels import Kernels
 from grok1.params.table import Format
 from grok1.params.weights import QuantizedMatrix
 
 
-def quantized_parameter(name: str, shape: tuple[int, ...], groups: int) -> QuantizedMatrix:
-    """The current module's quantized parameter.
-
-    Args:
-        name: the parameter's name.
-        shape: shape of the weight, `[..., K, N]`.
-        groups: number of scale groups, G.
-    """
-
-    def initialise(shape: tuple[int, ...], dtype: jnp.dtype) -> QuantizedMatrix:
-        scales = (*shape[:-2], groups, shape[-1])
-        return QuantizedMatrix(jnp.zeros(shape, dtype), jnp.ones(scales, jnp.bfloat16))
-
-    # Haiku only asks a parameter for its shape; its annotations know arrays alone.
-    return cast(QuantizedMatrix, hk.get_parameter(name, shape, Format.INT8.dtype, init=cast(Any, initialise)))
-
-
 class QuantizedLinear(hk.Module):
-    """A linear map without bias, with a stack of quantized weights, one a layer."""
+    """The quantized matrix of a linear map without bias; matrices of layers and experts are stacked."""
 
-    def __init__(self, layers: int, input_size: int, output_size: int, groups: int, kernels: Kernels, name: str):
+    def __init__(self, shape: tuple[int, ...], groups: int, name: str):
+        """Args: `shape` of the matrix, `[layers, ..., input, output]`; number of scale `groups`."""
         super().__init__(name=name)
-        self.shape = (layers, input_size, output_size)
+        self.shape = shape
         self.groups = groups
-        self.kernels = kernels
 
-    @property
-    def w(self) -> QuantizedMatrix:
-        """`[layers, input, output]`."""
-        return quantized_parameter("w", self.shape, self.groups)
+    def __call__(self) -> QuantizedMatrix:
+        """`[layers, ..., input, output]`."""
 
-    def __call__(self, x: jax.Array, layer: jax.Array | int) -> jax.Array:
-        """`[..., input]` to float32 `[..., output]`, with the weight of `layer`."""
-        rows = x.reshape(-1, x.shape[-1])
-        return self.kernels.matmul(rows, self.w, (layer,)).reshape(*x.shape[:-1], self.shape[-1])
+        def initialise(shape: tuple[int, ...], dtype: jnp.dtype) -> QuantizedMatrix:
+            scales = (*shape[:-2], self.groups, shape[-1])
+            return QuantizedMatrix(jnp.zeros(shape, dtype), jnp.ones(scales, jnp.bfloat16))
+
+        # Haiku only asks a parameter for its shape; its annotations know arrays alone.
+        return cast(QuantizedMatrix, hk.get_parameter("w", self.shape, Format.INT8.dtype, init=cast(Any, initialise)))
 
 
 class RMSNorm(hk.Module):
