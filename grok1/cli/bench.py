@@ -182,17 +182,20 @@ def _measurable(
     devices = start_jax(terminal, choice.threads)
     from grok1.diagnose.bench import check_measurable, longest_prompt
     from grok1.params.sharding import make_mesh
-    from grok1.plan.verdict import require_room
+    from grok1.plan.devices import present_devices
+    from grok1.plan.estimate import Estimate
+    from grok1.plan.verdict import room
 
-    data, room = 1, None
+    data, sequences_fit = 1, None
     if choice.runtime is None:  # several processes find it out together, when they load
         rows, shards = make_mesh(config, choice.mesh, devices).devices.shape
         data = int(rows)
-        room = require_room(config, (data, shards), devices, choice.dtype or default_dtype(devices[0].platform))
+        dtype = choice.dtype or default_dtype(devices[0].platform)
+        sequences_fit = room(Estimate(config, present_devices(devices), (data, shards), dtype))
     lengths = prompt or (min(_PROMPT, longest_prompt(config, decode)),)
     for tokens in lengths:
         for sequences in batch:
-            check_measurable(config, data, room, tokens, sequences, decode)
+            check_measurable(config, data, sequences_fit, tokens, sequences, decode)
     return lengths
 
 

@@ -1,8 +1,8 @@
 """Bytes of weights and cache on each device, and the speeds that memory and arithmetic allow.
 
-Everything is counted from the arrays that loading makes and the engine keeps. Speeds are upper bounds: bytes that must
-be read over bandwidth, or operations over the peak rate, whichever takes longer; exchange between devices costs nothing
-here. What crosses from one host to another is told beside them.
+Bytes are those of the arrays that loading makes and the engine keeps. Speeds are upper bounds: a step takes as long as
+reading its bytes at full bandwidth or its operations at the peak rate, whichever is longer. Communication between
+devices is not counted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from grok1.network import ModelShard
 from grok1.ops.kernels import xla_kernels
 from grok1.params.sharding import mesh_device_order, possible_model_shards
 from grok1.params.table import Kind, num_active_parameters
-from grok1.params.tree import ParameterArray, parameter_arrays
+from grok1.params.tree import parameter_arrays
 from grok1.plan.devices import Devices
 
 _MOST_SHARDS = 256  # that a search for a mesh looks at
@@ -34,8 +34,7 @@ class Estimate:
         devices: the devices; the mesh may leave some idle.
         mesh: sizes of the data and the model axis.
         dtype: name of the dtype of activations and of the key/value cache.
-        hosts: how many of the devices each host has, or of processors each process, with the memory that is its own;
-            None if all are on one.
+        hosts: number of devices on each host (CPUs: in each process, which has its own memory); None if all are on one.
     """
 
     config: ModelConfig
@@ -47,20 +46,21 @@ class Estimate:
     # Memory, of one device
 
     @cached_property
-    def _arrays(self) -> tuple[ParameterArray, ...]:
-        return parameter_arrays(self.config, np.dtype(self.dtype))
+    def _bytes_of_kinds(self) -> Counter[Kind]:
+        """Weights of each kind on one device."""
+        found: Counter[Kind] = Counter()
+        for array in parameter_arrays(self.config, np.dtype(self.dtype)):
+            found[array.spec.kind] += math.prod(array.local_shape(self.mesh[1])) * array.dtype.itemsize
+        return found
 
-    def _array_bytes(self, array: ParameterArray) -> int:
-        return math.prod(array.local_shape(self.mesh[1])) * array.dtype.itemsize
-
-    @cached_property
+    @property
     def weight_bytes(self) -> int:
         """Weights on one device."""
-        return sum(map(self._array_bytes, self._arrays))
+        return self._bytes_of_kinds.total()
 
     @property
     def cache_bytes(self) -> int:
-        """Keys and values of one sequence of full context on one device that holds it."""
+        """Keys and values of one sequence of full context, on one device that holds it."""
         shape = ModelShard(self.config, self.mesh[1]).cache_shape(1)
         return 2 * math.prod(shape) * np.dtype(self.dtype).itemsize
 
@@ -70,15 +70,15 @@ class Estimate:
 
     @property
     def _chunk(self) -> int:
-        """The most tokens of a sequence that one step reads."""
+        """Maximum number of tokens of a sequence that one step reads."""
         return min(xla_kernels(self.devices.kind.platform).max_chunk, self.config.sequence_len)
 
     @property
     def workspace_bytes(self) -> int:
-        """What the steps themselves take at most on one device, about.
+        """About what the largest step needs besides weights and cache on one device.
 
-        Reading a chunk for its score has the float32 logits of every position; and the experts' activations, gate and
-        up in float32, for each expert that a token selects.
+        Scoring a chunk keeps the float32 logits of every position, and for each expert that a token selects its float32
+        activations, gate and up.
         """
         config, chunk = self.config, self._chunk
         experts = 2 * config.num_selected_experts * config.ffn_size // self.mesh[1]
@@ -88,7 +88,7 @@ class Estimate:
 
     @property
     def _memories(self) -> tuple[int, int]:
-        """How many devices' weights, and how many devices' caches, lie in one memory; the most of any host."""
+        """Number of different shards, and of devices, that share one memory, on the host with the most."""
         if not self.devices.kind.shares_memory:
             return 1, 1
         shards: dict[int, list[int]] = {}  # of each host
@@ -101,43 +101,37 @@ class Estimate:
 
     @cached_property
     def rows(self) -> list[list[int]]:
-        """For each data row and each of its model shards, which host it is on."""
+        """The host of each model shard, for each data row."""
         data, model = self.mesh
         hosts = [host for host, count in enumerate(self.hosts or (data * model,)) for _ in range(count)]
-        places = mesh_device_order(self.mesh, hosts)
-        return [[hosts[place] for place in places[row * model : (row + 1) * model]] for row in range(data)]
+        order = mesh_device_order(self.mesh, hosts)
+        return [[hosts[index] for index in order[row * model : (row + 1) * model]] for row in range(data)]
 
     @property
     def replicated_bytes(self) -> int:
-        """Bytes of weights that one data row holds beyond those of the model: what several shards hold alike."""
+        """Bytes of weights that a data row holds in addition to the model's, because several shards hold the same."""
         return self.mesh[1] * self.weight_bytes - dataclasses.replace(self, mesh=(1, 1), hosts=None).weight_bytes
 
     @property
     def idle(self) -> dict[int, int]:
-        """How many devices of each host the mesh leaves idle, for hosts where it does."""
+        """Number of idle devices on each host that has any."""
         used = Counter(host for row in self.rows for host in row)
         left = {host: count - used[host] for host, count in enumerate(self.hosts or (self.devices.count,))}
         return {host: count for host, count in left.items() if count}
 
     @property
-    def hosts_of_row(self) -> int:
-        """The most hosts that the model shards of one data row are on."""
-        return max(len(set(row)) for row in self.rows)
-
-    @property
     def crossing_bytes(self) -> int:
-        """Bytes that leave each host for the others, for each token of decoding.
+        """Bytes that each host sends to others for each decoded token.
 
-        Two sums in every layer and one of the embedding, in the dtype of activations, each of which goes around a ring
-        of the model shards, once to add up and once to tell; and the float32 logits of a host's part of the vocabulary.
-        Between data rows go the sampled tokens alone.
+        Model shards sum activations twice in every layer and once for the embedding, each time in a ring, once around
+        to reduce and once to distribute; and they gather the float32 logits. Data rows exchange only sampled tokens.
         """
         config, shards = self.config, self.mesh[1]
-        told = 4 if self.mesh[0] > 1 and len({host for row in self.rows for host in row}) > 1 else 0
-        if self.hosts_of_row == 1:
-            return told
+        sampled = 4 if self.mesh[0] > 1 and len({host for row in self.rows for host in row}) > 1 else 0
+        if all(len(set(row)) == 1 for row in self.rows):
+            return sampled
         sums = (2 * config.num_layers + 1) * config.emb_size * np.dtype(self.dtype).itemsize
-        return told + round((2 * sums + 4 * config.vocab_size) * (shards - 1) / shards)
+        return sampled + round((2 * sums + 4 * config.vocab_size) * (shards - 1) / shards)
 
     @property
     def fixed_bytes(self) -> int:
@@ -146,13 +140,13 @@ class Estimate:
         return weights * self.weight_bytes + rows * self.workspace_bytes
 
     def needed_bytes(self, sequences: int = 1) -> int:
-        """What one memory must hold to continue that many sequences of full context at a time."""
+        """Bytes that one memory must hold for that many sequences of full context at a time."""
         rows = -(-sequences // self.mesh[0])
         return self.fixed_bytes + rows * self._memories[1] * self.cache_bytes
 
     @property
     def sequences(self) -> int | None:
-        """How many sequences of full context fit at a time; below 1 if none does, None if memory is not known."""
+        """Number of sequences of full context that fit at a time; None if memory is not known."""
         if self.devices.usable_bytes is None:
             return None
         free = self.devices.usable_bytes - self.fixed_bytes
@@ -160,48 +154,42 @@ class Estimate:
 
     @property
     def fits(self) -> bool | None:
-        """Whether a sequence of full context fits; None if it is not known how much memory there is."""
+        """Whether a sequence of full context fits; None if memory is not known."""
         return None if self.sequences is None else self.sequences > 0
 
     # Speed
 
     def decode_read_bytes(self, batch: int, context: int) -> int:
-        """Bytes that one device has to read for a step of decoding.
+        """Bytes that one device has to read for a decoding step.
 
-        Experts are taken to be chosen evenly and independently, so that a batch of several sequences selects
-        `experts * (1 - (1 - selected / experts) ** sequences)` of them on average; one sequence exactly `selected`.
+        Assumes that sequences select experts evenly and independently: together they select
+        `experts * (1 - (1 - selected / experts) ** sequences)` on average.
 
         Args:
-            batch: sequences on the whole mesh.
-            context: positions that each has in the cache.
+            batch: number of sequences on the whole mesh.
+            context: number of positions that each has in the cache.
         """
         rows = -(-batch // self.mesh[0])
         config = self.config
-        touched = 1 - (1 - config.num_selected_experts / config.num_experts) ** rows
-        weights = 0.0
-        for array in self._arrays:
-            weights += self._array_bytes(array) * (touched if array.spec.kind is Kind.EXPERTS else 1)
+        unselected = (1 - config.num_selected_experts / config.num_experts) ** rows
+        weights = self.weight_bytes - unselected * self._bytes_of_kinds[Kind.EXPERTS]
         return round(weights) + rows * context * self._cache_position_bytes
 
     def decode_seconds(self, batch: int, context: int) -> float | None:
-        """The least time of a step that gives each of `batch` sequences a token; None if it is not known."""
+        """Least time of a decoding step of `batch` sequences; None if the devices' speed is not known."""
         operations = -(-batch // self.mesh[0]) * self.operations(1, context)
         return self._seconds(self.decode_read_bytes(batch, context), operations)
 
     def decode_tokens_per_second(self, batch: int, context: int) -> float | None:
-        """The most tokens a second that `batch` sequences get together; None if it is not known."""
+        """Upper bound for `batch` sequences together; None if the devices' speed is not known."""
         seconds = self.decode_seconds(batch, context)
         return None if seconds is None else batch / seconds
 
     def prefill_seconds(self, tokens: int) -> float | None:
-        """The least time to read a prompt of that many tokens; None if it is not known.
-
-        Every chunk of it reads all weights once.
-        """
-        chunk = self._chunk
+        """Least time to read a prompt, in chunks that each read the weights; None if the speed is not known."""
         total = 0.0
-        for start in range(0, tokens, chunk):
-            count = min(chunk, tokens - start)
+        for start in range(0, tokens, self._chunk):
+            count = min(self._chunk, tokens - start)
             read = self.decode_read_bytes(count * self.mesh[0], 0) + (start + count) * self._cache_position_bytes
             seconds = self._seconds(read, self.operations(count, start + count / 2))
             if seconds is None:
@@ -210,17 +198,12 @@ class Estimate:
         return total
 
     def prefill_tokens_per_second(self, tokens: int) -> float | None:
-        """The most tokens a second of reading one prompt of that length; None if it is not known."""
+        """Upper bound for reading one prompt of that length; None if the devices' speed is not known."""
         seconds = self.prefill_seconds(tokens)
         return None if seconds is None else tokens / seconds
 
     def operations(self, tokens: int, context: float) -> float:
-        """Multiplications and additions of one device for tokens of one sequence.
-
-        Args:
-            tokens: how many.
-            context: positions that each sees, on average.
-        """
+        """Multiplications and additions of one device for tokens that attend to `context` positions on average."""
         config = self.config
         attention = 4 * config.num_layers * config.q_size * context
         return tokens * (2 * num_active_parameters(config) + attention) / self.mesh[1]
@@ -234,10 +217,9 @@ class Estimate:
 
 
 def next_fit(estimate: Estimate) -> Estimate | None:
-    """The smallest change with which a model fits that does not; None if there is none.
+    """The smallest change with which a model fits; None if there is none.
 
-    It looks first for another mesh of the same devices, then for bfloat16 activations on them, then for more devices of
-    the kind.
+    Tries other meshes of the same devices, then bfloat16 activations on them, then more devices of the kind.
     """
     estimate = dataclasses.replace(estimate, hosts=None) if estimate.devices.kind.shares_memory else estimate
     meshes = [(1, shards) for shards in possible_model_shards(estimate.config, _MOST_SHARDS)]
@@ -254,12 +236,9 @@ def next_fit(estimate: Estimate) -> Estimate | None:
 
 
 def smallest_fit(config: ModelConfig, devices: Devices, dtype: str) -> Estimate:
-    """The smallest number of such devices on which a model fits, or the most that it can be divided over.
+    """The smallest number of such devices that a model fits on, or the largest that it can be divided over.
 
-    Args:
-        config: the model.
-        devices: their count does not matter.
-        dtype: of activations and of the cache.
+    The count of `devices` does not matter; `dtype` is that of activations and of the cache.
     """
     estimates = [
         Estimate(config, dataclasses.replace(devices, count=shards), (1, shards), dtype)

@@ -5,9 +5,9 @@ from grok1.config import PRESETS
 from grok1.errors import TooSmallError
 from grok1.host import memory
 from grok1.model import load
-from grok1.plan.devices import DeviceKind, Devices
+from grok1.plan.devices import DeviceKind, Devices, present_devices
 from grok1.plan.estimate import Estimate
-from grok1.plan.verdict import require_room, verdict
+from grok1.plan.verdict import room, verdict
 
 RELEASE = PRESETS["grok-1"]
 TINY = PRESETS["tiny"]
@@ -82,4 +82,4 @@ def test_loading_begins_only_where_there_is_room(make_checkpoint, monkeypatch):
 
 def test_a_system_that_does_not_say_stops_nobody(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda: None)
-    assert require_room(RELEASE, (1, 8), jax.devices(), "float32") is None
+    assert room(Estimate(RELEASE, present_devices(jax.devices()), (1, 8), "float32")) is None
