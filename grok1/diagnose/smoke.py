@@ -1,4 +1,4 @@
-"""The whole path on a tiny model: write, read, load, shard, generate, each step checked against another way.
+"""Smoke test of the whole path on a tiny model: write, read, load, shard, generate, each checked in another way.
 
 for check in run_smoke(Path("somewhere")):
     print(check.result, check.name, check.measured)
@@ -6,43 +6,42 @@ for check in run_smoke(Path("somewhere")):
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+import jax
 import numpy as np
 
 from grok1.checkpoint.reader import Checkpoint
 from grok1.checkpoint.writer import write_checkpoint
 from grok1.config import PRESETS
+from grok1.model import Completion, Model, load
+from grok1.params.sharding import default_mesh_shape
 from grok1.params.table import num_parameters
+from grok1.plan.devices import make_virtual_devices
 from grok1.text.tokenizer import Tokenizer
 from grok1.text.train_tokenizer import train_small_tokenizer
-
-if TYPE_CHECKING:
-    from grok1.model import Completion, Model
 
 _VIRTUAL_DEVICES = 8
 _PROMPT = "The answer to life, the universe and everything is of course"
 _UNICODE = "Füße, naïve café; 東京 and Москва; 👩‍🚀 — tabs\tand\n\nlines, 1234567890"
 _NEW_TOKENS = 24
 LOGITS_TOLERANCE = 1e-3
-"""Largest difference of two logits, as a part of the largest logit. Both come from float32 sums in other orders."""
+"""Maximum difference of two logits, relative to the largest logit. Their float32 sums differ in order."""
 LOGPROB_TOLERANCE = 1e-3
-"""Largest difference of two log-probabilities."""
+"""Maximum difference of two log-probabilities."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What one step found.
+    """The result of a check.
 
     Attributes:
         name: what is checked.
-        result: "ok", "FAILED", or "skipped" where the machine has nothing to compare with.
+        result: "ok", "FAILED", or "skipped" if the machine has nothing to compare with.
         measured: what was found, or why it failed.
         seconds: how long it took.
     """
@@ -54,22 +53,22 @@ class Check:
 
 
 class _Failed(Exception):
-    """A check that found something wrong; the text tells what."""
+    """A check found something wrong."""
 
 
 class _Skipped(Exception):
-    """A check that this machine cannot do; the text tells why."""
+    """A check is not possible on this machine."""
 
 
 def run_smoke(folder: Path, starting: Callable[[str], None] = lambda name: None) -> Iterator[Check]:
-    """Runs all checks, one after the other; one that fails does not keep the others from running.
+    """Run all checks, also after one has failed.
 
-    On a machine without accelerators the processor plays 8 devices, unless JAX has started or the user has chosen a
-    number with `JAX_NUM_CPU_DEVICES` or `XLA_FLAGS`.
+    Without accelerators the CPU is used as 8 devices, unless JAX has started or the user has chosen a number with
+    `JAX_NUM_CPU_DEVICES` or `XLA_FLAGS`.
 
     Args:
-        folder: where the checkpoint is written; it must not hold one.
-        starting: is called with the name of each check before it runs.
+        folder: where to write the checkpoint; must not contain one.
+        starting: called with the name of each check before it runs.
     """
     path = _Path(folder)
     for name, step in (
@@ -88,7 +87,9 @@ def run_smoke(folder: Path, starting: Callable[[str], None] = lambda name: None)
         start = time.perf_counter()
         result: Literal["ok", "FAILED", "skipped"] = "ok"
         try:
-            measured = step()
+            # Accelerators would round the factors of float32 products.
+            with jax.default_matmul_precision("highest"):
+                measured = step()
         except _Skipped as reason:
             result, measured = "skipped", str(reason)
         except Exception as error:
@@ -98,15 +99,15 @@ def run_smoke(folder: Path, starting: Callable[[str], None] = lambda name: None)
 
 
 class _Path:
-    """The steps, and what they hand on."""
+    """The checks, and the state that they share."""
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._written = False  # what else lies in the folder is nothing to load
+        self._written = False  # another checkpoint in the folder is not loaded
         self._opened: Checkpoint | None = None
         self._models: dict[str, Model] = {}
         self._greedy: Completion | None = None
-        self._alone = False  # whether there is only one device, so that "all" means the same as "one"
+        self._alone = False  # whether there is only one device
 
     def write(self) -> str:
         config = PRESETS["tiny"]
@@ -144,16 +145,15 @@ class _Path:
         return f"{len(_UNICODE)} characters, {len(ids)} tokens"
 
     def load_whole(self) -> str:
-        jax = _started_jax()
+        make_virtual_devices(_VIRTUAL_DEVICES)
         devices = jax.devices()
         if len(devices) == 1 and devices[0].platform != "cpu":
-            devices = jax.devices("cpu")  # the accelerator is "all", the processor "one"
+            devices = jax.devices("cpu")  # the accelerator is "all", the CPU "one"
         return self._load("one", (1, 1), devices[:1])
 
     def load_sharded(self) -> str:
-        from grok1.params.sharding import default_mesh_shape
-
-        devices = _started_jax().devices()
+        make_virtual_devices(_VIRTUAL_DEVICES)
+        devices = jax.devices()
         shape = default_mesh_shape(self._checkpoint().config, len(devices))
         if shape == (1, 1) and devices[0].platform == "cpu":
             self._alone = True
@@ -163,8 +163,7 @@ class _Path:
     def compare_logits(self) -> str:
         one, other = self._model("one"), self._model("all")
         tokens = one.tokenizer.encode(_PROMPT)
-        with _full_precision():
-            expected, found = one.logits(tokens), other.logits(tokens)
+        expected, found = one.logits(tokens), other.logits(tokens)
         scale = float(np.abs(expected).max())
         difference = float(np.abs(found - expected).max()) / scale
         return _within(difference, LOGITS_TOLERANCE, f"of the largest logit, {scale:.1f}")
@@ -172,8 +171,7 @@ class _Path:
     def compare_prefill_with_decode(self) -> str:
         completion = self._greedy_completion()
         assert completion.logprobs is not None
-        with _full_precision():
-            score = self._model("one").score([*completion.prompt_tokens, *completion.tokens])
+        score = self._model("one").score([*completion.prompt_tokens, *completion.tokens])
         read = [entry.logprob for entry in score.logprobs[len(completion.prompt_tokens) - 1 :]]
         decoded = [entry.logprob for entry in completion.logprobs]
         difference = float(np.abs(np.subtract(read, decoded)).max())
@@ -182,16 +180,15 @@ class _Path:
     def compare_greedy_text(self) -> str:
         other = self._model("all")
         expected = self._greedy_completion()
-        with _full_precision():
-            found = _complete_greedily(other)
+        found = _complete_greedily(other)
         if found.text == expected.text:
             return f"{len(expected.tokens)} tokens, the same text"
-        place = next(i for i, pair in enumerate(zip(expected.tokens, found.tokens, strict=True)) if pair[0] != pair[1])
+        differs = int(np.flatnonzero(np.not_equal(expected.tokens, found.tokens))[0])
         assert expected.logprobs is not None
-        (_, first), (_, second) = expected.logprobs[place].top
-        if first - second <= LOGPROB_TOLERANCE:  # rounding decides between two tokens that are as likely
-            return f"the same up to token {place}, where two are equally likely"
-        raise _Failed(f"token {place} is {found.tokens[place]}, expected {expected.tokens[place]}")
+        (_, first), (_, second) = expected.logprobs[differs].top
+        if first - second <= LOGPROB_TOLERANCE:  # rounding decides
+            return f"the same up to token {differs}, where two are equally likely"
+        raise _Failed(f"token {differs} is {found.tokens[differs]}, expected {expected.tokens[differs]}")
 
     def compare_stream(self) -> str:
         model = self._model("one")
@@ -210,12 +207,9 @@ class _Path:
             raise _Failed("there is no checkpoint to work on")
         return self._opened
 
-    def _load(self, name: str, shape: tuple[int, int], devices: list) -> str:
-        from grok1.model import load
-
+    def _load(self, name: str, shape: tuple[int, int], devices: Sequence[jax.Device]) -> str:
         self._checkpoint()
-        with _full_precision():
-            self._models[name] = load(self._folder, mesh=shape, dtype="float32", devices=devices)
+        self._models[name] = load(self._folder, mesh=shape, dtype="float32", devices=devices)
         return f"{devices[0].platform}, mesh {shape[0]},{shape[1]}"
 
     def _model(self, name: str) -> Model:
@@ -226,10 +220,9 @@ class _Path:
         return self._models[name]
 
     def _greedy_completion(self) -> Completion:
-        """The greedy completion of the model on one device, made once."""
+        """The greedy completion of the model on one device."""
         if self._greedy is None:
-            with _full_precision():
-                self._greedy = _complete_greedily(self._model("one"))
+            self._greedy = _complete_greedily(self._model("one"))
         return self._greedy
 
 
@@ -239,24 +232,6 @@ def _complete_greedily(model: Model) -> Completion:
 
 def _within(difference: float, tolerance: float, of_what: str) -> str:
     measured = f"differ by {difference:.1e} {of_what}; {tolerance:.0e} is allowed"
-    if not difference <= tolerance:  # also if it is not a number
+    if not difference <= tolerance:  # also if it is NaN
         raise _Failed(measured)
     return measured
-
-
-def _started_jax():  # type: ignore[no-untyped-def]
-    """JAX with its devices, of which the processor has 8 if nobody has chosen otherwise."""
-    import jax
-
-    chosen = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if not chosen:
-        with contextlib.suppress(RuntimeError):  # the backend has started: its devices are what there is
-            jax.config.update("jax_num_cpu_devices", _VIRTUAL_DEVICES)
-    return jax
-
-
-def _full_precision() -> contextlib.AbstractContextManager:
-    """Within it, float32 products are float32 also on accelerators that would round their factors."""
-    import jax
-
-    return jax.default_matmul_precision("highest")

@@ -1,12 +1,10 @@
-"""The compiler's own account of a decode and a prefill step, without a checkpoint and without the devices.
+"""What the compiler reports about the decode and prefill steps, without a checkpoint or the devices.
 
-The programs are the engine's, lowered for abstract arrays: on virtual devices of the processor, or for GPUs or a slice
-of TPUs that are described to their compiler.
+The engine's programs are lowered for abstract arrays, for virtual CPU devices or for descriptions of GPUs or TPUs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -27,7 +25,7 @@ from grok1.ops.kernels import kernels_without_packing
 from grok1.params.sharding import make_mesh
 from grok1.params.tree import abstract_parameters
 from grok1.plan.collectives import Collectives, collectives
-from grok1.plan.devices import DEVICE_KINDS
+from grok1.plan.devices import DEVICE_KINDS, make_virtual_devices
 
 _SQUARE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
@@ -36,23 +34,23 @@ TOPOLOGIES = {
     kind: {int(np.prod([int(side) for side in name.split("x")])): name for name in names}
     for kind, names in (("v5e", _SQUARE), ("v5p", _CUBE), ("v6e", _SQUARE))
 }
-"""The slices of each kind of TPU, by their number of chips; a chip of these kinds is one JAX device.
+"""The slices of each kind of TPU by number of chips, each of which is one JAX device.
 
-For TPU v4, whose chips JAX runs as one device too, the compiler describes two devices a chip: it is left out.
+TPU v4 is left out: the compiler describes two devices per chip, but JAX runs one.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class _GPU:
-    """What XLA wants to know of an NVIDIA GPU to compile for it, as the CUDA programming guide and its maker tell.
+    """What XLA must know about an NVIDIA GPU to compile for it, from the CUDA programming guide and data sheets.
 
     Attributes:
-        name: JAX's name of such a device, in full.
-        capability: compute capability, major version.
-        multiprocessors: how many there are.
-        lanes: of float32 in each.
-        shared_memory: bytes in each.
-        cache: bytes of the second-level cache.
+        name: JAX's full name of the device.
+        capability: major version of the compute capability.
+        multiprocessors: number of multiprocessors.
+        lanes: float32 units per multiprocessor.
+        shared_memory: bytes per multiprocessor.
+        cache: bytes of L2 cache.
         clock: GHz.
     """
 
@@ -70,16 +68,15 @@ _GPUS = {
     "a100-40gb": _GPU("NVIDIA A100-SXM4-40GB", 8, 108, 64, 164 << 10, 40 << 20, 1.41),
     "a100-80gb": _GPU("NVIDIA A100-SXM4-80GB", 8, 108, 64, 164 << 10, 40 << 20, 1.41),
     "h100-80gb": _H100,
-    "h800-80gb": _H100,  # but for links and float64 the same, and Pallas knows its name
+    "h800-80gb": _H100,  # the same except for links and float64; Pallas knows its name
     "h200": dataclasses.replace(_H100, name="NVIDIA H200"),
 }
 GPUS = tuple(_GPUS)
-"""The kinds of GPU that can be described to the compiler."""
+"""The kinds of GPU that programs can be compiled for."""
 
 _GPUS_OF_HOST = 8
 
-# What libtpu asks of the machine otherwise, with complaints where it is no TPU host; and that others may use it too,
-# which it refuses for the sake of the devices that nobody opens here.
+# Keep libtpu from querying the host, which fails where there is no TPU, and from locking devices that are not opened.
 _LIBTPU_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -90,31 +87,27 @@ _LIBTPU_ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """What the compiler says of a step; all bytes are those of one device.
-
-    The compiler's arguments are as large as the arrays that the step takes: to the byte on processors, and within
-    0.001 % on TPUs, where the axes of the release fill the tiles of 32 x 128 int8 and 8 x 128 bfloat16 elements that
-    memory is laid out in. Of the preset `tiny`, tiles half empty add 1.6 % on 8 TPUs.
+    """What the compiler reports about a step; all bytes are those of one device.
 
     Attributes:
         name: "decode" or "prefill".
         device: JAX's name of the kind of device that it is compiled for.
         kernels: "xla", or the platform whose kernels it runs.
-        sequences: how many the step works for, over all data rows.
-        tokens: of each sequence that the step reads.
-        weight_bytes: of the parameters, scales counted.
-        cache_bytes: of keys and values.
-        argument_bytes: what the step takes as the compiler lays it out: parameters, cache, tokens and options.
-        output_bytes: what it gives.
-        alias_bytes: the part of the output that takes the place of an argument.
-        temporary_bytes: what it needs besides while it runs.
-        code_bytes: of the program itself; 0 where the compiler does not say.
-        peak_bytes: the most that the device holds: arguments, new outputs and temporaries, or the compiler's own
-            peak if that is larger.
-        layer_seconds: the compiler's own estimate of the time of one layer and of all that is no layer, together: it
-            counts a loop once; None where it does not say, as for GPUs and processors.
-        collectives: the exchanges between devices.
-        compile_seconds: time to lower and to compile; short if the compilation cache held the program.
+        sequences: number of sequences, over all data rows.
+        tokens: number of tokens of each sequence that the step reads.
+        weight_bytes: parameters, including scales.
+        cache_bytes: keys and values.
+        argument_bytes: parameters, cache, tokens and options, as the compiler lays them out: on TPUs in tiles of
+            32 x 128 int8 or 8 x 128 bfloat16 elements, which the release's axes fill.
+        output_bytes: everything that it returns.
+        alias_bytes: the part of the output that replaces an argument.
+        temporary_bytes: what it needs in addition while it runs.
+        code_bytes: the program itself; 0 if the compiler does not report it.
+        peak_bytes: arguments, new outputs and temporaries, or the compiler's own peak if that is larger.
+        layer_seconds: the compiler's estimate of the time of one layer and everything outside the layers, together, as
+            it counts a loop once; None if it has none, as for GPUs and CPUs.
+        collectives: collective operations.
+        compile_seconds: time to lower and compile; short if the compilation cache holds the program.
     """
 
     name: str
@@ -144,19 +137,19 @@ def compile_steps(
     prefill_tokens: int,
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[CompiledStep]:
-    """Compiles the decode step, then the prefill step; nothing is allocated on a device.
+    """Compile the decode step, then the prefill step; nothing is allocated on a device.
 
     Args:
         config: the model.
-        mesh: a (data, model) mesh, of devices that may be descriptions only.
+        mesh: a (data, model) mesh; its devices may be mere descriptions.
         dtype: dtype of activations and of the cache.
-        slots: sequences that are decoded together, a multiple of the mesh's data axis.
-        prefill_tokens: tokens that a prefill step reads for each data row; at most 512 are read at a time.
-        progress: is called with a step's name before it is lowered.
+        slots: number of sequences decoded together, a multiple of the mesh's data axis.
+        prefill_tokens: number of tokens that a prefill step reads for each data row; at most `Engine.max_chunk`.
+        progress: called with a step's name before it is lowered.
 
     Raises:
-        CompileError: if the compiler knows that a step needs more memory than its device has.
-        MeshError: if the slots do not divide by the data axis.
+        CompileError: if the compiler finds that a step needs more memory than its device has.
+        MeshError: if `slots` is not such a multiple.
     """
     kernels = kernels_without_packing(mesh.devices.flat[0].platform)
     engine = Engine(config, abstract_parameters(config, mesh, dtype), mesh, dtype, kernels=kernels)
@@ -208,7 +201,7 @@ def _compile(engine: Engine, key: StepKey) -> jax.stages.Compiled:
 def _estimated_seconds(program: jax.stages.Compiled) -> float | None:
     try:
         analysis: Any = program.cost_analysis()
-    except (RuntimeError, NotImplementedError):  # not every compiler has one
+    except (RuntimeError, NotImplementedError):  # some compilers have none
         return None
     seconds = (analysis or {}).get("optimal_seconds", 0.0)
     return seconds if seconds > 0 else None
@@ -229,20 +222,14 @@ def _memory(program: jax.stages.Compiled) -> dict[str, int]:
 
 
 def virtual_cpu_mesh(config: ModelConfig, shape: tuple[int, int]) -> Mesh:
-    """A mesh of as many virtual devices of the processor as it needs.
-
-    JAX makes them when it starts: a process has the number that it first asked for.
-
-    Args:
-        config: the model.
-        shape: sizes of the data and the model axis.
+    """A (data, model) mesh of virtual CPU devices.
 
     Raises:
-        MeshError: if JAX has started with fewer, or the model does not divide.
+        MeshError: if JAX has started with too few, or the model does not divide.
     """
     count = shape[0] * shape[1]
     jax.config.update("jax_platforms", "cpu")
-    _make_virtual_devices(count)
+    make_virtual_devices(count)
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise MeshError(
@@ -253,16 +240,11 @@ def virtual_cpu_mesh(config: ModelConfig, shape: tuple[int, int]) -> Mesh:
 
 
 def topology_mesh(kind: str, config: ModelConfig, shape: tuple[int, int]) -> Mesh:
-    """A mesh of the described devices of a whole TPU slice, in the order in which `make_mesh` takes real ones.
-
-    Args:
-        kind: a key of `TOPOLOGIES`.
-        config: the model.
-        shape: sizes of the data and the model axis; their product is a slice's number of chips.
+    """A (data, model) mesh of the described devices of a whole TPU slice, in the order of real ones.
 
     Raises:
         CompileError: if the TPU compiler is not installed or refuses the slice.
-        MeshError: if there is no slice of that size, or the model does not divide.
+        MeshError: if there is no slice of that size and `kind` in `TOPOLOGIES`, or the model does not divide.
     """
     name = topology_name(kind, shape[0] * shape[1])
     if importlib.util.find_spec("libtpu") is None:
@@ -280,16 +262,11 @@ def gpu_compiler_is_installed() -> bool:
 
 
 def gpu_mesh(kind: str, config: ModelConfig, shape: tuple[int, int]) -> Mesh:
-    """A mesh of described NVIDIA GPUs, eight to a host.
-
-    Args:
-        kind: one of `GPUS`, which is one of `DEVICE_KINDS`, too.
-        config: the model.
-        shape: sizes of the data and the model axis.
+    """A (data, model) mesh of described NVIDIA GPUs of a kind in `GPUS`, eight per host.
 
     Raises:
-        CompileError: if the compiler for GPUs is not installed or refuses them.
-        MeshError: if they are more than a host has and no whole hosts, or the model does not divide.
+        CompileError: if the GPU compiler is not installed or refuses them.
+        MeshError: if they are more than one host but not whole hosts, or the model does not divide.
     """
     count = shape[0] * shape[1]
     if count > _GPUS_OF_HOST and count % _GPUS_OF_HOST:
@@ -305,16 +282,16 @@ def gpu_mesh(kind: str, config: ModelConfig, shape: tuple[int, int]) -> Mesh:
 
 
 def _describe(platform: str, name: str, refusal: tuple[str, str], **options: Any) -> list[jax.Device]:
-    """Devices that are described to the compiler of a platform.
+    """Describe the devices of a topology to a platform's compiler.
 
     Args:
-        platform: as JAX calls it.
-        name: of the topology.
-        refusal: what is refused then, after "the compiler for", and what to do about it.
-        options: of the topology.
+        platform: JAX's name of it.
+        name: name of the topology.
+        refusal: for the message if the compiler refuses: the rest of "the compiler for", and what to do.
+        options: options of the topology.
 
     Raises:
-        CompileError: if the compiler refuses them.
+        CompileError: if the compiler refuses.
     """
     jax.config.update("jax_platforms", "cpu")
     try:
@@ -358,10 +335,10 @@ def _target_config(kind: str) -> str:
 
 
 def topology_name(kind: str, count: int) -> str:
-    """The shape of a TPU slice of that many chips, such as "4x8".
+    """The shape of the TPU slice with `count` chips, such as "4x8".
 
     Raises:
-        MeshError: if there is no such kind or no such slice of it.
+        MeshError: if there is no such kind or slice.
     """
     if kind not in TOPOLOGIES:
         raise MeshError(f"no TPU slices are known of kind {kind!r}: choose one of {', '.join(TOPOLOGIES)}")
@@ -369,11 +346,3 @@ def topology_name(kind: str, count: int) -> str:
     if count not in slices:
         raise MeshError(f"there is no {kind} slice of {count} chips: choose one of {', '.join(map(str, slices))}")
     return slices[count]
-
-
-def _make_virtual_devices(count: int) -> None:
-    """Lets JAX start with `count` virtual devices, unless it has started or the user chose a number."""
-    chosen = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if not chosen:
-        with contextlib.suppress(RuntimeError):  # JAX has started: its devices are what there is
-            jax.config.update("jax_num_cpu_devices", count)

@@ -1,8 +1,10 @@
-"""Public figures of the devices that a model may run on, and the devices that are present."""
+"""Published figures of devices, and the devices that are present. Importing this does not import JAX."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,23 +13,22 @@ from grok1.errors import DeviceKindError
 from grok1.host import memory
 
 GPU_MEMORY_FRACTION = 0.92
-"""How much of a GPU's memory `grok1` lets JAX take; the rest is for the driver, collectives and kernels."""
+"""Fraction of a GPU's memory that JAX may take; the rest is for the driver, collectives and kernels."""
 
 _USABLE = {"gpu": GPU_MEMORY_FRACTION, "tpu": 0.97, "cpu": 0.95}
 
 
 @dataclasses.dataclass(frozen=True)
 class DeviceKind:
-    """What a device can do, by its maker's figures.
+    """A kind of device, with its vendor's figures; None where they are not known.
 
     Attributes:
         name: as `--device` takes it.
-        platform: "gpu", "tpu" or "cpu"; the devices of a CPU share one memory.
-        memory_bytes: of one device; None for a CPU, whose machine decides.
-        bandwidth: bytes a second that one device can read from its memory; None if not known.
-        flops: dense operations a second in the type that activations have there: bfloat16, or float32 on a CPU; None
-            if not known.
-        jax_name: what JAX's name of such a device contains, in small letters.
+        platform: "gpu", "tpu" or "cpu".
+        memory_bytes: memory of one device; of the machine for a CPU.
+        bandwidth: bytes per second that one device can read from its memory.
+        flops: dense operations per second in the default dtype of activations, bfloat16 or float32 on a CPU.
+        jax_name: part of JAX's name of such a device, in lower case.
     """
 
     name: str
@@ -39,7 +40,7 @@ class DeviceKind:
 
     @property
     def dtype(self) -> DTypeName:
-        """Dtype of activations and of the key/value cache, unless the user chooses."""
+        """Default dtype of activations and of the key/value cache."""
         return default_dtype(self.platform)
 
     @property
@@ -50,12 +51,12 @@ class DeviceKind:
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """Some devices of one kind.
+    """Devices of one kind.
 
     Attributes:
-        kind: what they are.
+        kind: their kind.
         count: how many.
-        usable_bytes: memory that a program may take on each, or on the machine where they share it; None if not known.
+        usable_bytes: memory that a program may take on each, or on the machine if they share it; None if not known.
     """
 
     kind: DeviceKind
@@ -99,21 +100,8 @@ DEVICE_KINDS = {
 """The kinds that `--device` knows."""
 
 
-def device_kind(name: str) -> DeviceKind:
-    """The kind of that name.
-
-    Raises:
-        DeviceKindError: if there is none.
-    """
-    try:
-        return DEVICE_KINDS[name.lower()]
-    except KeyError:
-        known = ", ".join(DEVICE_KINDS)
-        raise DeviceKindError(f"there is no device kind {name!r}: choose one of {known}") from None
-
-
 def named_devices(name: str, count: int, memory_bytes: int | None = None) -> Devices:
-    """Devices that need not be here.
+    """Devices that need not be present.
 
     Args:
         name: a name of `DEVICE_KINDS`.
@@ -123,7 +111,9 @@ def named_devices(name: str, count: int, memory_bytes: int | None = None) -> Dev
     Raises:
         DeviceKindError: if there is no such kind, or the memory is not known.
     """
-    kind = device_kind(name)
+    kind = DEVICE_KINDS.get(name.lower())
+    if kind is None:
+        raise DeviceKindError(f"there is no device kind {name!r}: choose one of {', '.join(DEVICE_KINDS)}")
     total = memory_bytes or kind.memory_bytes or memory.total_bytes()
     if total is None:
         raise DeviceKindError("how much memory this machine has is not known: say it with --memory, such as 512GB")
@@ -131,11 +121,7 @@ def named_devices(name: str, count: int, memory_bytes: int | None = None) -> Dev
 
 
 def present_devices(devices: Sequence[Any]) -> Devices:
-    """The devices that JAX found, with the memory that is free on them now.
-
-    Args:
-        devices: JAX devices of one kind.
-    """
+    """JAX devices of one kind, with the memory that is free on them now."""
     first = devices[0]
     if first.platform == "cpu":
         kind = dataclasses.replace(DEVICE_KINDS["cpu"], memory_bytes=memory.total_bytes())
@@ -146,14 +132,24 @@ def present_devices(devices: Sequence[Any]) -> Devices:
 
 
 def _kind_of(device: Any) -> DeviceKind:
-    """The kind that JAX's name of a device tells, without figures if it is none of those known."""
+    """The kind of a JAX device; without figures if its name is not known."""
     name = device.device_kind
     kinds = [kind for kind in DEVICE_KINDS.values() if kind.jax_name and kind.jax_name in name.lower()]
     if kinds:
-        return max(kinds, key=lambda kind: len(kind.jax_name or ""))  # "tpu v5 lite" holds "tpu v5", too
+        return max(kinds, key=lambda kind: len(kind.jax_name or ""))  # "tpu v5 lite" also contains "tpu v5"
     return DeviceKind(name, "tpu" if device.platform == "tpu" else "gpu", None, None, None)
 
 
 def _free_bytes(device: Any) -> int | None:
     stats = device.memory_stats() or {}
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
+
+
+def make_virtual_devices(count: int) -> None:
+    """Let the CPU be `count` JAX devices, unless JAX has started or the user has chosen a number."""
+    import jax
+
+    chosen = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not chosen:
+        with contextlib.suppress(RuntimeError):  # JAX has started
+            jax.config.update("jax_num_cpu_devices", count)
