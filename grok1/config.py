@@ -1,6 +1,7 @@
-"""The architecture of a model: `ModelConfig`, its derived sizes, and the presets.
+"""The configuration of a model, and the presets.
 
-A checkpoint has a `config.json` beside `ckpt-0`; the release has none and is the preset `grok-1`.
+A checkpoint has a `config.json` beside `ckpt-0`, except for the release, which is the preset `grok-1`. Importing this
+does not import JAX.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ DTypeName = Literal["float32", "bfloat16"]
 """Dtypes of activations and of the KV cache."""
 
 KernelsName = Literal["auto", "native", "xla"]
-"""Kernel implementations: "native" is hand-written for the platform."""
+"""Choices of kernels: hand-written for the platform, or XLA's."""
 
 _MAX_SIZE = 2**31 - 1  # every index into an axis is an int32 on the device
 _MAX_LAYERS = 4096
@@ -33,10 +34,10 @@ _MAX_LAYERS = 4096
 class ModelConfig:
     """The architecture of a Grok-1 model; the defaults are the release's.
 
-    Field names are those of the release's own config classes and the keys of `config.json`.
+    Field names are those of the release's config classes and the keys of `config.json`.
 
     Raises:
-        ConfigError: on construction, if a value is invalid.
+        ConfigError: on construction, if no model can have these numbers.
     """
 
     vocab_size: int = 131072
@@ -53,7 +54,7 @@ class ModelConfig:
     embedding_multiplier_scale: float = 78.38367176906169
     output_multiplier_scale: float = 0.5773502691896257
 
-    # The same for every model.
+    # Fixed by the architecture.
     pad_id: ClassVar[int] = 0
     bos_id: ClassVar[int] = 1
     eos_id: ClassVar[int] = 2
@@ -102,19 +103,19 @@ class ModelConfig:
 
     @property
     def q_size(self) -> int:
-        """Width of all query heads together."""
+        """Total width of the query heads."""
         return self.num_q_heads * self.key_size
 
     @property
     def kv_size(self) -> int:
-        """Width of all key (or value) heads together."""
+        """Total width of the key heads, and of the value heads."""
         return self.num_kv_heads * self.key_size
 
     @property
     def ffn_size(self) -> int:
         """Width of an expert: two thirds of `widening_factor * emb_size`, rounded up to a multiple of 8."""
         size = int(self.widening_factor * self.emb_size) * 2 // 3
-        return size + (8 - size) % 8
+        return size + -size % 8
 
     def to_json(self) -> str:
         """The text of a `config.json`."""
@@ -122,14 +123,10 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str = "config.json") -> ModelConfig:
-        """Parses a `config.json`.
-
-        Args:
-            text: a JSON object with every field of this class and no other key.
-            source: the file's name for messages.
+        """Parse the text of a `config.json`, named `source` in errors.
 
         Raises:
-            ConfigError: if it is anything else, or a value is invalid.
+            ConfigError: if it is not a JSON object with exactly the fields of this class, or the config is impossible.
         """
         try:
             values: Any = json.loads(text)
@@ -151,10 +148,10 @@ class ModelConfig:
 
     @classmethod
     def read(cls, path: Path) -> ModelConfig:
-        """Reads a `config.json` file.
+        """Read a `config.json` file.
 
         Raises:
-            ConfigError: if the file cannot be read or is invalid.
+            ConfigError: if the file cannot be read or is not a valid config.
         """
         try:
             with path.open("rb") as file:
@@ -216,28 +213,23 @@ PRESETS: dict[str, ModelConfig] = {
         sequence_len=1024,
     ),
 }
-"""The configs that `--preset` accepts.
-
-The release, some of its layers, random models of 20 million and 3.3 billion weights, and a small trained one.
-"""
+"""The configs that `--preset` accepts: the release, some of its layers, two random models, and a small trained one."""
 
 TRAINED = {"bard": "checkpoint/bard.zip"}
-"""Presets with trained weights, and the path in the package of each one's archive."""
+"""Presets with trained weights: the path of the checkpoint's archive in the package."""
 
 
 def default_dtype(platform: str) -> DTypeName:
-    """The default dtype of activations on a JAX platform."""
+    """The default dtype of activations on a platform: bfloat16 on accelerators, float32 on CPUs."""
     return "float32" if platform == "cpu" else "bfloat16"
 
 
 def preset(name: str, layers: int | None = None) -> ModelConfig:
-    """The preset of a name, with `layers` layers instead of its own if given.
+    """A preset, with another number of layers if given.
 
     Raises:
-        ConfigError: if there is no such preset, or the number of layers is invalid.
+        ConfigError: if there is no such preset, or there cannot be so many layers.
     """
-    try:
-        config = PRESETS[name]
-    except KeyError:
-        raise ConfigError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}") from None
-    return config if layers is None else dataclasses.replace(config, num_layers=layers)
+    if name not in PRESETS:
+        raise ConfigError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name] if layers is None else dataclasses.replace(PRESETS[name], num_layers=layers)

@@ -1,13 +1,13 @@
-"""What a model reaches on the devices at hand, and what their memory and arithmetic would allow."""
+"""Measured speed of a model on the present devices, and the limits of their memory and arithmetic."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import statistics
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ from grok1.config import ModelConfig
 from grok1.engine.chunks import PrefillChunk
 from grok1.engine.engine import Engine
 from grok1.engine.programs import BatchState
-from grok1.engine.sampling import SampledTokens
 from grok1.errors import RequestError
 from grok1.host.memory import available_bytes
 from grok1.host.threads import thread_count
@@ -28,21 +27,21 @@ from grok1.plan.devices import present_devices
 from grok1.plan.estimate import Estimate
 from grok1.request import SamplingOptions
 
-_WARM_STEPS = 2  # of decoding, before those that count
-_PREFILLS = 3  # whose median counts, as far as they take no more than:
+_WARM_STEPS = 2  # decoding steps before those that are measured
+_PREFILLS = 3  # fewer if they take longer than:
 _PREFILL_SECONDS = 10.0
-_READ_BYTES = 1 << 30  # of memory, to measure how fast it can be read
+_READ_BYTES = 1 << 30  # to measure the read rate of memory
 _MATRIX_SIZE = 2048
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What was measured of the devices that a model is on, all of them together.
+    """Measured limits of a model's devices, all together.
 
     Attributes:
-        read_bytes_per_second: reading memory that is in no cache.
-        matrix_operations_per_second: a product of large matrices; a multiplication and an addition are two.
-        matrix_product: which product that was.
+        read_bytes_per_second: reading memory that is not in a cache.
+        matrix_operations_per_second: product of large matrices; a multiplication and an addition are two operations.
+        matrix_product: the kind of product that was measured.
     """
 
     read_bytes_per_second: float
@@ -52,20 +51,20 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """A prompt length and a number of sequences, measured.
+    """Measured speed for one prompt length and number of sequences.
 
     Attributes:
-        prompt_tokens: that each sequence's prompt has.
-        batch: sequences.
-        decode_steps: steps of decoding after the prompts, of `batch` tokens each.
+        prompt_tokens: tokens of each sequence's prompt.
+        batch: number of sequences.
+        decode_steps: decoding steps after the prompts, of `batch` tokens each.
         prefill_seconds: reading all prompts, one after the other.
-        prefill_operations: multiplications and additions of that.
-        prefill_bytes: weights that it has to read, once for each chunk of a prompt.
-        time_to_first_token_seconds: from the start to the first token of the first prompt, on the host.
-        decode_step_seconds: of a step.
-        decode_bytes_per_step: weights and cache that a step has to read, over all devices; of a batch's experts as many
-            as it selects on average if each token chooses evenly.
-        decode_operations_per_step: multiplications and additions.
+        prefill_operations: multiplications and additions of prefill.
+        prefill_bytes: weights that prefill has to read, once for each chunk of a prompt.
+        time_to_first_token_seconds: until the first token of the first prompt is on the host.
+        decode_step_seconds: time of a decoding step.
+        decode_bytes_per_step: weights and cache that a step has to read, over all devices; see
+            `Estimate.decode_read_bytes`.
+        decode_operations_per_step: multiplications and additions of a step.
     """
 
     prompt_tokens: int
@@ -81,40 +80,40 @@ class Measurement:
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Prompt tokens, of all sequences together."""
+        """Prompt tokens of all sequences together."""
         return self.prompt_tokens * self.batch / self.prefill_seconds
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """New tokens, of all sequences together."""
+        """New tokens of all sequences together."""
         return self.batch / self.decode_step_seconds
 
     @property
     def decode_bytes_per_second(self) -> float:
-        """Weights and cache that were read."""
+        """Weights and cache that decoding has to read."""
         return self.decode_bytes_per_step / self.decode_step_seconds
 
 
 def longest_prompt(config: ModelConfig, decode_steps: int) -> int:
-    """Tokens of the longest prompt that leaves room for so many steps; at least 1."""
+    """Length of the longest prompt that leaves room for `decode_steps`; at least 1."""
     return max(1, config.sequence_len - decode_steps - _WARM_STEPS)
 
 
 def check_measurable(
     config: ModelConfig, data_rows: int, room: int | None, prompt_tokens: int, batch: int, decode_steps: int
 ) -> None:
-    """Makes sure that a measurement is possible; no model is needed.
+    """Check that a measurement is possible, before the model is loaded.
 
     Args:
-        config: the model's.
-        data_rows: of the mesh.
-        room: how many sequences there is memory for; None if not known.
-        prompt_tokens: as for `measure`, as are the others.
-        batch: how many sequences.
-        decode_steps: how many steps.
+        config: the model.
+        data_rows: number of data rows of the mesh.
+        room: number of sequences that there is memory for; None if not known.
+        prompt_tokens: as for `measure`.
+        batch: as for `measure`.
+        decode_steps: as for `measure`.
 
     Raises:
-        RequestError: if the context is too short, or there is no room for so many sequences.
+        RequestError: if the context is too short, or the batch too large or no multiple of the data rows.
     """
     context, needed = config.sequence_len, prompt_tokens + decode_steps + _WARM_STEPS
     if needed > context:
@@ -134,13 +133,13 @@ def check_measurable(
 
 
 def measure(model: Model, prompt_tokens: int, batch: int, decode_steps: int) -> Measurement:
-    """Measures reading prompts and decoding after them; programs are compiled and run once before.
+    """Measure prefill and then decoding, after every program has been compiled and run once.
 
     Args:
-        model: whose engine runs.
-        prompt_tokens: of each prompt, random ones.
-        batch: how many sequences.
-        decode_steps: how many steps to measure.
+        model: the model.
+        prompt_tokens: length of each sequence's random prompt.
+        batch: number of sequences.
+        decode_steps: number of steps to measure.
 
     Raises:
         RequestError: as `check_measurable`.
@@ -182,7 +181,7 @@ def measure(model: Model, prompt_tokens: int, batch: int, decode_steps: int) -> 
 
 
 def _decode(engine: Engine, state: BatchState, active: np.ndarray, steps: int) -> BatchState:
-    """Decodes as `generate` does: a step is dispatched before the one before it is waited for, and no more."""
+    """Decode as `generate` does: dispatch each step before waiting for the previous one."""
     before: jax.Array | None = None
     for _ in range(steps):
         state, sampled = engine.decode(state, active)
@@ -193,7 +192,7 @@ def _decode(engine: Engine, state: BatchState, active: np.ndarray, steps: int) -
 
 
 def _prefill(engine: Engine, state: BatchState, prompts: np.ndarray) -> tuple[BatchState, float]:
-    """Read a prompt into each slot, one for each data row at a time; also when the first token reached the host."""
+    """Read a prompt into each slot, one per data row at a time; also return when the first token reached the host."""
     batch, length = prompts.shape
     slots_of_row = batch // engine.data_rows
     first_token: float | None = None
@@ -211,18 +210,14 @@ def _prefill(engine: Engine, state: BatchState, prompts: np.ndarray) -> tuple[Ba
             jax.block_until_ready(before)
             before = sampled.tokens
         if first_token is None:
-            first_token = _arrival(sampled)
+            np.asarray(sampled.tokens)
+            first_token = time.perf_counter()
     assert first_token is not None
     return state, first_token
 
 
-def _arrival(sampled: SampledTokens) -> float:
-    np.asarray(sampled.tokens)
-    return time.perf_counter()
-
-
 def estimate_of(model: Model) -> Estimate:
-    """The estimate of what a model reads and computes, on the devices that it is on."""
+    """The estimate for a loaded model on its devices."""
     engine = model.engine
     devices = dataclasses.replace(present_devices(engine.local_devices), count=engine.mesh.size)
     return Estimate(model.config, devices, model.mesh_shape, engine.dtype.name)
@@ -235,20 +230,20 @@ def _prefill_bytes(estimate: Estimate, engine: Engine, batch: int, tokens: int) 
 
 
 def weight_bytes(model: Model) -> int:
-    """The model's weights as they are held, over all devices; what several hold counts for each."""
+    """Size of the model's weights in memory, over all devices; what several devices hold counts for each."""
     total = 0
     for array in jax.tree.leaves(model.engine.params):
-        places = array.sharding.devices_indices_map(array.shape)
-        held = set(map(str, places.values())) if _platform(model) == "cpu" else places  # data rows share one memory
-        total += len(held) * math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+        parts = array.sharding.devices_indices_map(array.shape)
+        copies = set(map(str, parts.values())) if _platform(model) == "cpu" else parts  # data rows share one memory
+        total += len(copies) * math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
     return total
 
 
 def measure_limits(model: Model) -> Limits:
-    """Measures what the devices of a model can do."""
+    """Measure the limits of a model's devices."""
     devices = list(model.engine.mesh.devices.flat)
     on_host = _platform(model) == "cpu"
-    times = 1 if on_host else len(devices)  # processors' devices share their memory and arithmetic
+    times = 1 if on_host else len(devices)  # CPU devices share memory and cores
     read = _host_read_rate(model.engine.kernels.packs_weights) if on_host else _device_read_rate(devices[0])
     if model.engine.kernels.packs_weights:
         return Limits(read, _packed_rate(), "8-bit matrix product")
@@ -261,7 +256,7 @@ def _platform(model: Model) -> str:
 
 
 def _best_rate(work: Callable[[], object], amount: float, repetitions: int = 5) -> float:
-    """The most of an amount of work that was done in a second; one run before does not count."""
+    """The highest rate at which `work` processes `amount`, after one run to warm up."""
     work()
     best = 0.0
     for _ in range(repetitions):
@@ -283,14 +278,8 @@ def _host_read_rate(native: bool) -> float:
         for start in range(0, len(part), 1 << 16):
             np.maximum.reduce(part[start : start + (1 << 16)])
 
-    def read_all() -> None:
-        threads = [threading.Thread(target=read, args=(part,)) for part in parts]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-    return _best_rate(read_all, memory.nbytes)
+    with ThreadPoolExecutor(len(parts)) as threads:
+        return _best_rate(lambda: list(threads.map(read, parts)), memory.nbytes)
 
 
 def _device_read_rate(device: jax.Device) -> float:
@@ -300,7 +289,7 @@ def _device_read_rate(device: jax.Device) -> float:
 
 
 def device_copy_rate(device: jax.Device) -> float:
-    """Bytes a second that a device reads and writes while it copies in its memory."""
+    """Bytes per second that a device reads and writes while it copies within its memory."""
     memory = _on_device(device)
     copy = jax.jit(jnp.copy)
     return _best_rate(lambda: copy(memory).block_until_ready(), 2.0 * memory.nbytes)
@@ -313,7 +302,7 @@ def _on_device(device: jax.Device) -> jax.Array:
 
 
 def _packed_rate() -> float:
-    """Of the native kernels: many rows, and a matrix that stays in the caches."""
+    """Rate of the native kernels, for many rows and a matrix that fits the caches."""
     size, rows = _MATRIX_SIZE, 512
     panels = jnp.ones(panels_shape((1, size, size), 1), jnp.uint8)
     weight = QuantizedMatrix(panels, jnp.ones((1, 1, size), jnp.bfloat16), layout=Panels(size))
@@ -323,7 +312,7 @@ def _packed_rate() -> float:
 
 
 def matrix_rate(device: jax.Device, dtype: np.dtype) -> float:
-    """Operations a second of a product of two large random matrices; a multiplication and an addition are two."""
+    """Operations per second of a product of two large random matrices; a multiplication and an addition are two."""
     size = _MATRIX_SIZE if device.platform == "cpu" else 4 * _MATRIX_SIZE
     matrix = jax.device_put(jax.random.normal(jax.random.key(0), (size, size), dtype), device)
     product = jax.jit(jnp.dot)

@@ -1,4 +1,4 @@
-"""A picture of what was reached against what memory and arithmetic allow (Williams et al., 2009)."""
+"""Roofline plot of measured speed against the limits of memory and arithmetic (Williams et al., 2009)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,11 @@ if TYPE_CHECKING:
 
 
 class PlotError(Grok1Error):
-    """A picture that cannot be drawn."""
+    """The plot cannot be drawn."""
 
 
 def require_matplotlib() -> None:
-    """Makes sure that pictures can be drawn.
-
-    Raises:
-        PlotError: if not.
-    """
+    """Raise PlotError if matplotlib cannot be imported."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -32,18 +28,19 @@ def require_matplotlib() -> None:
 
 
 def draw_roofline(name: str, limits: Limits, measured: Sequence[Measurement], kind: str) -> bytes:
-    """The picture, with a point for the prefill and one for the decoding of each measurement.
+    """The plot as an image file, with a point for prefill and one for decoding of each measurement.
 
     Args:
-        name: of the model.
+        name: name of the model.
         limits: the roofs.
-        measured: what was reached.
+        measured: the points.
         kind: "png" or "svg".
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     bandwidth, peak = limits.read_bytes_per_second, limits.matrix_operations_per_second
+    ridge = peak / bandwidth
     points = []
     for m in measured:
         what = f"{m.batch} x {m.prompt_tokens}"
@@ -52,9 +49,8 @@ def draw_roofline(name: str, limits: Limits, measured: Sequence[Measurement], ki
         points.append(
             (m.prefill_operations / m.prefill_bytes, m.prefill_operations / m.prefill_seconds, f"prefill, {what}", "s")
         )
-    intensities = [point[0] for point in points] + [peak / bandwidth]
+    intensities = [ridge, *(point[0] for point in points)]
     left, right = min(intensities) / 3, max(intensities) * 8
-    ridge = peak / bandwidth
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -91,7 +87,7 @@ def draw_roofline(name: str, limits: Limits, measured: Sequence[Measurement], ki
 
 
 def _label(axes: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
-    """Writes each point's label right of it, or below one that is in its way, with a line to its point."""
+    """Label each point on its right, or below a label in the way, with a line to the point."""
     line, width = 15.0, 170.0  # pixels of a label
     taken: list[tuple[float, float]] = []
     for x, y, label, _ in sorted(points, key=lambda point: -point[1]):
@@ -100,7 +96,7 @@ def _label(axes: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
         while any(abs(other_x - at_x) < width and abs(other_y - low) < line for other_x, other_y in taken):
             low -= 1
         taken.append((at_x, low))
-        scale = 72 / axes.figure.dpi  # points are text's unit
+        scale = 72 / axes.figure.dpi  # from pixels to points
         axes.annotate(
             label,
             (x, y),
