@@ -1,4 +1,4 @@
-"""Compiled programs kept from one run to the next."""
+"""The persistent cache of compiled programs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import platformdirs
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs, also those that compile quickly, in the user's cache folder.
+    """Keep all compiled programs in the user's cache folder, including those that compile quickly.
 
-    What the user has chosen with JAX's own settings stays, such as another folder (`JAX_COMPILATION_CACHE_DIR`) or no
-    cache at all (`JAX_ENABLE_COMPILATION_CACHE=false`). If the folder cannot be written, JAX compiles anew.
+    JAX's own settings have precedence, such as `JAX_COMPILATION_CACHE_DIR` or `JAX_ENABLE_COMPILATION_CACHE=false`.
+    If the folder cannot be written, programs are compiled in every run.
     """
     settings: dict[str, Any] = {
         "jax_compilation_cache_dir": str(platformdirs.user_cache_path("grok1", appauthor=False) / "compiled"),

@@ -1,7 +1,7 @@
 """Compiling the steps of `grok1.engine.programs` for a mesh, and dispatching them.
 
-A prompt is read into its slot in chunks of a few fixed lengths, of one prompt or of several in a step. Each step is one
-program over the whole mesh, compiled once for each of its shapes.
+A step is one program over the whole mesh, compiled once for each of its shapes. It reads one chunk of a prompt, padded
+to one of a few lengths, or several chunks of a fixed length.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from grok1.request import MAX_LOGPROBS
 
 _MAX_LANE_TOKENS = 512  # per step with several lanes: longer steps would delay the next token of every sequence
 
-# XLA:CPU uses half of a 512-bit register unless told otherwise; where there are none this changes nothing.
+# By default XLA:CPU uses only half of 512-bit registers. Without such registers the option has no effect.
 _COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"cpu": {"xla_cpu_prefer_vector_width": 512}}
 
 
@@ -56,8 +56,8 @@ class Engine:
                 without running them.
             mesh: a (data, model) mesh.
             dtype: dtype of activations and of the cache.
-            progress: called with "compiling" and the name of a program before it is compiled, with "running" and that
-                name afterwards, and with "reading" and the number of tokens done and to do of a long prompt.
+            progress: called with "compiling" and a program's title before it is compiled, with "running" and the title
+                afterwards, and with "reading" and the tokens done and in total of a long prompt.
             kernels: implementation of the operations, which reads the parameters' layout; by default plain JAX.
             sender: sends every step to the other processes of the mesh, which `replay` it.
         """
@@ -102,9 +102,9 @@ class Engine:
         return min(length, self.max_chunk)
 
     def lanes_for(self, tokens: float) -> int:
-        """How many lanes a step should have for prompts with that many tokens to read on average.
+        """Number of lanes, a power of 2, for prompts with `tokens` tokens to read on average.
 
-        A power of 2, as many as such a prompt needs: an unused lane costs about as much as a used one.
+        It is just enough for such a prompt, as an unused lane costs about as much as a used one.
         """
         lanes = self.kernels.min_lanes
         while lanes * LANE_TOKENS < min(tokens, _MAX_LANE_TOKENS):
@@ -133,10 +133,9 @@ class Engine:
             float32 `[slots, n, vocab]`, on a mesh of several processes only for this one's data rows; and the cache.
         """
         slots, count = tokens.shape
-        key = StepKey("logits", slots, length=1 if count == 1 else self.chunk_bucket(count))
+        key = StepKey("logits", slots, slots, 1 if count == 1 else self.chunk_bucket(count))
         padded, positions = PROGRAMS[key.kind].host(key)
         padded[:, :count] = tokens
-        positions[:] = -1
         positions[:, :count] = np.arange(start, start + count)
         cache, logits = self._run(key, cache, padded, positions)
         local = logits if self._single_process else logits.addressable_data(0)
@@ -275,12 +274,12 @@ class Engine:
         return self.lower(key).compile(_COMPILER_OPTIONS.get(self._platform))
 
     def _run(self, key: StepKey, state: Any = None, *host: Any) -> Any:
-        """Run a step in every process of the mesh, with its program compiled the first time.
+        """Run a step in every process of the mesh, and compile it on first use.
 
         Args:
-            key: which.
+            key: identifies the step.
             state: the state that it takes; None if it creates one.
-            host: NumPy arrays in the structure that the program's `host` gives.
+            host: NumPy arrays in the structure of the program's `host`.
 
         Returns:
             the state and the outputs.
@@ -318,7 +317,7 @@ class Engine:
         self.replayed[step.handle] = self._run(key, self.replayed.pop(step.handle, None), *host)[0]
 
     def _on_mesh(self, host: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Host arrays as a program takes them: each of several processes provides the part of its own devices."""
+        """Host arrays as a program takes them: with several processes, each provides those of its devices."""
         if jax.process_count() == 1:
             return host
 

@@ -36,7 +36,7 @@ class StepKey(NamedTuple):
     Attributes:
         kind: a key of `PROGRAMS`.
         slots: number of slots of the cache or batch.
-        rows: number of rows of the host arrays, over all data rows, if that is not `slots`.
+        rows: number of rows of the host arrays, over all data rows.
         length: number of tokens in a row.
         top_logprobs: number of likeliest tokens to report.
     """
@@ -268,20 +268,14 @@ def _int32(*shape: int) -> np.ndarray:
 
 
 def _chunk_arrays(key: StepKey) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens `[rows, length]`, positions `[rows, length]`, slots `[rows]` of the chunks in a step."""
+    """Tokens `[rows, length]`, positions `[rows, length]` and slots `[rows]` of a step's chunks."""
     return _int32(key.rows, key.length), np.full((key.rows, key.length), -1, np.int32), _int32(key.rows)
 
 
 PROGRAMS: dict[str, Program] = {
     "new_cache": Program("cache", None, CACHE_STATE, takes_weights=False),
     "new_batch": Program("cache", None, BATCH_STATE, takes_weights=False),
-    "logits": Program(
-        "reading",
-        logits_step,
-        CACHE_STATE,
-        lambda key: (_int32(key.slots, key.length), _int32(key.slots, key.length)),
-        replicate_outputs=False,
-    ),
+    "logits": Program("reading", logits_step, CACHE_STATE, lambda key: _chunk_arrays(key)[:2], replicate_outputs=False),
     "score": Program(
         "scoring", score_step, CACHE_STATE, lambda key: (*_chunk_arrays(key), _int32(key.rows, key.length))
     ),

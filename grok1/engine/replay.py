@@ -59,7 +59,7 @@ class Step:
 class StepSender:
     """Sends steps, and keeps the handles of states.
 
-    A state is identified by one of its arrays, the owner, which every step donates and returns anew.
+    A state is identified by one of its arrays, its owner, which every step donates and replaces.
     """
 
     def __init__(self, send: Callable[[bytes], None]):

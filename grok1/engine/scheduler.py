@@ -1,12 +1,13 @@
 """Scheduling prompts on the slots of a batch: admission, prefix reuse, and the chunks that each step reads.
 
-A prefix that a prompt shares with one that a slot holds, or will hold, is copied from there instead of being read
-again, in multiples of `LANE_TOKENS`.
+A prefix that another slot holds or will hold is copied from there instead of being read again, in multiples of
+`LANE_TOKENS`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -26,6 +27,7 @@ class Slot(Generic[Owner]):
 
     Attributes:
         index: its index.
+        row: its data row.
         owner: the sequence in it; None if it is free.
         prompt: int32, the prompt whose keys and values its cache holds, or will hold.
         read: how many of the prompt's tokens the cache holds once everything dispatched is done.
@@ -36,6 +38,7 @@ class Slot(Generic[Owner]):
     """
 
     index: int
+    row: int
     owner: Owner | None = None
     prompt: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
     read: int = 0
@@ -51,14 +54,14 @@ class Slot(Generic[Owner]):
 
     def next_chunk(self, length: int) -> PrefillChunk:
         """Take the next chunk of the prompt, of at most `length` tokens, to be read now."""
-        part = slice(self.read, min(self.read + length, len(self.prompt)))
-        self.read = part.stop
+        start, end = self.read, min(self.read + length, len(self.prompt))
+        self.read = end
         return PrefillChunk(
             self.index,
-            self.prompt[part],
-            part.start,
-            sampling=self.sampling if self.read == len(self.prompt) else None,
-            targets=None if self.targets is None else self.targets[part],
+            self.prompt[start:end],
+            start,
+            sampling=self.sampling if end == len(self.prompt) else None,
+            targets=None if self.targets is None else self.targets[start:end],
         )
 
 
@@ -73,14 +76,16 @@ class Scheduler(Generic[Owner]):
 
         Args:
             engine: the model.
-            slots: how many; rounded up to a multiple of the mesh's data axis.
+            slots: number of slots; rounded up to a multiple of the mesh's data axis.
             lanes: number of chunks that a step reads on each data row.
             occupancy: kept up to date.
         """
         self._engine = engine
         self._lanes = lanes
-        self._row_slots = -(-slots // engine.data_rows)
-        self.slots: list[Slot[Owner]] = [Slot(index) for index in range(self._row_slots * engine.data_rows)]
+        row_slots = -(-slots // engine.data_rows)
+        self.slots: list[Slot[Owner]] = [
+            Slot(index, index // row_slots) for index in range(row_slots * engine.data_rows)
+        ]
         self._prefilling: list[Slot[Owner]] = []  # in order of admission
         self._occupancy = occupancy
         occupancy.slots = len(self.slots)
@@ -118,18 +123,19 @@ class Scheduler(Generic[Owner]):
         Args:
             owner: not None.
             prompt: int32, at least one token.
-            sharable: how many of its first tokens may be copied instead of being read.
-            sampling: see `PrefillChunk`; for the last chunk.
-            targets: see `PrefillChunk`; for the whole prompt.
+            sharable: number of its first tokens that may be copied instead of being read.
+            sampling: as in `Slot`.
+            targets: as in `Slot`.
         """
         source, shared = self._longest_prefix(prompt[:sharable])
         free = [slot for slot in self.slots if slot.owner is None]
         if source is None:
-            target = min(free, key=lambda slot: (self._busy(slot), len(slot.prompt)))
+            busy = Counter(slot.row for slot in self.slots if slot.owner is not None)
+            target = min(free, key=lambda slot: (busy[slot.row], len(slot.prompt)))
         elif source.owner is None:
             target = source
         else:
-            target = min((slot for slot in free if self._same_row(slot, source)), key=lambda slot: len(slot.prompt))
+            target = min((slot for slot in free if slot.row == source.row), key=lambda slot: len(slot.prompt))
         target.owner, target.prompt, target.read = owner, prompt, 0
         target.sampling, target.targets = sampling, targets
         if target is source:
@@ -148,8 +154,9 @@ class Scheduler(Generic[Owner]):
     def _longest_prefix(self, prompt: np.ndarray) -> tuple[Slot[Owner] | None, int]:
         """The slot that holds or will hold the longest prefix of a prompt, in whole lanes, and its length."""
         best, longest = None, 0
+        rows_with_room = {slot.row for slot in self.slots if slot.owner is None}
         for slot in self.slots:
-            if not any(other.owner is None and self._same_row(slot, other) for other in self.slots):
+            if slot.row not in rows_with_room:
                 continue
             # A free slot holds what it has read; a busy one will hold its whole prompt.
             tokens = slot.prompt[: slot.read] if slot.owner is None else slot.prompt
@@ -160,13 +167,6 @@ class Scheduler(Generic[Owner]):
             if common > longest or (common == longest and best is not None and slot.owner is None):
                 best, longest = slot, common
         return best, longest
-
-    def _same_row(self, slot: Slot[Owner], other: Slot[Owner]) -> bool:
-        return slot.index // self._row_slots == other.index // self._row_slots
-
-    def _busy(self, slot: Slot[Owner]) -> int:
-        """Number of busy slots in its data row."""
-        return sum(other.owner is not None and self._same_row(slot, other) for other in self.slots)
 
     def copy_prefixes(self, state: AnyState) -> AnyState:
         """Copy every shared prefix that its source has read by now; the cache or batch is donated.
@@ -186,10 +186,9 @@ class Scheduler(Generic[Owner]):
         free = [self._lanes] * self._engine.data_rows
         chunks = []
         for slot in self._prefilling:
-            row = slot.index // self._row_slots
-            while slot.source is None and slot.read < len(slot.prompt) and free[row]:
+            while slot.source is None and slot.read < len(slot.prompt) and free[slot.row]:
                 chunks.append(slot.next_chunk(length))
                 self._occupancy.read_tokens += len(chunks[-1].tokens)
-                free[row] -= 1
+                free[slot.row] -= 1
         self._prefilling = [slot for slot in self._prefilling if slot.prefilling]
         return chunks

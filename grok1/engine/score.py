@@ -35,7 +35,7 @@ class ScoredSequence:
     Attributes:
         request: the text.
         request_index: index of the request among those given.
-        pieces: NumPy arrays with an entry for each token from `request.first` on, as far as they have arrived.
+        pieces: the parts of `scored` that have arrived.
     """
 
     request: ScoringRequest

@@ -25,14 +25,14 @@ class MultiHeadAttention(hk.Module):
         positions: jax.Array,
         slots: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """Attends from `x` to everything in the cache up to each position, after adding `x` to the cache.
+        """Write the keys and values of `x` to the cache, and attend to everything there up to each position.
 
         Args:
             x: `[batch, seq, emb]`.
             cache: the whole model's cache.
-            layer: which layer.
+            layer: index of the layer.
             positions: int32 `[batch, seq]`, negative for padding.
-            slots: int32 `[batch]`, the sequence of the cache that each row belongs to; by default one after the other.
+            slots: int32 `[batch]`, the slot of each row; by default row i belongs to slot i.
 
         Returns:
             float32 `[batch, seq, emb]` and the cache.

@@ -11,7 +11,7 @@ from grok1.network.shard import ModelShard
 
 
 class Router(hk.Module):
-    """Picks the experts of each token, in float32."""
+    """Selects the experts of each token, in float32."""
 
     def __init__(self, shard: ModelShard, name: str = "router"):
         super().__init__(name=name)
@@ -49,14 +49,14 @@ class MixtureOfExperts(hk.Module):
         layer: jax.Array | int,
         valid: jax.Array,
     ) -> jax.Array:
-        """Runs each row through its experts.
+        """Run each row through its experts.
 
         Args:
             x: `[rows, emb]`.
             probabilities: float32 `[rows, selected]`.
             experts: int32 `[rows, selected]`.
-            layer: which layer.
-            valid: bool `[rows]`; no expert is computed for a row that is not.
+            layer: index of the layer.
+            valid: bool `[rows]`; no expert is computed for other rows.
 
         Returns:
             float32 `[rows, emb]`.

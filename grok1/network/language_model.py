@@ -113,17 +113,17 @@ class LanguageModel(hk.Module):
         every_position: bool,
         slots: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """Reads tokens into the cache and says what may come next.
+        """Read tokens into the cache and return the logits of the next.
 
         Args:
             tokens: int32 `[batch, seq]`.
-            positions: int32 `[batch, seq]`, rising by 1; negative for padding, which stands behind the tokens.
+            positions: int32 `[batch, seq]`, consecutive; negative for padding, which follows the tokens.
             cache: keys and values of all earlier positions.
-            every_position: whether to give logits for every token or for each sequence's last.
-            slots: int32 `[batch]`, the sequence of the cache that each row belongs to; by default one after the other.
+            every_position: whether to return logits for every token or for each row's last.
+            slots: int32 `[batch]`, the slot of each row; by default row i belongs to slot i.
 
         Returns:
-            float32 logits, `[batch, seq, vocab]` or `[batch, vocab]`, and the cache. Logits at padding mean nothing.
+            float32 logits, `[batch, seq, vocab]` or `[batch, vocab]`, undefined for padding; and the cache.
         """
         config = self.shard.config
         in_out_embed = InOutEmbed(self.shard)

@@ -17,15 +17,15 @@ _FLOAT32 = jnp.dtype(jnp.float32)
 
 @dataclasses.dataclass(frozen=True)
 class ModelShard:
-    """What the modules of the network need to know about being one of several shards.
+    """One of the shards that a model is divided into.
 
-    Expert width and vocabulary are split over the shards. Heads and scale groups are split as far as there are enough
-    of them; beyond that neighboring shards hold the same ones, and attend to the same with them.
+    Expert width and vocabulary are split over all shards; heads and scale groups over as many as there are, so that
+    with more shards neighbors hold the same ones.
 
     Attributes:
         config: the whole model's config.
         shards: number of shards, 1 for an unsharded model.
-        axis: name of the mesh axis that the shards lie on.
+        axis: name of the mesh axis of the shards.
         dtype: dtype of activations between modules and of the cache; norms, router, softmax and sums stay in float32.
         kernels: implementation of the operations.
     """
@@ -37,7 +37,7 @@ class ModelShard:
     kernels: Kernels = XLA
 
     def _part(self, units: int) -> int:
-        """How many of a model's indivisible units a shard holds."""
+        """Number of a model's indivisible units that a shard holds."""
         return shard_range(units, units, self.shards, 0).stop
 
     @property
@@ -47,7 +47,7 @@ class ModelShard:
 
     @property
     def attention_copies(self) -> int:
-        """How many shards hold the same query heads."""
+        """Number of shards that hold the same query heads."""
         return self.shards * self.num_q_heads // self.config.num_q_heads
 
     @property
@@ -67,7 +67,7 @@ class ModelShard:
 
     @property
     def scale_groups(self) -> int:
-        """Scale groups of a shard's part of a matrix whose input dimension is split, at least 1."""
+        """Scale groups of a shard, for a matrix whose input dimension is split, at least 1."""
         return self._part(SCALE_GROUPS)
 
     def cache_shape(self, slots: int) -> tuple[int, ...]:

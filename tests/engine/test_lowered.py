@@ -66,7 +66,7 @@ def test_the_other_steps(engines):
     for key in (
         StepKey("new_cache", slots),
         StepKey("copy_prefix", slots, engine.data_rows),
-        StepKey("logits", slots, length=16),
+        StepKey("logits", slots, slots, 16),
         StepKey("score", slots, engine.data_rows, 16, 1),
     ):
         _check(engine, abstract, key)
