@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -116,27 +115,30 @@ def generate(
     Yields:
         a sequence, each time it has a new token or has finished. The caller may `stop()` it then.
     """
-    return _Loop(engine, iter(requests), slots, lanes, logprobs, occupancy or Occupancy()).run()
+    return _Loop(engine, requests, slots, lanes, logprobs, occupancy or Occupancy()).run()
 
 
 class _Loop:
     def __init__(
         self,
         engine: Engine,
-        requests: Iterator[EncodedRequest],
+        requests: Iterable[EncodedRequest],
         slots: int,
         lanes: int,
         logprobs: bool,
         occupancy: Occupancy,
     ):
         self._engine = engine
-        self._requests = enumerate(requests)
         self._lanes = lanes
         self._logprobs = logprobs
         self._scheduler: Scheduler[GeneratedSequence] = Scheduler(engine, slots, lanes, occupancy)
         self._slots = self._scheduler.slots
         self._state: BatchState = engine.new_batch(len(self._slots))
-        self._waiting: deque[GeneratedSequence] = deque()  # samples of the last request without a slot
+        self._waiting = (
+            sequence
+            for index, request in enumerate(requests)
+            for sequence in _sequences(index, request, engine.config.sequence_len)
+        )
         self._occupancy = occupancy
 
     def run(self) -> Iterator[GeneratedSequence]:
@@ -158,13 +160,7 @@ class _Loop:
 
     def _admit(self) -> None:
         """Give free slots to sequences."""
-        while self._scheduler.has_free_slot:
-            if not self._waiting:
-                index, request = next(self._requests, (0, None))
-                if request is None:
-                    return
-                self._waiting.extend(_sequences(index, request, self._engine.config.sequence_len))
-            sequence = self._waiting.popleft()
+        while self._scheduler.has_free_slot and (sequence := next(self._waiting, None)) is not None:
             sequence.started = time.perf_counter()
             prompt = np.asarray(sequence.request.tokens, np.int32)
             sharable = len(prompt) - 1  # the last token has to be read for its logits
@@ -234,9 +230,7 @@ class _Loop:
                 sequence.tokens.append(token)
                 self._occupancy.generated_tokens += 1
                 if options.logprobs is not None:
-                    best = zip(sampled.top_tokens[row], sampled.top_logprobs[row], strict=True)
-                    top = tuple((int(t), float(p)) for t, p in list(best)[: options.logprobs])
-                    sequence.logprobs.append(TokenLogprobs(float(sampled.logprobs[row]), top))
+                    sequence.logprobs.append(sampled.entry(row, options.logprobs))
                 if len(sequence.tokens) == sequence.limit:
                     sequence._finish("max_tokens" if sequence.limit == options.max_tokens else "context")
             yield sequence

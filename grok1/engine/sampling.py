@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from grok1.ops.sampling import filter_logits
-from grok1.request import SamplingOptions
+from grok1.request import SamplingOptions, TokenLogprobs
 
 _DEVICE_OPTIONS = [field for field in dataclasses.fields(SamplingOptions) if "dtype" in field.metadata]
 
@@ -65,6 +65,11 @@ class SampledTokens:
     logprobs: jax.Array
     top_tokens: jax.Array
     top_logprobs: jax.Array
+
+    def entry(self, index: int, top: int) -> TokenLogprobs:
+        """The log-probabilities of one token and of the `top` likeliest in its place; the arrays must be NumPy's."""
+        best = zip(self.top_tokens[index, :top].tolist(), self.top_logprobs[index, :top].tolist(), strict=True)
+        return TokenLogprobs(float(self.logprobs[index]), tuple(best))
 
 
 def _apply_temperature(logits: jax.Array, options: Mapping[str, jax.Array]) -> jax.Array:

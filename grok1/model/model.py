@@ -17,7 +17,7 @@ from grok1.engine.score import ScoringRequest, score
 from grok1.errors import RequestError
 from grok1.host import memory
 from grok1.model.results import Completion, CompletionStream, Score, Timings, TokenScores
-from grok1.request import EncodedRequest, Request, TokenLogprobs
+from grok1.request import EncodedRequest, Request
 from grok1.text.prompt import check_token_ids, encode_request, encode_scored, required, window_stride, windows
 from grok1.text.stop_sequences import StopMatcher
 from grok1.text.tokenizer import Tokenizer
@@ -233,15 +233,8 @@ class Model:
         done = score(self.engine, requests(), slots, lanes=lanes, logprobs=top_logprobs > 0, occupancy=occupancy)
         for sequence in done:
             scored = sequence.scored
-            entries = [
-                TokenLogprobs(
-                    float(logprob),
-                    tuple((int(t), float(p)) for t, p in zip(best[:top_logprobs], values[:top_logprobs], strict=True)),
-                )
-                for logprob, best, values in zip(scored.logprobs, scored.top_tokens, scored.top_logprobs, strict=True)
-            ]
-            likeliest = [int(best[0]) for best in scored.top_tokens]
-            yield TokenScores(sequence.request_index, entries, likeliest)
+            entries = [scored.entry(index, top_logprobs) for index in range(len(scored.tokens))]
+            yield TokenScores(sequence.request_index, entries, scored.top_tokens[:, 0].tolist())
 
     def _generate(
         self, requests: Iterable[EncodedRequest], slots: int, **batching: Any
