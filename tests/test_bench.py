@@ -71,8 +71,8 @@ def test_what_cannot_be_measured(prompt, batch, decode, match):
 
 
 def test_limits(model, monkeypatch):
-    monkeypatch.setattr(bench, "_READ_BYTES", 1 << 20)
-    monkeypatch.setattr(bench, "_MATRIX_SIZE", 64)
+    monkeypatch.setattr(bench, "READ_BYTES", 1 << 20)
+    monkeypatch.setattr(bench, "MATRIX_SIZE", 64)
     limits = bench.measure_limits(model)
     assert limits.read_bytes_per_second > 0
     assert limits.matrix_operations_per_second > 0

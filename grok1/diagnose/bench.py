@@ -30,8 +30,10 @@ from grok1.request import SamplingOptions
 _WARM_STEPS = 2  # decoding steps before those that are measured
 _PREFILLS = 3  # fewer if they take longer than:
 _PREFILL_SECONDS = 10.0
-_READ_BYTES = 1 << 30  # to measure the read rate of memory
-_MATRIX_SIZE = 2048
+READ_BYTES = 1 << 30
+"""Size of the memory whose read rate is measured."""
+MATRIX_SIZE = 2048
+"""Size of the matrices whose product is measured, on CPUs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +270,7 @@ def _best_rate(work: Callable[[], object], amount: float, repetitions: int = 5) 
 
 def _host_read_rate(native: bool) -> float:
     available = available_bytes()
-    size = _READ_BYTES if available is None else min(_READ_BYTES, available // 4)
+    size = READ_BYTES if available is None else min(READ_BYTES, available // 4)
     memory = np.ones(max(1 << 20, size) // 2048 * 256, np.uint64)
     if native:
         return _best_rate(lambda: cpu.read(memory), memory.nbytes)
@@ -297,13 +299,13 @@ def device_copy_rate(device: jax.Device) -> float:
 
 def _on_device(device: jax.Device) -> jax.Array:
     free = present_devices([device]).usable_bytes
-    size = _READ_BYTES if free is None else min(_READ_BYTES, free // 4)
+    size = READ_BYTES if free is None else min(READ_BYTES, free // 4)
     return jax.device_put(jnp.ones(max(1 << 20, size) // 4, jnp.int32), device)
 
 
 def _packed_rate() -> float:
     """Rate of the native kernels, for many rows and a matrix that fits the caches."""
-    size, rows = _MATRIX_SIZE, 512
+    size, rows = MATRIX_SIZE, 512
     panels = jnp.ones(panels_shape((1, size, size), 1), jnp.uint8)
     weight = QuantizedMatrix(panels, jnp.ones((1, 1, size), jnp.bfloat16), layout=Panels(size))
     product = jax.jit(cpu.multiply)
@@ -313,7 +315,7 @@ def _packed_rate() -> float:
 
 def matrix_rate(device: jax.Device, dtype: np.dtype) -> float:
     """Operations per second of a product of two large random matrices; a multiplication and an addition are two."""
-    size = _MATRIX_SIZE if device.platform == "cpu" else 4 * _MATRIX_SIZE
+    size = MATRIX_SIZE if device.platform == "cpu" else 4 * MATRIX_SIZE
     matrix = jax.device_put(jax.random.normal(jax.random.key(0), (size, size), dtype), device)
     product = jax.jit(jnp.dot)
     return _best_rate(lambda: product(matrix, matrix).block_until_ready(), 2.0 * size**3)

@@ -7,6 +7,7 @@ for check in run_smoke(Path("somewhere")):
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -106,7 +107,6 @@ class _Path:
         self._written = False  # another checkpoint in the folder is not loaded
         self._opened: Checkpoint | None = None
         self._models: dict[str, Model] = {}
-        self._greedy: Completion | None = None
         self._alone = False  # whether there is only one device
 
     def write(self) -> str:
@@ -169,7 +169,7 @@ class _Path:
         return _within(difference, LOGITS_TOLERANCE, f"of the largest logit, {scale:.1f}")
 
     def compare_prefill_with_decode(self) -> str:
-        completion = self._greedy_completion()
+        completion = self._greedy
         assert completion.logprobs is not None
         score = self._model("one").score([*completion.prompt_tokens, *completion.tokens])
         read = [entry.logprob for entry in score.logprobs[len(completion.prompt_tokens) - 1 :]]
@@ -179,8 +179,7 @@ class _Path:
 
     def compare_greedy_text(self) -> str:
         other = self._model("all")
-        expected = self._greedy_completion()
-        found = _complete_greedily(other)
+        expected, found = self._greedy, _complete_greedily(other)
         if found.text == expected.text:
             return f"{len(expected.tokens)} tokens, the same text"
         differs = int(np.flatnonzero(np.not_equal(expected.tokens, found.tokens))[0])
@@ -219,11 +218,10 @@ class _Path:
             raise _Failed(f"the model is not loaded on {'one device' if name == 'one' else 'all devices'}")
         return self._models[name]
 
-    def _greedy_completion(self) -> Completion:
+    @functools.cached_property
+    def _greedy(self) -> Completion:
         """The greedy completion of the model on one device."""
-        if self._greedy is None:
-            self._greedy = _complete_greedily(self._model("one"))
-        return self._greedy
+        return _complete_greedily(self._model("one"))
 
 
 def _complete_greedily(model: Model) -> Completion:

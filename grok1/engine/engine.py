@@ -130,7 +130,7 @@ class Engine:
             start: position of the first token.
 
         Returns:
-            float32 `[slots, n, vocab]`, on a mesh of several processes only for this one's data rows; and the cache.
+            float32 `[slots, n, vocab]`, with several processes only of this one's data rows; and the cache.
         """
         slots, count = tokens.shape
         key = StepKey("logits", slots, slots, 1 if count == 1 else self.chunk_bucket(count))
@@ -193,30 +193,15 @@ class Engine:
         return state, sampled, rows
 
     def decode(self, state: BatchState, active: np.ndarray, logprobs: bool = False) -> tuple[BatchState, SampledTokens]:
-        """Read the last token of each active sequence and sample the next.
+        """Read the last token of each `active` sequence, bool `[slots]`, and sample the next.
 
-        Args:
-            state: the batch.
-            active: bool `[slots]`; nothing is computed for the other slots.
-            logprobs: whether to report the likeliest tokens.
-
-        Returns:
-            the batch and the new tokens `[slots]`, undefined for inactive slots.
+        Returns the batch and the new tokens `[slots]`, undefined for inactive slots; with `logprobs`, also the
+        likeliest tokens.
         """
         return self._run(StepKey("decode", len(active), top_logprobs=self._top_logprobs(logprobs)), state, active)
 
     def copy_prefix(self, state: AnyState, source: int, target: int, length: int) -> AnyState:
-        """Copy the first `length` positions of a slot to another slot of the same data row.
-
-        Args:
-            state: a cache or a batch.
-            source: index of the slot to copy from.
-            target: index of the slot to copy to.
-            length: number of positions.
-
-        Returns:
-            the cache or batch.
-        """
+        """Copy the first `length` positions of slot `source` to slot `target` of the same data row."""
         slots = _cache(state).keys.shape[1]
         row_slots = slots // self.data_rows
         if source // row_slots != target // row_slots:

@@ -163,12 +163,7 @@ def copy_prefix_step(
 ) -> tuple[KVCache, tuple[()]]:
     """Copy the first `length` positions of one slot to another.
 
-    Args:
-        shard: static.
-        key: static.
-        cache: donated.
-        pairs: int32 `[data rows, 2]`, source and target slot; negative for data rows without a copy.
-        length: int32 scalar.
+    `pairs` is int32 `[data rows, 2]`: source and target slot, negative for data rows without a copy.
     """
     source, target = jnp.maximum(pairs[0, 0], 0), jnp.maximum(pairs[0, 1], 0)
     max_seq_len = shard.config.sequence_len

@@ -32,8 +32,8 @@ KEYS = {
 
 @pytest.fixture(autouse=True)
 def _small_limits(monkeypatch):
-    monkeypatch.setattr(bench, "_READ_BYTES", 1 << 20)
-    monkeypatch.setattr(bench, "_MATRIX_SIZE", 64)
+    monkeypatch.setattr(bench, "READ_BYTES", 1 << 20)
+    monkeypatch.setattr(bench, "MATRIX_SIZE", 64)
 
 
 def test_a_line_of_json_for_each_measurement(grok1, checkpoint):
