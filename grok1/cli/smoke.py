@@ -16,7 +16,7 @@ from grok1.errors import Grok1Error
 from grok1.jobs.result_json import json_line
 
 if TYPE_CHECKING:
-    from grok1.diagnose.smoke import Check
+    from grok1.diagnose.smoke import CheckResult
 
 
 @click.command("smoke", short_help="Check the whole path on a tiny model, in under a minute.")
@@ -56,5 +56,5 @@ def command(terminal: Terminal, keep: Path | None, as_json: bool) -> None:
         raise Grok1Error(f"{len(failed)} {verb} failed: {'; '.join(failed)}")
 
 
-def _line(check: Check) -> str:
+def _line(check: CheckResult) -> str:
     return f"{check.result:<8}{check.name:<31}{check.seconds:6.1f} s   {check.measured}\n"

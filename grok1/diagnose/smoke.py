@@ -37,7 +37,7 @@ LOGPROB_TOLERANCE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
-class Check:
+class CheckResult:
     """The result of a check.
 
     Attributes:
@@ -61,7 +61,7 @@ class _Skipped(Exception):
     """A check is not possible on this machine."""
 
 
-def run_smoke(folder: Path, starting: Callable[[str], None] = lambda name: None) -> Iterator[Check]:
+def run_smoke(folder: Path, starting: Callable[[str], None] = lambda name: None) -> Iterator[CheckResult]:
     """Run all checks, also after one has failed.
 
     Without accelerators the CPU is used as 8 devices, unless JAX has started or the user has chosen a number with
@@ -71,6 +71,7 @@ def run_smoke(folder: Path, starting: Callable[[str], None] = lambda name: None)
         folder: where to write the checkpoint; must not contain one.
         starting: called with the name of each check before it runs.
     """
+    make_virtual_devices(_VIRTUAL_DEVICES)
     path = _Path(folder)
     for name, step in (
         ("write random weights", path.write),
@@ -96,7 +97,7 @@ def run_smoke(folder: Path, starting: Callable[[str], None] = lambda name: None)
         except Exception as error:
             result = "FAILED"
             measured = str(error) if isinstance(error, _Failed) else f"{type(error).__name__}: {error}"
-        yield Check(name, result, " ".join(measured.split()), time.perf_counter() - start)
+        yield CheckResult(name, result, " ".join(measured.split()), time.perf_counter() - start)
 
 
 class _Path:
@@ -145,14 +146,12 @@ class _Path:
         return f"{len(_UNICODE)} characters, {len(ids)} tokens"
 
     def load_whole(self) -> str:
-        make_virtual_devices(_VIRTUAL_DEVICES)
         devices = jax.devices()
         if len(devices) == 1 and devices[0].platform != "cpu":
             devices = jax.devices("cpu")  # the accelerator is "all", the CPU "one"
         return self._load("one", (1, 1), devices[:1])
 
     def load_sharded(self) -> str:
-        make_virtual_devices(_VIRTUAL_DEVICES)
         devices = jax.devices()
         shape = default_mesh_shape(self._checkpoint().config, len(devices))
         if shape == (1, 1) and devices[0].platform == "cpu":

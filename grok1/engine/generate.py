@@ -72,7 +72,7 @@ class GeneratedSequence:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Dispatched:
+class _SampledStep:
     """A step whose tokens have not been read: its outputs, and the rows of the sequences that get a token."""
 
     sampled: Any
@@ -142,7 +142,7 @@ class _Loop:
         self._occupancy = occupancy
 
     def run(self) -> Iterator[GeneratedSequence]:
-        previous: list[_Dispatched] = []
+        previous: list[_SampledStep] = []
         while True:
             self._admit()
             if not self._scheduler.count_step():
@@ -166,7 +166,7 @@ class _Loop:
             sharable = len(prompt) - 1  # the last token has to be read for its logits
             self._scheduler.admit(sequence, prompt, sharable, sampling=(sequence.request.options, sequence.seed))
 
-    def _prefill(self) -> list[_Dispatched]:
+    def _prefill(self) -> list[_SampledStep]:
         """Dispatch a step that reads chunks of prompts, if there are any to read."""
         seconds = self._engine.compile_seconds
         self._state = self._scheduler.copy_prefixes(self._state)
@@ -186,13 +186,13 @@ class _Loop:
         started = [(row, owner) for row, owner in zip(rows, owners, strict=True) if owner is not None]
         for _, sequence in started:
             sequence.dispatched = 1
-        return [_Dispatched(sampled, started)]
+        return [_SampledStep(sampled, started)]
 
     def _wants_logprobs(self, sequences: Iterable[GeneratedSequence | None]) -> bool:
         wanting = (sequence is not None and sequence.request.options.logprobs is not None for sequence in sequences)
         return self._logprobs or any(wanting)
 
-    def _decode(self) -> list[_Dispatched]:
+    def _decode(self) -> list[_SampledStep]:
         """Dispatch a step for every sequence that wants another token."""
         rows = [
             (slot.index, slot.owner)
@@ -211,9 +211,9 @@ class _Loop:
         seconds = self._engine.compile_seconds - seconds
         for _, sequence in rows:
             sequence.decode_compile_seconds += seconds
-        return [_Dispatched(sampled, rows)]
+        return [_SampledStep(sampled, rows)]
 
-    def _hand_out(self, step: _Dispatched) -> Iterator[GeneratedSequence]:
+    def _hand_out(self, step: _SampledStep) -> Iterator[GeneratedSequence]:
         """Wait for a step and hand out its tokens, except those of sequences that have finished since."""
         sampled = jax.device_get(step.sampled)
         now = time.perf_counter()

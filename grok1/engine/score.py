@@ -49,7 +49,7 @@ class ScoredSequence:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Dispatched:
+class _ScoredStep:
     """A step whose results have not been read: its outputs, the wanted part of each row, and the texts that it ends."""
 
     scored: Any
@@ -82,7 +82,7 @@ def score(
     scheduler: Scheduler[ScoredSequence] = Scheduler(engine, slots, lanes, occupancy or Occupancy())
     cache = engine.new_cache(len(scheduler.slots))
     waiting = enumerate(requests)
-    previous: _Dispatched | None = None
+    previous: _ScoredStep | None = None
     while True:
         while scheduler.has_free_slot and (numbered := next(waiting, None)) is not None:
             index, request = numbered
@@ -96,7 +96,7 @@ def score(
         if chunks := scheduler.next_chunks():
             cache, scored, rows = engine.score(cache, chunks, lanes, logprobs)
             cache = scheduler.copy_prefixes(cache)
-            step = _Dispatched(scored, [], [])
+            step = _ScoredStep(scored, [], [])
             engine.report_prefill(chunks[0].end, len(scheduler.slots[chunks[0].slot].prompt))
             for chunk, row in zip(chunks, rows, strict=True):
                 slot = scheduler.slots[chunk.slot]

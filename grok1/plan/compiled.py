@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ _SQUARE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 
 TOPOLOGIES = {
-    kind: {int(np.prod([int(side) for side in name.split("x")])): name for name in names}
+    kind: {math.prod(map(int, name.split("x"))): name for name in names}
     for kind, names in (("v5e", _SQUARE), ("v5p", _CUBE), ("v6e", _SQUARE))
 }
 """The slices of each kind of TPU by number of chips, each of which is one JAX device.
@@ -180,9 +181,7 @@ def compile_steps(
 
 def device_bytes(tree: Any) -> int:
     """Bytes that one device holds of a tree of arrays or of `jax.ShapeDtypeStruct`s with their shardings."""
-    return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
-    )
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _compile(engine: Engine, key: StepKey) -> jax.stages.Compiled:
