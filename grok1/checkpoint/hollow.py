@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from grok1.checkpoint.pickled.framing import Payload, tensor_file_size, tensor_pieces
+from grok1.checkpoint.pickled.framing import Payload, tensor_file_size, tensor_segments
 from grok1.errors import CheckpointError
 from grok1.params.table import TensorFile
 
@@ -22,9 +22,9 @@ def allocated_bytes(status: os.stat_result) -> int:
 
 def hollow_disk_bytes(spec: TensorFile) -> int:
     """The most bytes that the hollow file takes on the disk: its literal bytes, each run of them in blocks."""
-    literals = [piece for piece in tensor_pieces(spec) if not isinstance(piece, Payload)]
+    literals = [segment for segment in tensor_segments(spec) if not isinstance(segment, Payload)]
     # A run may begin in one block and end in another.
-    return min(tensor_file_size(spec), sum(len(piece) + 2 * _BLOCK for piece in literals))
+    return min(tensor_file_size(spec), sum(len(segment) + 2 * _BLOCK for segment in literals))
 
 
 def write_hollow_tensors(
@@ -53,11 +53,11 @@ def write_hollow_tensors(
 
 def _write_hollow(path: Path, spec: TensorFile) -> os.stat_result:
     with path.open("wb") as file:
-        for piece in tensor_pieces(spec):
-            if isinstance(piece, Payload):
-                file.seek(piece.nbytes, os.SEEK_CUR)
+        for segment in tensor_segments(spec):
+            if isinstance(segment, Payload):
+                file.seek(segment.nbytes, os.SEEK_CUR)
             else:
-                file.write(piece)  # a pickle ends with an opcode, so that the file gets its whole size
+                file.write(segment)  # a pickle ends with an opcode, so that the file gets its whole size
         file.flush()
         return os.fstat(file.fileno())
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from grok1.checkpoint.hollow import hollow_disk_bytes, write_hollow_tensors
-from grok1.checkpoint.pickled.framing import Payload, tensor_file_size, tensor_pieces
+from grok1.checkpoint.pickled.framing import Payload, tensor_file_size, tensor_segments
 from grok1.checkpoint.random_weights import random_chunks
 from grok1.checkpoint.reader import holds_tensor_files
 from grok1.config import ModelConfig
@@ -164,23 +164,23 @@ def _write_tensors(folder: Path, table: tuple[TensorFile, ...], chunks: Chunks, 
     done, total = 0, sum(tensor_file_size(spec) for spec in table)
     for spec in table:
         with (folder / spec.file_name).open("wb", buffering=0) as file:
-            for piece in tensor_pieces(spec):
-                for block in _blocks(piece, spec, chunks):
+            for segment in tensor_segments(spec):
+                for block in _blocks(segment, spec, chunks):
                     rest = block
                     while rest:
                         rest = rest[file.write(rest) :]
                     done += len(block)
-                    if progress and isinstance(piece, Payload):
+                    if progress and isinstance(segment, Payload):
                         progress(done, total)
     if progress:
         progress(done, total)
 
 
-def _blocks(piece: bytes | Payload, spec: TensorFile, chunks: Chunks) -> Iterator[memoryview]:
-    if isinstance(piece, bytes):
-        yield memoryview(piece)
+def _blocks(segment: bytes | Payload, spec: TensorFile, chunks: Chunks) -> Iterator[memoryview]:
+    if isinstance(segment, bytes):
+        yield memoryview(segment)
         return
-    for chunk in chunks(spec, piece.array == 1):
+    for chunk in chunks(spec, segment.array == 1):
         yield chunk.reshape(-1).view("u1").data
 
 

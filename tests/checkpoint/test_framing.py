@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grok1.checkpoint.pickled.framing import Payload, file_pieces, pieces_size, tensor_pieces
+from grok1.checkpoint.pickled.framing import Payload, file_segments, tensor_segments
 from grok1.config import ModelConfig
 from grok1.params.table import ArraySpec, tensor_table
 
@@ -15,10 +15,9 @@ INSTALLED = np.ndarray((1,)).__reduce__()[0].__module__
 
 def emit(*arrays):
     specs = [ArraySpec(array.dtype, array.shape) for array in arrays]
-    pieces = file_pieces(*specs, numpy_module=INSTALLED)
-    data = [piece if isinstance(piece, bytes) else arrays[piece.array].tobytes() for piece in pieces]
-    assert pieces_size(pieces) == sum(map(len, data))
-    return b"".join(data)
+    segments = file_segments(*specs, numpy_module=INSTALLED)
+    assert all(segment.nbytes == arrays[segment.array].nbytes for segment in segments if isinstance(segment, Payload))
+    return b"".join(segment if isinstance(segment, bytes) else arrays[segment.array].tobytes() for segment in segments)
 
 
 def numbered(shape, dtype):
@@ -30,12 +29,12 @@ def test_golden_files_emitted_again_are_equal(golden):
     for spec in tensor_table(ModelConfig.read(golden / "config.json")):
         stored = (golden / "ckpt-0" / spec.file_name).read_bytes()
         position = 0
-        for piece in tensor_pieces(spec):
-            if isinstance(piece, bytes):
-                assert stored[position : position + len(piece)] == piece, spec.file_name
-                position += len(piece)
+        for segment in tensor_segments(spec):
+            if isinstance(segment, bytes):
+                assert stored[position : position + len(segment)] == segment, spec.file_name
+                position += len(segment)
             else:
-                position += piece.nbytes
+                position += segment.nbytes
         assert position == len(stored)
 
 
@@ -90,10 +89,10 @@ def test_two_arrays_as_the_pickler_writes_them(dump, size, more, scales_size, sc
 
 
 def test_more_than_four_gigabytes_has_a_length_of_eight_bytes():
-    pieces = file_pieces(ArraySpec(np.dtype(np.float32), (131072, 8192 + 1)))
-    assert pieces[0].endswith(b"\x8e" + (131072 * 8193 * 4).to_bytes(8, "little"))
-    assert pieces[1] == Payload(0, 131072 * 8193 * 4)
-    below = file_pieces(ArraySpec(np.dtype(np.int8), (2**32 - 1,)))
+    segments = file_segments(ArraySpec(np.dtype(np.float32), (131072, 8192 + 1)))
+    assert segments[0].endswith(b"\x8e" + (131072 * 8193 * 4).to_bytes(8, "little"))
+    assert segments[1] == Payload(0, 131072 * 8193 * 4)
+    below = file_segments(ArraySpec(np.dtype(np.int8), (2**32 - 1,)))
     assert below[0].endswith(b"B\xff\xff\xff\xff")
     # 2^32 - 1 does not fit a signed number of four bytes, so the shape has LONG1 of five
     assert b"\x8a\x05\xff\xff\xff\xff\x00" in below[0]
@@ -101,6 +100,6 @@ def test_more_than_four_gigabytes_has_a_length_of_eight_bytes():
 
 def test_refuses_what_depends_on_the_data():
     with pytest.raises(ValueError, match="at least 2"):
-        file_pieces(ArraySpec(np.dtype(np.int8), (1,)))
+        file_segments(ArraySpec(np.dtype(np.int8), (1,)))
     with pytest.raises(ValueError, match="float64"):
-        file_pieces(ArraySpec(np.dtype(np.float64), (4,)))
+        file_segments(ArraySpec(np.dtype(np.float64), (4,)))

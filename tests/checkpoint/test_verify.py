@@ -12,7 +12,7 @@ from grok1.checkpoint.audit import content
 from grok1.checkpoint.audit import manifest as manifests
 from grok1.checkpoint.audit.manifest import read_manifest
 from grok1.checkpoint.audit.verify import Report, verify
-from grok1.checkpoint.pickled.framing import Payload, tensor_file_size, tensor_pieces
+from grok1.checkpoint.pickled.framing import Payload, tensor_file_size, tensor_segments
 from grok1.checkpoint.writer import write_checkpoint
 from grok1.config import PRESETS, ModelConfig
 from grok1.errors import CheckpointError
@@ -252,11 +252,11 @@ def test_few_different_values_are_a_warning(tmp_path, dump):
 def write_hollow(path, spec):
     """The file with holes in place of its data; whether the disk makes them."""
     with path.open("wb") as file:
-        for piece in tensor_pieces(spec):
-            if isinstance(piece, Payload):
-                file.seek(piece.nbytes, os.SEEK_CUR)
+        for segment in tensor_segments(spec):
+            if isinstance(segment, Payload):
+                file.seek(segment.nbytes, os.SEEK_CUR)
             else:
-                file.write(piece)
+                file.write(segment)
     return path.stat().st_blocks * 512 * 4 < tensor_file_size(spec)
 
 

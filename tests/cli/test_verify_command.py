@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from grok1.checkpoint.pickled.framing import Payload, tensor_file_size, tensor_pieces
+from grok1.checkpoint.pickled.framing import Payload, tensor_file_size, tensor_segments
 from grok1.config import PRESETS
 from grok1.params.table import tensor_table
 
@@ -31,11 +31,11 @@ def hollow_release(tmp_path):
     for spec in tensor_table(PRESETS["grok-1"]):
         path = folder / spec.file_name
         with path.open("wb") as file:
-            for piece in tensor_pieces(spec):
-                if isinstance(piece, Payload):
-                    file.seek(piece.nbytes, os.SEEK_CUR)
+            for segment in tensor_segments(spec):
+                if isinstance(segment, Payload):
+                    file.seek(segment.nbytes, os.SEEK_CUR)
                 else:
-                    file.write(piece)
+                    file.write(segment)
         if spec.index == 0 and path.stat().st_blocks * 512 > tensor_file_size(spec) // 4:
             pytest.skip("this disk makes no holes")
     return folder.parent
