@@ -27,7 +27,7 @@ _FILE_NAME = re.compile(r"tensor\d+_\d+")
 _FAULTS_TOLD = 3
 
 _Ranges = tuple[tuple[int, int], ...]
-_Box = tuple[_Ranges, np.ndarray]
+_Read = tuple[_Ranges, np.ndarray]  # a slice, and where it goes
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -192,16 +192,16 @@ class Checkpoint:
         stored = self.tensors[index].scales if scales else self.tensors[index].array
         if stored is None:
             raise ValueError(f"{self.table[index].file_name} has no scales")
-        boxes = [(_ranges(stored.shape, key), out) for key, out in slices]
-        for ranges, out in boxes:
+        reads = [(_ranges(stored.shape, key), out) for key, out in slices]
+        for ranges, out in reads:
             shape = tuple(stop - start for start, stop in ranges)
             if out.shape != shape or out.dtype != stored.dtype or not out.flags.c_contiguous or not out.flags.writeable:
                 raise ValueError(
                     f"out is {out.dtype} {out.shape}, expected {stored.dtype} {shape}, C-contiguous and writeable"
                 )
         with RangeReader(self._path(index), self._counter, check) as file:
-            for together in _side_by_side(stored.shape, [box for box in boxes if box[1].size]):
-                _read_boxes(file, stored, together)
+            for together in _side_by_side(stored.shape, [read for read in reads if read[1].size]):
+                _read_side_by_side(file, stored, together)
 
     def forget(self, index: int) -> None:
         """Takes a file out of the system's page cache, where the system lets one.
@@ -276,18 +276,18 @@ def _last_cut(shape: tuple[int, ...], ranges: _Ranges) -> int:
     return max((i for i, part in enumerate(ranges) if part != (0, shape[i])), default=0)
 
 
-def _side_by_side(shape: tuple[int, ...], boxes: list[_Box]) -> list[list[_Box]]:
-    """Boxes in groups that differ in the last axis that is cut and in no other."""
-    groups: dict[tuple[int, _Ranges], list[_Box]] = defaultdict(list)
-    for ranges, out in boxes:
+def _side_by_side(shape: tuple[int, ...], reads: list[_Read]) -> list[list[_Read]]:
+    """Groups slices that differ in the last axis that is cut and in no other."""
+    groups: dict[tuple[int, _Ranges], list[_Read]] = defaultdict(list)
+    for ranges, out in reads:
         axis = _last_cut(shape, ranges)
         groups[axis, ranges[:axis]].append((ranges, out))
     return list(groups.values())
 
 
-def _read_boxes(file: RangeReader, stored: StoredArray, boxes: list[_Box]) -> None:
-    """Reads boxes that lie side by side, as columns of matrices: one matrix where no axis before the last is cut."""
-    shape, ranges = stored.shape, boxes[0][0]
+def _read_side_by_side(file: RangeReader, stored: StoredArray, reads: list[_Read]) -> None:
+    """Reads slices that lie side by side, as columns of matrices: one matrix where no axis before the last is cut."""
+    shape, ranges = stored.shape, reads[0][0]
     axis = _last_cut(shape, ranges)
     strides = [math.prod(shape[i + 1 :]) * stored.dtype.itemsize for i in range(len(shape))]
     outer = _last_cut(shape, ranges[:axis])  # from here to `axis` the rows follow each other
@@ -297,10 +297,10 @@ def _read_boxes(file: RangeReader, stored: StoredArray, boxes: list[_Box]) -> No
     base = stored.offset + sum(start * stride for start, stride in zip(starts, strides, strict=False))
     lengths = [stop - start for start, stop in ranges[:outer]]
     flat = [
-        (box[axis][0] * strides[axis], out.reshape(-1).view(np.uint8).reshape(math.prod(lengths), rows, -1))
-        for box, out in boxes
+        (own[axis][0] * strides[axis], out.reshape(-1).view(np.uint8).reshape(math.prod(lengths), rows, -1))
+        for own, out in reads
     ]
-    for number, place in enumerate(np.ndindex(*lengths)):
-        offset = base + sum(step * stride for step, stride in zip(place, strides, strict=False))
+    for number, indices in enumerate(np.ndindex(*lengths)):
+        offset = base + sum(index * stride for index, stride in zip(indices, strides, strict=False))
         row_bytes = strides[axis] * shape[axis]
         read_columns(file, offset, row_bytes, [(start, out[number]) for start, out in flat])

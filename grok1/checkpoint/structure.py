@@ -1,24 +1,24 @@
-"""Whether the files of a checkpoint are those of its table: all there, each with the arrays of its place."""
+"""Whether the files of a checkpoint are those of its table: all there, each with the right arrays."""
 
 from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from grok1.checkpoint.pickled.framing import tensor_file_size
-from grok1.checkpoint.pickled.scan import StoredArray, StoredTensor, scan
+from grok1.checkpoint.pickled.scan import StoredTensor, scan
 from grok1.checkpoint.pickled.source import ScanError
 from grok1.config import ModelConfig
 from grok1.errors import CheckpointError
-from grok1.params.table import ArraySpec, TensorFile, tensor_table
+from grok1.params.table import TensorFile, tensor_table
 
 _FILE_PREFIX = "tensor"  # only such files belong to a checkpoint; others in its folder are not looked at
 
 _Signature = tuple[str, str]
-"""An array and its scales, described; two files with the same one could take each other's place."""
+"""An array and its scales, described; files with equal signatures can be confused."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,17 @@ def find_faults(directory: Path, config: ModelConfig) -> Structure:
             )
         except OSError as error:  # it went away after the scan
             unreadable[spec.index] = FileFault(spec.file_name, f"cannot be read: {error.strerror}", "download it again")
-    right = {index: tensor for index, tensor in found.items() if _holds(tensor) == _expects(table[index])}
-    places = _Places([spec for spec in table if spec.index not in right])
+    right = {index: tensor for index, tensor in found.items() if _signature(tensor) == _signature(table[index])}
+    unfilled: dict[_Signature, list[TensorFile]] = defaultdict(list)  # files of the table without their arrays
+    for spec in table:
+        if spec.index not in right:
+            unfilled[_signature(spec)].append(spec)
     faults = []
     for spec in table:
         if spec.index in unreadable:
             faults.append(unreadable[spec.index])
         elif spec.index not in right:
-            faults.append(_mismatch(spec, found[spec.index], places))
+            faults.append(_mismatch(spec, found[spec.index], unfilled))
     expected = {spec.file_name for spec in table}
     faults += [
         FileFault(name, "is unexpected", "move it out of the folder", fetch=False) for name in sorted(names - expected)
@@ -128,41 +131,20 @@ def _size_clause(path: Path, spec: TensorFile) -> str:
     return f"; it is {word} by {difference:,} byte{'s' * (difference != 1)} ({size:,}, expected {expected:,})"
 
 
-def _describe(array: StoredArray | ArraySpec | None) -> str:
-    return "none" if array is None else f"{array.dtype} {array.shape}"
+def _signature(arrays: StoredTensor | TensorFile) -> _Signature:
+    return str(arrays.array), "none" if arrays.scales is None else str(arrays.scales)
 
 
-def _holds(tensor: StoredTensor) -> _Signature:
-    return _describe(tensor.array), _describe(tensor.scales)
-
-
-def _expects(spec: TensorFile) -> _Signature:
-    return _describe(spec.array), _describe(spec.scales)
-
-
-class _Places:
-    """The places of the table without the right file, by what they expect."""
-
-    def __init__(self, specs: Sequence[TensorFile]) -> None:
-        self._by_signature: dict[_Signature, list[TensorFile]] = defaultdict(list)
-        for spec in specs:
-            self._by_signature[_expects(spec)].append(spec)
-
-    def nearest(self, signature: _Signature, index: int) -> TensorFile | None:
-        """The nearest place to a file's own that waits for such arrays."""
-        specs = self._by_signature.get(signature, [])
-        return min(specs, key=lambda spec: abs(spec.index - index), default=None)
-
-
-def _mismatch(spec: TensorFile, found: StoredTensor, places: _Places) -> FileFault:
-    """The fault of a file that holds other arrays than its place asks for."""
-    (array, scales), (expected_array, expected_scales) = _holds(found), _expects(spec)
+def _mismatch(spec: TensorFile, found: StoredTensor, unfilled: Mapping[_Signature, Sequence[TensorFile]]) -> FileFault:
+    """The fault of a file with the wrong arrays, which may be those of the nearest other file of `unfilled`."""
+    (array, scales), (expected_array, expected_scales) = _signature(found), _signature(spec)
     if array != expected_array:
         fault = f"holds {array}, expected {expected_array}"
     else:
         fault = f"holds scales of {scales}, expected scales of {expected_scales}"
     advice = "download it again"
-    other = places.nearest((array, scales), spec.index)
+    candidates = unfilled.get((array, scales), ())
+    other = min(candidates, key=lambda candidate: abs(candidate.index - spec.index), default=None)
     if other is not None:
         fault += f"; it holds what {other.file_name} ({other.parameter}) should"
         advice = "give the files their right names, or download both again"

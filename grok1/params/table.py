@@ -83,6 +83,9 @@ class ArraySpec:
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
 
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.shape}"
+
     @property
     def nbytes(self) -> int:
         """Bytes of the array's data."""

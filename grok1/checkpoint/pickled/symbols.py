@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import enum
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from grok1.checkpoint.pickled.framing import QUANTIZED_CLASS
-from grok1.params.table import BFLOAT16, FLOAT32, INT8
+from grok1.params.table import BFLOAT16, FLOAT32, INT8, ArraySpec
 
 
 @dataclass(frozen=True)
-class StoredArray:
-    """An array in a file, C order, little-endian.
+class StoredArray(ArraySpec):
+    """An array in a file, C order, little-endian, no dimension zero.
 
     Attributes:
-        dtype: float32, int8 or bfloat16.
-        shape: its shape, no dimension zero.
         offset: bytes from the file's beginning to the array's first.
     """
 
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
     offset: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the array's data."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Known(enum.Enum):
