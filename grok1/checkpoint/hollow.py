@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
+from grok1.checkpoint.parallel import ByteProgress
 from grok1.checkpoint.pickled.framing import Payload, tensor_file_size, tensor_segments
 from grok1.errors import CheckpointError
 from grok1.params.table import TensorFile
@@ -27,9 +27,7 @@ def hollow_disk_bytes(spec: TensorFile) -> int:
     return min(tensor_file_size(spec), sum(len(segment) + 2 * _BLOCK for segment in literals))
 
 
-def write_hollow_tensors(
-    folder: Path, table: tuple[TensorFile, ...], progress: Callable[[int, int], None] | None = None
-) -> None:
+def write_hollow_tensors(folder: Path, table: tuple[TensorFile, ...], progress: ByteProgress | None = None) -> None:
     """Writes tensor files of the right size and framing without their arrays' data.
 
     Args:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grok1.checkpoint.byte_ranges import STAGING_BYTES
-from grok1.checkpoint.parallel import Advance, Progress, in_parallel
+from grok1.checkpoint.parallel import Advance, ByteProgress, in_parallel
 from grok1.checkpoint.reader import Checkpoint
 from grok1.checkpoint.shards import Box, PackBox, Shard, local_shards
 from grok1.host.memory import DEFAULT_LOAD_MEMORY, MIN_LOAD_MEMORY, MemoryBudget, available_bytes
@@ -39,7 +39,7 @@ def load_parameters(
     checkpoint: Checkpoint,
     mesh: Mesh,
     dtype: np.dtype | type = np.float32,
-    progress: Progress | None = None,
+    progress: ByteProgress | None = None,
     load_memory: int = DEFAULT_LOAD_MEMORY,
     pack: PackBox | None = None,
 ) -> hk.Params:
@@ -86,7 +86,7 @@ def fill_shards(
     checkpoint: Checkpoint,
     arrays: Sequence[ParameterArray],
     shards: Sequence[Sequence[Shard]],
-    progress: Progress | None = None,
+    progress: ByteProgress | None = None,
     load_memory: int = DEFAULT_LOAD_MEMORY,
 ) -> None:
     """Reads the shards of arrays, file by file in the order of the layers, and nothing else.

@@ -15,8 +15,8 @@ Result = TypeVar("Result")
 Advance = Callable[[int], None]
 """Called by a worker after each piece with the bytes it read; raises when the work is to stop."""
 
-Progress = Callable[[int, int], None]
-"""Called with the bytes read so far and the bytes in all."""
+ByteProgress = Callable[[int, int], None]
+"""Called with the bytes read or written so far and the total."""
 
 _MAX_THREADS = 8  # more readers make a disk slower; hashing and checking keep up with it long before
 
@@ -29,7 +29,7 @@ def in_parallel(
     items: Sequence[Item],
     work: Callable[[Item, Advance], Result],
     total: int,
-    progress: Progress | None,
+    progress: ByteProgress | None,
     threads: int | None = None,
 ) -> Generator[tuple[Item, Result], None, None]:
     """Runs `work` for each item in threads, and yields the results as they come, each with its item.

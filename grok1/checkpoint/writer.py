@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from grok1.checkpoint.hollow import hollow_disk_bytes, write_hollow_tensors
+from grok1.checkpoint.parallel import ByteProgress
 from grok1.checkpoint.pickled.framing import Payload, tensor_file_size, tensor_segments
 from grok1.checkpoint.random_weights import random_chunks
 from grok1.checkpoint.reader import holds_tensor_files
@@ -25,9 +26,6 @@ from grok1.params.table import CHECKPOINT_DIR, TensorFile, tensor_table
 _CONFIG = "config.json"
 _TOKENIZER = "tokenizer.model"
 _BLOCK = 4096  # what the smallest file takes on a disk
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes written so far and the bytes in all."""
 
 Chunks = Callable[[TensorFile, bool], Iterable[np.ndarray]]
 """Gives a tensor's values, or its scales if the second argument is true, as arrays to write one after the other."""
@@ -42,7 +40,7 @@ def write_checkpoint(
     force: bool = False,
     hollow: bool = False,
     tokenizer: bytes | None = None,
-    progress: Progress | None = None,
+    progress: ByteProgress | None = None,
 ) -> None:
     """Writes `config.json`, `tokenizer.model` and `ckpt-0` into a folder, all or nothing.
 
@@ -79,7 +77,9 @@ def write_checkpoint(
             _write_tensors(new / CHECKPOINT_DIR, table, chunks or _random(seed), progress)
 
 
-def unpack_checkpoint(archive: Path, directory: Path, *, force: bool = False, progress: Progress | None = None) -> None:
+def unpack_checkpoint(
+    archive: Path, directory: Path, *, force: bool = False, progress: ByteProgress | None = None
+) -> None:
     """Writes the checkpoint of a zip file into a folder, all or nothing, as `write_checkpoint` does.
 
     Args:
@@ -160,7 +160,7 @@ def _random(seed: int) -> Chunks:
     return lambda spec, scales: random_chunks(spec, seed, scales=scales)
 
 
-def _write_tensors(folder: Path, table: tuple[TensorFile, ...], chunks: Chunks, progress: Progress | None) -> None:
+def _write_tensors(folder: Path, table: tuple[TensorFile, ...], chunks: Chunks, progress: ByteProgress | None) -> None:
     done, total = 0, sum(tensor_file_size(spec) for spec in table)
     for spec in table:
         with (folder / spec.file_name).open("wb", buffering=0) as file:

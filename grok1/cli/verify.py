@@ -97,7 +97,7 @@ def _as_text(report: Report) -> str:
     elif report.to_fetch:
         lines.append(f"files to fetch again: {' '.join(report.to_fetch)}")
     if not report.faults:
-        lines.append(f"{report.files} files, {report.total_bytes:,} bytes: right")
+        lines.append(f"{report.files} files, {report.structure.total_bytes:,} bytes: right")
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -106,7 +106,7 @@ def _as_json(report: Report) -> dict[str, object]:
         "directory": str(report.directory),
         "right": not report.faults,
         "files": report.files,
-        "bytes": report.total_bytes,
+        "bytes": report.structure.total_bytes,
         "faults": [
             {"file": fault.file, "fault": fault.fault, "advice": fault.advice, "fetch": fault.fetch}
             for fault in report.faults

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from grok1.checkpoint.audit.fingerprint import difference, identity
+from grok1.checkpoint.audit.fingerprint import compare, fingerprint_parts
 from grok1.checkpoint.load import load_parameters
 from grok1.checkpoint.reader import Checkpoint
 from grok1.config import DTypeName, KernelsName, ModelConfig, default_dtype
@@ -137,9 +137,9 @@ def random_model(
 
 def _require_same_checkpoint(runtime: Runtime, opened: Checkpoint) -> None:
     """Check that all processes use the same checkpoint; raises CheckpointError if not."""
-    known = runtime.exchange("checkpoint", identity(opened))
+    known = runtime.exchange("checkpoint", fingerprint_parts(opened))
     for process, other in enumerate(known):
-        name = difference(known[0], other)
+        name = compare(known[0], other)
         if name is not None:
             raise CheckpointError(
                 f"{runtime.name_of(process)} sees another checkpoint than {runtime.name_of(0)}: {name} differs "

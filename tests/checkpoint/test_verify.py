@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import os
 import re
@@ -11,7 +12,7 @@ import pytest
 from grok1.checkpoint.audit import content
 from grok1.checkpoint.audit import manifest as manifests
 from grok1.checkpoint.audit.manifest import read_manifest
-from grok1.checkpoint.audit.verify import Report, verify
+from grok1.checkpoint.audit.verify import verify
 from grok1.checkpoint.pickled.framing import Payload, tensor_file_size, tensor_segments
 from grok1.checkpoint.writer import write_checkpoint
 from grok1.config import PRESETS, ModelConfig
@@ -64,7 +65,7 @@ def test_a_checkpoint_as_written_is_right(written, small_config):
     report = verify(written, content=True)
     assert (report.files, report.faults, report.warnings) == (134, [], [])
     assert report.config == small_config
-    assert report.total_bytes == sum(path.stat().st_size for path in (written / "ckpt-0").iterdir())
+    assert report.structure.total_bytes == sum(path.stat().st_size for path in (written / "ckpt-0").iterdir())
 
 
 def test_the_golden_checkpoint_is_right(golden):
@@ -471,25 +472,25 @@ def kill_after(count):
 def test_an_interrupted_run_goes_on_where_it_was(files, manifest, hashed, option):
     with pytest.raises(Killed):
         verify(files, **{option: manifest}, progress=kill_after(20_000))
-    journal = manifest.with_name(manifest.name + ".partial")
-    lines = journal.read_text().splitlines()[1:]
+    cache = manifest.with_name(manifest.name + ".partial")
+    lines = cache.read_text().splitlines()[1:]
     done = [line.split()[-1].rpartition("/")[2] for line in lines]
     assert 0 < len(done) < 136
-    journal.write_text(journal.read_text() + lines[0][:70])  # what a kill leaves of a line
+    cache.write_text(cache.read_text() + lines[0][:70])  # what a kill leaves of a line
     hashed.clear()
     report = verify(files, **{option: manifest})
     assert (report.resumed, report.faults) == (len(done), [])
     everything = [name(index) for index in range(134)] + ["config.json", "tokenizer.model"]
     assert sorted(hashed) == sorted(set(everything) - set(done))
-    assert not journal.exists()
+    assert not cache.exists()
     assert verify(files, manifest=manifest).faults == []
 
 
 def test_a_file_that_changed_since_is_hashed_again(files, manifest, hashed):
     with pytest.raises(Killed):
         verify(files, manifest=manifest, progress=kill_after(20_000))
-    journal = manifest.with_name(manifest.name + ".partial")
-    first = journal.read_text().splitlines()[1].split()[-1].rpartition("/")[2]
+    cache = manifest.with_name(manifest.name + ".partial")
+    first = cache.read_text().splitlines()[1].split()[-1].rpartition("/")[2]
     status = (files / first).stat()
     flip_a_byte(files / first)
     os.utime(files / first, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000))
@@ -498,7 +499,7 @@ def test_a_file_that_changed_since_is_hashed_again(files, manifest, hashed):
     assert first in hashed
 
 
-def test_a_journal_of_another_checkpoint_counts_for_nothing(files, manifest, hashed):
+def test_the_hashes_of_another_checkpoint_counts_for_nothing(files, manifest, hashed):
     with pytest.raises(Killed):
         verify(files, manifest=manifest, progress=kill_after(20_000))
     files.parent.rename(files.parent.with_name("moved"))
@@ -515,7 +516,7 @@ def test_the_command_that_fetches_the_release_again(tmp_path):
         report.fetch_command
         == f"hf download xai-org/grok-1 --include 'ckpt-0/*' --repo-type model --local-dir '{tmp_path}/my weights'"
     )
-    some = Report(report.directory, report.config, False, 770, 0, report.faults[5:7])
+    some = dataclasses.replace(report, faults=report.faults[5:7])
     assert f"grok-1 ckpt-0/{name(5)} ckpt-0/{name(6)} --repo-type" in some.fetch_command
 
 

@@ -44,7 +44,7 @@ def _samples(path: Path) -> tuple[int, bytes]:
         return size, b"".join(samples)
 
 
-def identity(checkpoint: Checkpoint) -> dict[str, str]:
+def fingerprint_parts(checkpoint: Checkpoint) -> dict[str, str]:
     """What to compare of two copies of a checkpoint, name by name: the config, every file, and the manifest.
 
     Of a file it is its size and a hash of its samples. The manifest is the file `MANIFEST` in the folder of tensor
@@ -64,8 +64,8 @@ def identity(checkpoint: Checkpoint) -> dict[str, str]:
     return told
 
 
-def difference(one: Mapping[str, str], other: Mapping[str, str]) -> str | None:
-    """The first name by which two of `identity` differ; None if they are of the same checkpoint.
+def compare(one: Mapping[str, str], other: Mapping[str, str]) -> str | None:
+    """The first name by which two results of `fingerprint_parts` differ; None if they are of the same checkpoint.
 
     A manifest that only one of them has makes no difference.
     """

@@ -4,7 +4,7 @@
     <64 hexadecimal digits>  ckpt-0/tensor00001_000
 
 Names are relative to the folder that holds `ckpt-0`. Hashing hundreds of gigabytes takes a while, so what is done is
-kept in a journal beside the manifest until the end.
+kept in a cache beside the manifest until the end.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from grok1.checkpoint.parallel import Advance, Progress, in_parallel
+from grok1.checkpoint.parallel import Advance, ByteProgress, in_parallel
 from grok1.checkpoint.pickled.source import ScanError, open_regular
 from grok1.errors import CheckpointError
 from grok1.host.atomic_write import whole_file
@@ -28,7 +28,7 @@ _BLOCK = 4 << 20  # bytes hashed at a time
 _MAX_MANIFEST = 16 << 20  # bytes: a hundred times the release's
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 _SIZE = re.compile(r"# (\d{1,19}) bytes")
-_JOURNAL_LINE = re.compile(r"([0-9a-f]{64})  (\d{1,19}) (-?\d{1,20})  (.+)\n")
+_CACHE_LINE = re.compile(r"([0-9a-f]{64})  (\d{1,19}) (-?\d{1,20})  (.+)\n")
 _HEADER = "# grok1 manifest; `grok1 verify --manifest` checks it, and `sha256sum -c` in the folder that holds {}\n"
 
 
@@ -43,18 +43,6 @@ class Entry:
 
     sha256: str
     size: int | None
-
-
-@dataclass(frozen=True)
-class Target:
-    """A file to hash, and its name in a manifest."""
-
-    name: str
-    path: Path
-
-
-class Unhashed(Exception):
-    """A file that could not be hashed; the text is a clause to be read after its name."""
 
 
 def write_manifest(manifest: Path, entries: Mapping[str, Entry], folder: str) -> None:
@@ -78,7 +66,7 @@ def write_manifest(manifest: Path, entries: Mapping[str, Entry], folder: str) ->
 
 
 def cannot_write(path: Path, error: OSError) -> CheckpointError:
-    """The error that a manifest or its journal cannot be written."""
+    """The error that a manifest or its cache of hashes cannot be written."""
     return CheckpointError(f"cannot write {path} ({error.strerror}): make room, or choose another place")
 
 
@@ -155,96 +143,97 @@ def locate(name: str, directory: Path) -> Path:
     return directory.parent / name
 
 
-class Journal:
-    """Hashes of files that are done, beside a manifest: a line each, with the file's size and time of change.
+class HashCache:
+    """Hashes of files, kept beside a manifest until all are there: a line each, with the file's size and mtime.
 
-    A hash counts only as long as the file has that size and time. A line that is not whole, the last one before a
-    kill, counts for nothing.
+    A hash counts only while its file has that size and mtime. An incomplete line, the last one before a kill, is
+    ignored. The cache is removed at the end of a `with` block that raises nothing.
+
+    Args:
+        manifest: names the cache.
+        directory: the folder of tensor files; another copy of the checkpoint has another cache.
+        required: whether to raise if the cache cannot be written; otherwise nothing is kept.
+
+    Raises:
+        OSError: if it is required and cannot be written.
     """
 
-    def __init__(self, manifest: Path, directory: Path) -> None:
-        self.path = manifest.with_name(manifest.name + ".partial")
-        self._header = f"# {os.fsencode(directory)!a}\n"  # another copy of the checkpoint has another journal
+    def __init__(self, manifest: Path, directory: Path, *, required: bool) -> None:
+        self._path = manifest.with_name(manifest.name + ".partial")
+        self._header = f"# {os.fsencode(directory)!a}\n"
         self._file: TextIO | None = None
-        self._known: dict[str, tuple[str, int, int]] = {}
-
-    def open(self) -> None:
-        """Reads what is there and makes ready to add to it.
-
-        Raises:
-            OSError: if it cannot be written.
-        """
-        ours = False
-        if os.path.lexists(self.path):
-            with contextlib.suppress(OSError, ScanError), open_regular(self.path) as file:
-                lines = file.read(_MAX_MANIFEST).decode("utf-8", "replace").splitlines(keepends=True)
-                ours = lines[:1] == [self._header]
-                for line in lines if ours else []:
-                    if match := _JOURNAL_LINE.fullmatch(line):
-                        self._known[match[4]] = (match[1], int(match[2]), int(match[3]))
-        # Written anew, so that nothing follows on a line that is not whole.
-        self._file = self.path.open("w", encoding="utf-8", newline="\n")
-        self._file.write(self._header)
-        for name, (sha256, size, mtime) in self._known.items():
-            self._file.write(f"{sha256}  {size} {mtime}  {name}\n")
-        self._file.flush()
-
-    def known(self, target: Target) -> Entry | None:
-        """The hash of a file that has not changed since it was hashed."""
-        found = self._known.get(target.name)
-        if found is None:
-            return None
+        self._known: dict[str, tuple[Entry, int]] = {}  # with the file's mtime in nanoseconds
         try:
-            status = target.path.stat()
+            self._open()
         except OSError:
-            return None
-        sha256, size, mtime = found
-        return Entry(sha256, size) if (size, mtime) == (status.st_size, status.st_mtime_ns) else None
+            if required:
+                raise
 
-    def add(self, target: Target, entry: Entry, mtime_ns: int) -> None:
-        """Notes a file that was hashed."""
-        if self._file is not None:
-            self._file.write(f"{entry.sha256}  {entry.size} {mtime_ns}  {target.name}\n")
-            self._file.flush()  # a kill loses nothing
+    def _open(self) -> None:
+        if os.path.lexists(self._path):
+            with contextlib.suppress(OSError, ScanError), open_regular(self._path) as file:
+                lines = file.read(_MAX_MANIFEST).decode("utf-8", "replace").splitlines(keepends=True)
+                for line in lines if lines[:1] == [self._header] else []:
+                    if match := _CACHE_LINE.fullmatch(line):
+                        self._known[match[4]] = (Entry(match[1], int(match[2])), int(match[3]))
+        # Written anew, so that nothing follows an incomplete line.
+        self._file = self._path.open("w", encoding="utf-8", newline="\n")
+        self._file.write(self._header)
+        for name, (entry, mtime_ns) in self._known.items():
+            self.add(name, entry, mtime_ns)
 
-    def close(self, *, remove: bool) -> None:
-        """Closes the journal; removes it when all is done."""
+    def __enter__(self) -> HashCache:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._file is not None:
             self._file.close()
-            self._file = None
-            if remove:
-                self.path.unlink(missing_ok=True)
+            if kind is None:
+                self._path.unlink(missing_ok=True)
+
+    def known(self, paths: Mapping[str, Path]) -> dict[str, Entry]:
+        """The hashes of those of the named files that have not changed since they were hashed."""
+        entries = {}
+        for name, (entry, mtime_ns) in self._known.items():
+            if name in paths:
+                with contextlib.suppress(OSError):
+                    status = paths[name].stat()
+                    if (entry.size, mtime_ns) == (status.st_size, status.st_mtime_ns):
+                        entries[name] = entry
+        return entries
+
+    def add(self, name: str, entry: Entry, mtime_ns: int) -> None:
+        """Keeps the hash of a file."""
+        if self._file is not None:
+            self._file.write(f"{entry.sha256}  {entry.size} {mtime_ns}  {name}\n")
+            self._file.flush()  # a kill loses nothing
 
 
 def hash_files(
-    targets: Iterable[Target], journal: Journal, progress: Progress | None = None
-) -> Generator[tuple[Target, Entry | Unhashed], None, None]:
-    """Hashes files in parallel, those of the journal excepted.
+    paths: Mapping[str, Path], cache: HashCache, progress: ByteProgress | None = None
+) -> Generator[tuple[str, Entry | str], None, None]:
+    """Hashes files in parallel, except those in the cache.
 
     Args:
-        targets: the files.
-        journal: open; gets each hash as it is there.
+        paths: the files, by their names in the manifest.
+        cache: gets each hash when it is known.
         progress: called with the bytes read and the bytes to read.
 
     Yields:
-        each file with its hash, or with why there is none.
+        each name with its entry, or with a clause that says why there is none.
     """
-    rest = []
-    for target in targets:
-        known = journal.known(target)
-        if known is None:
-            rest.append(target)
-        else:
-            yield target, known
-    total = sum(_size(target.path) for target in rest)
+    known = cache.known(paths)
+    yield from known.items()
+    rest = [(name, path) for name, path in paths.items() if name not in known]
+    total = sum(_size(path) for _, path in rest)
     with contextlib.closing(in_parallel(rest, _hash_or_why_not, total, progress)) as hashed:
-        for target, result in hashed:
-            if isinstance(result, Unhashed):
-                yield target, result
+        for (name, _), result in hashed:
+            if isinstance(result, str):
+                yield name, result
             else:
                 entry, mtime_ns = result
-                journal.add(target, entry, mtime_ns)
-                yield target, entry
+                cache.add(name, entry, mtime_ns)
+                yield name, entry
 
 
 def _size(path: Path) -> int:
@@ -254,15 +243,15 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _hash_or_why_not(target: Target, advance: Advance) -> tuple[Entry, int] | Unhashed:
+def _hash_or_why_not(named: tuple[str, Path], advance: Advance) -> tuple[Entry, int] | str:
     try:
-        return hash_file(target.path, advance)
+        return hash_file(named[1], advance)
     except FileNotFoundError:
-        return Unhashed("is missing")
+        return "is missing"
     except ScanError as error:
-        return Unhashed(f"cannot be read: {error.fault}")
+        return f"cannot be read: {error.fault}"
     except OSError as error:
-        return Unhashed(f"cannot be read: {error.strerror or error}")
+        return f"cannot be read: {error.strerror or error}"
 
 
 def hash_file(path: Path, advance: Advance) -> tuple[Entry, int]:

@@ -11,9 +11,7 @@ from pathlib import Path
 from grok1.checkpoint.audit.content import check_content, is_hollow
 from grok1.checkpoint.audit.manifest import (
     Entry,
-    Journal,
-    Target,
-    Unhashed,
+    HashCache,
     cannot_write,
     hash_files,
     locate,
@@ -45,8 +43,7 @@ class Report:
         directory: the folder of tensor files.
         config: of the checkpoint; the release's if it states none.
         stated: whether a `config.json` states it.
-        files: how many tensor files there should be.
-        total_bytes: size of the tensor files whose structure is right.
+        structure: what the tensor files hold.
         faults: every file that is not right, in the order of the files; a file may come more than once.
         warnings: what is only unlikely, in the same form.
         resumed: files that an earlier, interrupted run had hashed.
@@ -55,11 +52,15 @@ class Report:
     directory: Path
     config: ModelConfig
     stated: bool
-    files: int
-    total_bytes: int
+    structure: Structure
     faults: list[FileFault]
     warnings: list[FileFault] = field(default_factory=list)
     resumed: int = 0
+
+    @property
+    def files(self) -> int:
+        """Number of tensor files that there should be."""
+        return len(self.structure.table)
 
     @property
     def hollow(self) -> bool:
@@ -118,29 +119,23 @@ def verify(
     config, stated = stated_or_release(directory)
     entries = read_manifest(manifest) if manifest is not None else None  # before hours of reading
     if new_manifest is not None:
-        _check_place(new_manifest, directory)
+        _check_manifest_path(new_manifest, directory)
     structure = find_faults(directory, config)
-    report = Report(
-        directory,
-        config,
-        stated,
-        len(structure.table),
-        structure.total_bytes,
-        list(structure.faults),
-    )
+    report = Report(directory, config, stated, structure, list(structure.faults))
     if content:
-        _check_content(report, structure, progress)
+        _check_content(report, progress)
     if manifest is not None and entries is not None:
-        _check_manifest(report, structure, manifest, entries, progress)
+        _check_manifest(report, manifest, entries, progress)
     order = {spec.file_name: spec.index for spec in structure.table}
     for found in (report.faults, report.warnings):
         found.sort(key=lambda fault: order.get(fault.file, len(order)))
     if new_manifest is not None and not report.faults:
-        _write_manifest(report, structure, new_manifest, progress)
+        _write_manifest(report, new_manifest, progress)
     return report
 
 
-def _check_content(report: Report, structure: Structure, progress: StageProgress | None) -> None:
+def _check_content(report: Report, progress: StageProgress | None) -> None:
+    structure = report.structure
     right = [spec for spec in structure.table if spec.index in structure.tensors]
     hollow = []
     for spec in right:
@@ -181,87 +176,66 @@ def _check_content(report: Report, structure: Structure, progress: StageProgress
                     told.append(FileFault(spec.file_name, f"({spec.parameter}) {'; '.join(clauses)}", advice))
 
 
-def _check_place(manifest: Path, directory: Path) -> None:
+def _check_manifest_path(manifest: Path, directory: Path) -> None:
     """Refuses to write a manifest over or among the files that it is to list."""
-    place = manifest.absolute()
-    taken = place.parent.resolve() == directory.resolve() and place.name.startswith("tensor")
-    if taken or place.name in _COMPANIONS:
+    path = manifest.absolute()
+    taken = path.parent.resolve() == directory.resolve() and path.name.startswith("tensor")
+    if taken or path.name in _COMPANIONS:
         raise CheckpointError(f"{manifest} is named like a file of a checkpoint: choose another name for the manifest")
-    if place.is_dir():
+    if path.is_dir():
         raise CheckpointError(f"{manifest} is a folder, expected a file: choose a name for the manifest in it")
 
 
-def _targets(report: Report, structure: Structure) -> list[Target]:
-    """Every file that a manifest of the checkpoint lists."""
+def _listed_files(report: Report) -> dict[str, Path]:
+    """Every file that a manifest of the checkpoint lists, by its name there."""
     folder = report.directory
-    names = [f"{folder.name}/{spec.file_name}" for spec in structure.table]
+    names = [f"{folder.name}/{spec.file_name}" for spec in report.structure.table]
     names += [f"{folder.name}/{name}" for name in _COMPANIONS if (folder / name).is_file()]
     names += [name for name in _COMPANIONS if (folder.parent / name).is_file()]
-    return [Target(name, folder.parent / name) for name in names]
+    return {name: folder.parent / name for name in names}
 
 
-def _write_manifest(report: Report, structure: Structure, manifest: Path, progress: StageProgress | None) -> None:
-    targets = _targets(report, structure)
-    journal = Journal(manifest, report.directory)
+def _write_manifest(report: Report, manifest: Path, progress: StageProgress | None) -> None:
+    paths = _listed_files(report)
     try:
-        journal.open()
-        done = False
-        try:
-            report.resumed = sum(journal.known(target) is not None for target in targets)
+        with HashCache(manifest, report.directory, required=True) as cache:
+            report.resumed = len(cache.known(paths))
             entries: dict[str, Entry] = {}
-            with contextlib.closing(hash_files(targets, journal, _stage("hashing", progress))) as hashed:
-                for target, entry in hashed:
-                    if isinstance(entry, Unhashed):
-                        raise CheckpointError(f"{target.path} {entry}: leave the files alone and start again")
-                    entries[target.name] = entry
-            write_manifest(manifest, {target.name: entries[target.name] for target in targets}, report.directory.name)
-            done = True
-        finally:
-            journal.close(remove=done)
+            with contextlib.closing(hash_files(paths, cache, _stage("hashing", progress))) as hashed:
+                for name, found in hashed:
+                    if isinstance(found, str):
+                        raise CheckpointError(f"{paths[name]} {found}: leave the files alone and start again")
+                    entries[name] = found
+            write_manifest(manifest, {name: entries[name] for name in paths}, report.directory.name)
     except OSError as error:
         raise cannot_write(manifest, error) from None
 
 
-def _check_manifest(
-    report: Report,
-    structure: Structure,
-    manifest: Path,
-    entries: dict[str, Entry],
-    progress: StageProgress | None,
-) -> None:
+def _check_manifest(report: Report, manifest: Path, entries: dict[str, Entry], progress: StageProgress | None) -> None:
     told = {fault.file for fault in report.faults}
     wanted: dict[Path, tuple[str, Entry]] = {}
     for name, entry in entries.items():
         _, other = wanted.setdefault(locate(name, report.directory), (name, entry))
         if other != entry:
             raise CheckpointError(f"{manifest} lists {name} under two names, with different hashes: correct it")
-    for target in _targets(report, structure):
-        name = _short(target.path, report.directory)
-        if target.path not in wanted and name not in told:
+    for path in _listed_files(report).values():
+        name = _short(path, report.directory)
+        if path not in wanted and name not in told:
             advice = "get a manifest of the whole checkpoint"
             fault = FileFault(name, "is not in the manifest, so nothing vouches for it", advice, fetch=False)
-            (report.warnings if target.path.name in _COMPANIONS else report.faults).append(fault)
-    targets = [Target(name, path) for path, (name, _) in wanted.items()]
-    journal = Journal(manifest, report.directory)
-    with contextlib.suppress(OSError):  # a manifest may lie where nobody can write: then nothing is resumed
-        journal.open()
-    results: dict[Path, Entry | Unhashed] = {}
-    try:
-        report.resumed = sum(journal.known(target) is not None for target in targets)
-        with contextlib.closing(hash_files(targets, journal, _stage("hashing", progress))) as hashed:
-            for target, found in hashed:
-                results[target.path] = found
-    finally:
-        journal.close(remove=len(results) == len(targets))
+            (report.warnings if path.name in _COMPANIONS else report.faults).append(fault)
+    paths = {name: path for path, (name, _) in wanted.items()}
+    # The manifest may lie where nobody can write: then nothing is resumed.
+    with HashCache(manifest, report.directory, required=False) as cache:
+        report.resumed = len(cache.known(paths))
+        with contextlib.closing(hash_files(paths, cache, _stage("hashing", progress))) as hashed:
+            results = dict(hashed)
     owners = {entry.sha256: path for path, (_, entry) in wanted.items()}
     present = {found.sha256 for found in results.values() if isinstance(found, Entry)}
-    for path, (_, expected) in wanted.items():
-        name = _short(path, report.directory)
-        if name in told:  # one line a file
-            continue
-        found = results[path]
-        clause = _difference(found, expected)
-        if clause is None:
+    for path, (listed_name, expected) in wanted.items():
+        name, found = _short(path, report.directory), results[listed_name]
+        clause = _hash_mismatch(found, expected)
+        if clause is None or name in told:  # one line a file
             continue
         fetch, advice = True, "download it" if clause == "is missing" else _AGAIN
         owner = owners.get(found.sha256) if isinstance(found, Entry) else None
@@ -272,9 +246,9 @@ def _check_manifest(
         report.faults.append(FileFault(name, clause, advice, fetch))
 
 
-def _difference(found: Entry | Unhashed, expected: Entry) -> str | None:
-    if isinstance(found, Unhashed):
-        return str(found)
+def _hash_mismatch(found: Entry | str, expected: Entry) -> str | None:
+    if isinstance(found, str):
+        return found
     if expected.size is not None and found.size != expected.size:
         return f"has {found.size:,} bytes, the manifest says {expected.size:,}"
     if found.sha256 != expected.sha256:
