@@ -15,6 +15,7 @@ from grok1.jobs.result_json import json_line
 
 if TYPE_CHECKING:
     from grok1.checkpoint.audit.inspect import Inspection, KindSummary, TensorEntry
+    from grok1.params.table import ArraySpec
 
 
 @click.command("inspect", short_help="Show what is in a checkpoint.")
@@ -74,12 +75,27 @@ def _kind_fields(kind: KindSummary, all_bytes: int) -> dict[str, Any]:
         "parameters": kind.parameters,
         "bytes": kind.file_bytes,
         "share": kind.file_bytes / all_bytes,
-        "forms": [dataclasses.asdict(form) | {"dtype": str(form.dtype)} for form in kind.forms],
+        "forms": [_form_fields(array, scales) | {"count": count} for (array, scales), count in kind.forms.items()],
     }
 
 
 def _tensor_fields(tensor: TensorEntry) -> dict[str, Any]:
-    return dataclasses.asdict(tensor) | {"dtype": str(tensor.dtype)}
+    spec, stored = tensor.spec, tensor.stored
+    return {
+        "parameter": spec.parameter,
+        "kind": spec.kind,
+        "layer": spec.layer,
+        "file": spec.file_name,
+        **_form_fields(spec.array, spec.scales),
+        "offset": stored.array.offset,
+        "scales_offset": stored.scales.offset if stored.scales else None,
+        "file_bytes": tensor.file_bytes,
+        "allocated_bytes": tensor.allocated_bytes,
+    }
+
+
+def _form_fields(array: ArraySpec, scales: ArraySpec | None) -> dict[str, Any]:
+    return {"shape": array.shape, "dtype": str(array.dtype), "scales_shape": scales.shape if scales else None}
 
 
 def _facts(inspection: Inspection) -> str:
@@ -111,31 +127,26 @@ def _kind_lines(inspection: Inspection) -> str:
     rows = [("kind", "files", "bytes", "share", "shapes", "dtype", "scales")]
     for kind in inspection.kinds():
         share = f"{100 * kind.file_bytes / inspection.file_bytes:.3f} %"
-        head = (kind.kind, str(kind.count), f"{kind.file_bytes:,}", share)
-        for form in kind.forms:
-            shape = f"{form.count} of {_shape(form.shape)}"
-            rows.append((*head, shape, str(form.dtype), _shape(form.scales_shape)))
+        head = (str(kind.kind), str(kind.count), f"{kind.file_bytes:,}", share)
+        for (array, scales), count in kind.forms.items():
+            shape = f"{count} of {_cell(array.shape)}"
+            rows.append((*head, shape, str(array.dtype), _cell(scales.shape if scales else None)))
             head = ("", "", "", "")
     return columns(rows, right={1, 2, 3})
 
 
 def _tensor_lines(inspection: Inspection) -> str:
-    rows = [("parameter", "file", "shape", "dtype", "scales", "offset", "scales offset", "bytes")]
+    names = ("parameter", "file", "shape", "dtype", "scales_shape", "offset", "scales_offset", "file_bytes")
+    rows: list[tuple[str, ...]] = [
+        ("parameter", "file", "shape", "dtype", "scales", "offset", "scales offset", "bytes")
+    ]
     for tensor in inspection.tensors:
-        rows.append(
-            (
-                tensor.parameter,
-                tensor.file,
-                _shape(tensor.shape),
-                str(tensor.dtype),
-                _shape(tensor.scales_shape),
-                str(tensor.offset),
-                "-" if tensor.scales_offset is None else str(tensor.scales_offset),
-                str(tensor.file_bytes),
-            )
-        )
+        fields = _tensor_fields(tensor)
+        rows.append(tuple(_cell(fields[name]) for name in names))
     return columns(rows, right={5, 6, 7})
 
 
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "-" if shape is None else ",".join(map(str, shape))
+def _cell(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "-" if value is None else str(value)

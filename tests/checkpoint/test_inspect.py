@@ -38,41 +38,41 @@ def test_kinds_cover_every_file_once(small, written):
     assert tuple(kind.kind for kind in kinds) == tuple(Kind)
     # Per layer 3 matrices of experts, 4 of attention, 4 norms and a router; and the final norm.
     assert [kind.count for kind in kinds] == [1, 33, 44, 45, 11]
-    assert [sum(form.count for form in kind.forms) for kind in kinds] == [1, 33, 44, 45, 11]
+    assert [sum(kind.forms.values()) for kind in kinds] == [1, 33, 44, 45, 11]
     for kind in kinds:
-        names = [tensor.file for tensor in small.tensors if tensor.kind == kind.kind]
+        names = [tensor.spec.file_name for tensor in small.tensors if tensor.spec.kind == kind.kind]
         assert kind.file_bytes == sum((written / "ckpt-0" / name).stat().st_size for name in names)
     assert sum(kind.parameters for kind in kinds) == small.parameters
 
 
 def test_parameters_agree_with_the_config_and_the_shapes(small, small_config):
     assert small.parameters == num_parameters(small_config)
-    assert small.parameters == sum(math.prod(tensor.shape) for tensor in small.tensors)
+    assert small.parameters == sum(math.prod(tensor.stored.array.shape) for tensor in small.tensors)
     assert small.active_parameters == num_active_parameters(small_config)
 
 
 def test_layers_come_by_number_and_not_by_file(small):
-    layers = [tensor.layer for tensor in small.tensors]
+    layers = [tensor.spec.layer for tensor in small.tensors]
     assert layers == [None] + [layer for layer in range(11) for _ in range(12)] + [None]
-    assert [tensor.kind for tensor in small.tensors if tensor.layer is None] == ["embedding", "norms"]
-    by_layer = {tensor.layer: tensor.file for tensor in reversed(small.tensors)}
+    assert [tensor.spec.kind for tensor in small.tensors if tensor.spec.layer is None] == ["embedding", "norms"]
+    by_layer = {tensor.spec.layer: tensor.spec.file_name for tensor in reversed(small.tensors)}
     assert (by_layer[2], by_layer[10]) == ("tensor00038_000", "tensor00026_000")
     for tensor in small.tensors:
-        if tensor.layer is not None:
-            assert tensor.parameter.startswith(f"transformer/decoder_layer_{tensor.layer}/")
+        if tensor.spec.layer is not None:
+            assert tensor.spec.parameter.startswith(f"transformer/decoder_layer_{tensor.spec.layer}/")
 
 
 def test_offsets_lead_to_the_arrays(small, written, unpickle):
     for tensor in small.tensors:
-        path = written / "ckpt-0" / tensor.file
+        path, stored = written / "ckpt-0" / tensor.spec.file_name, tensor.stored
         content, held = path.read_bytes(), unpickle(path)
-        assert content[tensor.offset :].startswith(held.array.tobytes())
-        assert (tensor.shape, tensor.dtype) == (held.array.shape, held.array.dtype)
+        assert content[stored.array.offset :].startswith(held.array.tobytes())
+        assert (stored.array.shape, stored.array.dtype) == (held.array.shape, held.array.dtype)
         if held.scales is None:
-            assert (tensor.scales_shape, tensor.scales_offset) == (None, None)
+            assert stored.scales is None
         else:
-            assert content[tensor.scales_offset :].startswith(held.scales.tobytes())
-            assert tensor.scales_shape == held.scales.shape
+            assert content[stored.scales.offset :].startswith(held.scales.tobytes())
+            assert stored.scales.shape == held.scales.shape
 
 
 def test_offsets_of_data_beside_the_frames(tmp_path):
@@ -80,15 +80,16 @@ def test_offsets_of_data_beside_the_frames(tmp_path):
     config = dataclasses.replace(PRESETS["tiny"], num_layers=1)
     write_checkpoint(tmp_path, config)
     inspection = inspect_checkpoint(Checkpoint.open(tmp_path))
-    (linear,) = (tensor for tensor in inspection.tensors if tensor.parameter.endswith("moe/linear_v/w"))
-    assert math.prod(linear.shape) > 64 * 1024
-    opcodes = list(pickletools.genops((tmp_path / "ckpt-0" / linear.file).read_bytes()))
+    (linear,) = (tensor for tensor in inspection.tensors if tensor.spec.parameter.endswith("moe/linear_v/w"))
+    size = math.prod(linear.stored.array.shape)
+    assert size > 64 * 1024
+    opcodes = list(pickletools.genops((tmp_path / "ckpt-0" / linear.spec.file_name).read_bytes()))
     ends = {
         opcodes[number + 1][2]
         for number, (opcode, argument, _) in enumerate(opcodes)
-        if opcode.name == "BINBYTES" and len(argument) == math.prod(linear.shape)
+        if opcode.name == "BINBYTES" and len(argument) == size
     }
-    assert ends == {linear.offset + math.prod(linear.shape)}
+    assert ends == {linear.stored.array.offset + size}
 
 
 def test_the_release(release, release_table):
@@ -99,9 +100,9 @@ def test_the_release(release, release_table):
     with release_table.open() as file:
         rows = {row["file"]: row for row in csv.DictReader(file, delimiter="\t")}
     for tensor in release.tensors:
-        row = rows.pop(tensor.file)
-        assert (tensor.parameter, tensor.file_bytes) == (row["parameter"], int(row["file_bytes"]))
-        assert tensor.shape == tuple(map(int, row["shape"].split(",")))
+        row = rows.pop(tensor.spec.file_name)
+        assert (tensor.spec.parameter, tensor.file_bytes) == (row["parameter"], int(row["file_bytes"]))
+        assert tensor.stored.array.shape == tuple(map(int, row["shape"].split(",")))
     assert not rows
 
 
@@ -113,7 +114,7 @@ def test_hollow_is_what_the_disk_says(release, hollow_release, small):
 
 def test_forms_of_the_experts(release):
     forms = release.kinds()[1].forms
-    assert [(form.shape, str(form.dtype), form.scales_shape, form.count) for form in forms] == [
+    assert [(array.shape, str(array.dtype), scales.shape, count) for (array, scales), count in forms.items()] == [
         ((8, 6144, 32768), "int8", (8, 1, 32768), 128),
         ((8, 32768, 6144), "int8", (8, 8, 6144), 64),
     ]
