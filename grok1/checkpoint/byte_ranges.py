@@ -22,10 +22,6 @@ Check = Callable[[], None]
 """Called every few megabytes; raises when the reading is to stop."""
 
 
-def go_on() -> None:
-    """The `Check` that never stops."""
-
-
 class ReadCounter:
     """Counts the bytes that several threads have read from files."""
 
@@ -44,19 +40,6 @@ class ReadCounter:
             self._total += count
 
 
-if hasattr(os, "preadv"):
-
-    def _read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
-        return os.preadv(descriptor, [buffer], offset)
-
-else:  # macOS before 11
-
-    def _read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
-        content = os.pread(descriptor, len(buffer), offset)
-        buffer[: len(content)] = content
-        return len(content)
-
-
 class RangeReader:
     """An open file that can be read at any place.
 
@@ -64,7 +47,7 @@ class RangeReader:
         file.read(memoryview(buffer), 128)
     """
 
-    def __init__(self, path: Path, counter: ReadCounter, check: Check = go_on):
+    def __init__(self, path: Path, counter: ReadCounter, check: Check = lambda: None):
         """Opens the file.
 
         Args:
@@ -103,7 +86,7 @@ class RangeReader:
                 self.check()
             step = target[done : done + _STEP_BYTES]
             try:
-                count = _read_at(self._descriptor, step, offset + done)
+                count = os.preadv(self._descriptor, [step], offset + done)
             except OSError as error:
                 raise _unreadable(self._path, error) from None
             if not count:
@@ -121,7 +104,7 @@ class RangeReader:
         for begin in range(0, len(target), width):
             run = target[begin : begin + width]
             try:
-                count = _read_at(self._descriptor, run, offset)
+                count = os.preadv(self._descriptor, [run], offset)
             except OSError as error:
                 raise _unreadable(self._path, error) from None
             if count < width:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import abc
 import math
 import threading
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,42 +28,46 @@ first column, and the matrix's number of scale groups and the rows of each."""
 _ALIGNMENT = 64  # XLA uses a host buffer with this alignment without copying it
 
 
-class Shard(Protocol):
+class Shard(abc.ABC):
     """What one or several model shards hold of an array, all layers of it.
 
     Attributes:
-        key: which part of each file's array it is.
+        key: the part of each file's array.
         holders: number of this process's model shards that hold it.
         host_bytes: its size in host memory.
         staged_item_bytes: additional host memory for each item while it is loaded.
     """
 
-    key: tuple[slice, ...]
-    holders: int
-    host_bytes: int
-    staged_item_bytes: int
+    def __init__(self, array: ParameterArray, key: tuple[slice, ...], holders: int, devices: Sequence[jax.Device]):
+        self.key = key
+        self.holders = holders
+        self.host_bytes = 0
+        self.staged_item_bytes = array.file_dtype.itemsize
+        self._file_dtype = array.file_dtype
+        self._devices = devices
 
+    @abc.abstractmethod
     def buffer(self, box: Box) -> np.ndarray:
         """Memory to read a box into: of its shape and the file's dtype."""
 
+    @abc.abstractmethod
     def put(self, box: Box, buffer: np.ndarray) -> list[jax.Array]:
-        """Stores a box that was read; the buffer is free again when the arrays that it returns are ready."""
+        """Stores a box that was read; the buffer is free again when the returned arrays are ready."""
 
+    @abc.abstractmethod
     def arrays(self) -> list[jax.Array]:
         """The shard on each of its devices, once every box was put."""
 
 
-class HostShard:
+class HostShard(Shard):
     """A shard in host memory, which CPU devices use without a copy and share."""
 
-    def __init__(self, array: ParameterArray, key: tuple[slice, ...], holders: int, devices: list[jax.Device]):
-        self.key = key
-        self.holders = holders
-        self._devices = devices
+    def __init__(self, array: ParameterArray, key: tuple[slice, ...], holders: int, devices: Sequence[jax.Device]):
+        super().__init__(array, key, holders, devices)
         self._whole = _aligned_empty(array.memory_shape(key), array.dtype)
-        self._file_dtype = array.file_dtype
         self.host_bytes = self._whole.nbytes
-        self.staged_item_bytes = 0 if array.dtype == array.file_dtype else array.file_dtype.itemsize
+        if array.dtype == array.file_dtype:
+            self.staged_item_bytes = 0
 
     def buffer(self, box: Box) -> np.ndarray:
         """The box itself, or new memory if its dtype is to be converted."""
@@ -88,7 +93,7 @@ class PackedShard(HostShard):
         array: ParameterArray,
         key: tuple[slice, ...],
         holders: int,
-        devices: list[jax.Device],
+        devices: Sequence[jax.Device],
         pack: PackBox,
     ):
         super().__init__(array, key, holders, devices)
@@ -97,7 +102,7 @@ class PackedShard(HostShard):
 
     def buffer(self, box: Box) -> np.ndarray:
         """New memory."""
-        return np.empty(tuple(axis.stop - axis.start for axis in box), self._file_dtype)
+        return np.empty(_shape(box), self._file_dtype)
 
     def put(self, box: Box, buffer: np.ndarray) -> list[jax.Array]:
         """Packs the box."""
@@ -108,22 +113,17 @@ class PackedShard(HostShard):
         return []
 
 
-class DeviceShard:
+class DeviceShard(Shard):
     """A shard on each of several devices, filled from buffers on the host."""
 
-    def __init__(self, array: ParameterArray, key: tuple[slice, ...], holders: int, devices: list[jax.Device]):
-        self.key = key
-        self.holders = holders
+    def __init__(self, array: ParameterArray, key: tuple[slice, ...], holders: int, devices: Sequence[jax.Device]):
+        super().__init__(array, key, holders, devices)
         self._wholes = [jnp.zeros(array.memory_shape(key), array.dtype, device=device) for device in devices]
-        self._devices = devices
-        self._file_dtype = array.file_dtype
         self._lock = threading.Lock()
-        self.host_bytes = 0
-        self.staged_item_bytes = array.file_dtype.itemsize
 
     def buffer(self, box: Box) -> np.ndarray:
         """New host memory."""
-        return _aligned_empty(tuple(axis.stop - axis.start for axis in box), self._file_dtype)
+        return _aligned_empty(_shape(box), self._file_dtype)
 
     def put(self, box: Box, buffer: np.ndarray) -> list[jax.Array]:
         """Sends the box to the devices, which convert its dtype if needed."""
@@ -143,21 +143,24 @@ class DeviceShard:
 def local_shards(array: ParameterArray, mesh: Mesh, on_host: bool, pack: PackBox | None = None) -> list[Shard]:
     """The shards of an array on this process's devices; model shards and data rows that hold the same share one."""
     shards = mesh.shape[MODEL_AXIS]
-    devices: dict[tuple[int, ...], list[jax.Device]] = {}
-    held: dict[tuple[int, ...], tuple[tuple[slice, ...], int]] = {}
+    keys: dict[tuple[int, ...], tuple[slice, ...]] = {}  # by where they start
+    holders: Counter[tuple[int, ...]] = Counter()
+    devices: dict[tuple[int, ...], list[jax.Device]] = defaultdict(list)
     for shard in range(shards):
         local = local_devices(mesh.devices[:, shard])
         if local:
             key = array.file_key(shards, shard)
             start = tuple(part.start for part in key)
-            devices.setdefault(start, []).extend(local)
-            held[start] = key, held.get(start, (key, 0))[1] + 1
-    if array.packed:
-        if pack is None:
-            raise ValueError(f"{array.spec.path} is to be packed, but no function to pack it is given")
-        return [PackedShard(array, *held[start], devices[start], pack) for start in held]
-    kind = HostShard if on_host else DeviceShard
-    return [kind(array, *held[start], devices[start]) for start in held]
+            keys[start] = key
+            holders[start] += 1
+            devices[start] += local
+    if not array.packed:
+        make: Callable[..., Shard] = HostShard if on_host else DeviceShard
+    elif pack is not None:
+        make = partial(PackedShard, pack=pack)
+    else:
+        raise ValueError(f"{array.spec.path} is to be packed, but no function to pack it is given")
+    return [make(array, key, holders[start], devices[start]) for start, key in keys.items()]
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -165,6 +168,10 @@ def _put_box(whole: jax.Array, box: jax.Array, start: jax.Array) -> tuple[jax.Ar
     """Also returns an item of the box, which is ready once the box is written: `whole` is donated again by then."""
     index = [start[axis] for axis in range(whole.ndim)]
     return lax.dynamic_update_slice(whole, box.astype(whole.dtype), index), box[(0,) * box.ndim]
+
+
+def _shape(box: Box) -> tuple[int, ...]:
+    return tuple(axis.stop - axis.start for axis in box)
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
