@@ -24,8 +24,6 @@ from grok1.params.table import CHECKPOINT_DIR, TensorFile
 
 _FILE_NAME = re.compile(r"tensor\d+_\d+")
 
-_FAULTS_TOLD = 3
-
 _Ranges = tuple[tuple[int, int], ...]
 _Read = tuple[_Ranges, np.ndarray]  # a slice, and where it goes
 
@@ -61,8 +59,10 @@ def holds_tensor_files(directory: Path) -> bool:
     return any(_FILE_NAME.fullmatch(name) for name in os.listdir(directory))
 
 
-def read_config(directory: Path) -> ModelConfig | None:
-    """The config of a folder of tensor files: the `config.json` in it or beside it, or None.
+def stated_or_release(directory: Path) -> tuple[ModelConfig, bool]:
+    """The config of a folder of tensor files, and whether a `config.json` in it or beside it states it.
+
+    Without such a file the checkpoint must be the release.
 
     Raises:
         ConfigError: if the file is no config.
@@ -70,21 +70,10 @@ def read_config(directory: Path) -> ModelConfig | None:
     """
     for path in (directory / "config.json", directory.absolute().parent / "config.json"):
         if path.is_file():
-            return ModelConfig.read(path)
+            return ModelConfig.read(path), True
         if path.exists():
             raise CheckpointError(f"{path} is no regular file, expected a model config: move it away")
-    return None
-
-
-def stated_or_release(directory: Path) -> tuple[ModelConfig, bool]:
-    """The config of a folder of tensor files, and whether a `config.json` states it; otherwise it is the release's.
-
-    Raises:
-        ConfigError: as `read_config`.
-        CheckpointError: as `read_config`.
-    """
-    stated = read_config(directory)
-    return stated or PRESETS["grok-1"], stated is not None
+    return PRESETS["grok-1"], False
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,15 +89,13 @@ class Checkpoint:
         config: from `config.json`, or else the release's.
         directory: the folder of tensor files.
         table: what each file is.
-        tensors: where its arrays lie, in the same order.
-        total_bytes: size of all files.
+        tensors: where its arrays are, in the same order.
     """
 
     config: ModelConfig
     directory: Path
     table: tuple[TensorFile, ...]
     tensors: tuple[StoredTensor, ...]
-    total_bytes: int
     _counter: ReadCounter = field(default_factory=ReadCounter, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
     _mappings: weakref.WeakValueDictionary[int, mmap.mmap] = field(
@@ -133,7 +120,12 @@ class Checkpoint:
         if structure.faults:
             raise CheckpointError(faults_sentence(directory, structure.faults, len(structure.table), has_config=stated))
         tensors = tuple(structure.tensors[spec.index] for spec in structure.table)
-        return cls(config, directory, structure.table, tensors, structure.total_bytes)
+        return cls(config, directory, structure.table, tensors)
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files."""
+        return sum(tensor.file_bytes for tensor in self.tensors)
 
     def weight_view(self, index: int) -> np.ndarray:
         """The array of file `index` (float32, or a quantised weight's int8), mapped read-only.
@@ -237,7 +229,7 @@ class Checkpoint:
 
 
 def faults_sentence(
-    directory: Path, faults: Sequence[FileFault], expected: int, *, has_config: bool, told: int = _FAULTS_TOLD
+    directory: Path, faults: Sequence[FileFault], expected: int, *, has_config: bool, told: int = 3
 ) -> str:
     """The sentence that counts the faults of a checkpoint and tells the first of them.
 

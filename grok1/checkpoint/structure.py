@@ -51,13 +51,16 @@ class Structure:
         table: what each file should be.
         tensors: for the index of each file that is right, where its arrays lie.
         faults: the others, and files that do not belong there.
-        total_bytes: size of the files that are right.
     """
 
     table: tuple[TensorFile, ...]
     tensors: dict[int, StoredTensor]
     faults: tuple[FileFault, ...]
-    total_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of the files that are right."""
+        return sum(tensor.file_bytes for tensor in self.tensors.values())
 
 
 def find_faults(directory: Path, config: ModelConfig) -> Structure:
@@ -74,39 +77,32 @@ def find_faults(directory: Path, config: ModelConfig) -> Structure:
     """
     table = tensor_table(config)
     names = _tensor_names(directory)
-    found: dict[int, StoredTensor] = {}
-    unreadable: dict[int, FileFault] = {}
-    sizes: dict[int, int] = {}
+    right: dict[int, StoredTensor] = {}
+    wrong: dict[int, StoredTensor] = {}
+    faults: dict[int, FileFault] = {}
     for spec in table:
         if spec.file_name not in names:
-            unreadable[spec.index] = FileFault(spec.file_name, "is missing", "download it")
+            faults[spec.index] = FileFault(spec.file_name, "is missing", "download it")
             continue
         path = directory / spec.file_name
         try:
-            found[spec.index] = scan(path)
-            sizes[spec.index] = path.stat().st_size
+            tensor = scan(path)
         except ScanError as error:
-            unreadable[spec.index] = FileFault(
-                spec.file_name, error.fault + _size_clause(path, spec), "download it again", separator=": "
-            )
-        except OSError as error:  # it went away after the scan
-            unreadable[spec.index] = FileFault(spec.file_name, f"cannot be read: {error.strerror}", "download it again")
-    right = {index: tensor for index, tensor in found.items() if _signature(tensor) == _signature(table[index])}
+            fault = error.fault + _size_clause(path, spec)
+            faults[spec.index] = FileFault(spec.file_name, fault, "download it again", separator=": ")
+        else:
+            (right if _signature(tensor) == _signature(spec) else wrong)[spec.index] = tensor
     unfilled: dict[_Signature, list[TensorFile]] = defaultdict(list)  # files of the table without their arrays
     for spec in table:
         if spec.index not in right:
             unfilled[_signature(spec)].append(spec)
-    faults = []
-    for spec in table:
-        if spec.index in unreadable:
-            faults.append(unreadable[spec.index])
-        elif spec.index not in right:
-            faults.append(_mismatch(spec, found[spec.index], unfilled))
-    expected = {spec.file_name for spec in table}
-    faults += [
-        FileFault(name, "is unexpected", "move it out of the folder", fetch=False) for name in sorted(names - expected)
+    for index, tensor in wrong.items():
+        faults[index] = _mismatch(table[index], tensor, unfilled)
+    unexpected = [
+        FileFault(name, "is unexpected", "move it out of the folder", fetch=False)
+        for name in sorted(names - {spec.file_name for spec in table})
     ]
-    return Structure(table, right, tuple(faults), sum(sizes[index] for index in right))
+    return Structure(table, right, (*(faults[index] for index in sorted(faults)), *unexpected))
 
 
 def _tensor_names(directory: Path) -> set[str]:

@@ -44,12 +44,14 @@ class StoredTensor:
     """What a tensor file holds.
 
     Attributes:
-        array: float32, or the int8 values of a quantised weight.
-        scales: a quantised weight's bfloat16 scales, otherwise None.
+        array: float32, or the int8 values of a quantized weight.
+        scales: a quantized weight's bfloat16 scales, otherwise None.
+        file_bytes: size of the file.
     """
 
     array: StoredArray
     scales: StoredArray | None
+    file_bytes: int
 
 
 def scan(path: Path) -> StoredTensor:
@@ -299,8 +301,9 @@ class _Scanner:
         value = self._stack[0]
         if isinstance(value, QuantizedSymbol) and value.attributes is not None:
             weight = self._finished(value.attributes["weight"], INT8, "the attribute weight")
-            return StoredTensor(weight, self._finished(value.attributes["scales"], BFLOAT16, "the attribute scales"))
-        return StoredTensor(self._finished(value, FLOAT32, "the file's object"), None)
+            scales = self._finished(value.attributes["scales"], BFLOAT16, "the attribute scales")
+            return StoredTensor(weight, scales, self._source.size)
+        return StoredTensor(self._finished(value, FLOAT32, "the file's object"), None, self._source.size)
 
     def _finished(self, value: object, dtype: np.dtype[Any], what: str) -> StoredArray:
         if not isinstance(value, ArraySymbol) or value.stored is None:
