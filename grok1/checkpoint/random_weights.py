@@ -24,13 +24,13 @@ _SCALE_RMS = math.sqrt(35 / 24)  # of `_scales`'s factor: mean square 7/3 of the
 _CHUNK_WORDS = 1 << 17  # 64-bit words drawn at a time: 1 MiB, which stays in the processor's cache
 
 
-def random_chunks(spec: TensorFile, seed: int, *, scales: bool) -> Iterator[np.ndarray]:
+def random_chunks(spec: TensorFile, scales: bool, *, seed: int) -> Iterator[np.ndarray]:
     """The data of one array in order, in pieces of about a megabyte.
 
     Args:
         spec: the tensor.
-        seed: with the tensor's index and `scales`, selects the random stream; 0 or more.
         scales: the quantized weight's scales instead of its values.
+        seed: with the tensor's index and `scales`, selects the random stream; 0 or more.
 
     Yields:
         one-dimensional arrays of float32 `[n]`, int8 `[n]` or, for scales, bfloat16 `[n]`.

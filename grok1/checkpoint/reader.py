@@ -128,7 +128,7 @@ class Checkpoint:
         return sum(tensor.file_bytes for tensor in self.tensors)
 
     def weight_view(self, index: int) -> np.ndarray:
-        """The array of file `index` (float32, or a quantised weight's int8), mapped read-only.
+        """The array of file `index` (float32, or a quantized weight's int8), mapped read-only.
 
         The view reads the file when it is used, need not be aligned, and holds one file descriptor while it
         lives, shared with the file's other views.
@@ -139,7 +139,7 @@ class Checkpoint:
         return self._view(index, self.tensors[index].array)
 
     def scales_view(self, index: int) -> np.ndarray | None:
-        """The bfloat16 scales of file `index`, mapped like `weight_view`; None if it is not quantised.
+        """The bfloat16 scales of file `index`, mapped like `weight_view`; None if it is not quantized.
 
         Raises:
             CheckpointError: if the file changed since it was opened.

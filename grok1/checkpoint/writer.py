@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ import numpy as np
 
 from grok1.checkpoint.hollow import hollow_disk_bytes, write_hollow_tensors
 from grok1.checkpoint.parallel import ByteProgress
-from grok1.checkpoint.pickled.framing import Payload, tensor_file_size, tensor_segments
+from grok1.checkpoint.pickled.framing import tensor_file_size, tensor_segments
 from grok1.checkpoint.random_weights import random_chunks
 from grok1.checkpoint.reader import holds_tensor_files
 from grok1.config import ModelConfig
@@ -74,7 +75,7 @@ def write_checkpoint(
         if hollow:
             write_hollow_tensors(new / CHECKPOINT_DIR, table, progress)
         else:
-            _write_tensors(new / CHECKPOINT_DIR, table, chunks or _random(seed), progress)
+            _write_tensors(new / CHECKPOINT_DIR, table, chunks or functools.partial(random_chunks, seed=seed), progress)
 
 
 def unpack_checkpoint(
@@ -156,32 +157,20 @@ def _check_space(directory: Path, needed: int) -> None:
         )
 
 
-def _random(seed: int) -> Chunks:
-    return lambda spec, scales: random_chunks(spec, seed, scales=scales)
-
-
 def _write_tensors(folder: Path, table: tuple[TensorFile, ...], chunks: Chunks, progress: ByteProgress | None) -> None:
     done, total = 0, sum(tensor_file_size(spec) for spec in table)
     for spec in table:
-        with (folder / spec.file_name).open("wb", buffering=0) as file:
+        with (folder / spec.file_name).open("wb") as file:
             for segment in tensor_segments(spec):
-                for block in _blocks(segment, spec, chunks):
-                    rest = block
-                    while rest:
-                        rest = rest[file.write(rest) :]
-                    done += len(block)
-                    if progress and isinstance(segment, Payload):
+                if isinstance(segment, bytes):
+                    done += file.write(segment)
+                    continue
+                for chunk in chunks(spec, segment.array == 1):
+                    done += file.write(chunk.reshape(-1).view("u1").data)
+                    if progress:
                         progress(done, total)
     if progress:
         progress(done, total)
-
-
-def _blocks(segment: bytes | Payload, spec: TensorFile, chunks: Chunks) -> Iterator[memoryview]:
-    if isinstance(segment, bytes):
-        yield memoryview(segment)
-        return
-    for chunk in chunks(spec, segment.array == 1):
-        yield chunk.reshape(-1).view("u1").data
 
 
 def _swap(directory: Path, scratch: Path) -> None:

@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from grok1.checkpoint.hollow import allocated_bytes
 from grok1.checkpoint.parallel import Advance
 from grok1.checkpoint.pickled.scan import StoredArray, StoredTensor
 from grok1.checkpoint.pickled.source import ScanError, open_regular
@@ -23,7 +24,7 @@ _CHUNK = 4 << 20  # bytes that each thread holds
 _SAMPLE = 64 << 10  # values of each chunk that go into the histogram
 _FEW_VALUES = 16  # of the 255 that int8 weights use
 _ENOUGH = 4096  # values, for a histogram that says something
-_RARE = 1e-3  # of all values: -128 is no value of a symmetric quantisation
+_RARE = 1e-3  # of all values: -128 is no value of a symmetric quantization
 _HOLLOW_MIN = 64 << 10  # bytes of a file, below which a disk's blocks say nothing
 _PROBES = 32
 _PROBE = 4096
@@ -47,8 +48,7 @@ def is_hollow(path: Path, tensor: StoredTensor) -> bool:
         OSError: if it cannot be read.
     """
     status = os.stat(path)
-    blocks = getattr(status, "st_blocks", None)
-    if blocks is None or status.st_size < _HOLLOW_MIN or blocks * 512 * 4 > status.st_size:
+    if status.st_size < _HOLLOW_MIN or allocated_bytes(status) * 4 > status.st_size:
         return False
     # A disk that compresses takes less than the size, too, so a few places have to be looked at.
     stored, last = tensor.array, max(0, tensor.array.nbytes - _PROBE)
@@ -74,10 +74,10 @@ def check_content(path: Path, spec: TensorFile, tensor: StoredTensor, advance: A
     try:
         with open_regular(path) as file:
             if tensor.scales is None:
-                _check_floats(spec, _Chunks(file, tensor.array, buffer, advance), report)
+                _check_floats(spec, _ArrayReader(file, tensor.array, buffer, advance), report)
             else:
-                _check_scales(_Chunks(file, tensor.scales, buffer, advance), report)
-                _check_values(spec, _Chunks(file, tensor.array, buffer, advance), report)
+                _check_scales(_ArrayReader(file, tensor.scales, buffer, advance), report)
+                _check_values(spec, _ArrayReader(file, tensor.array, buffer, advance), report)
     except ScanError as error:
         report.faults.append(f"cannot be read: {error.fault}")
     except OSError as error:
@@ -85,7 +85,7 @@ def check_content(path: Path, spec: TensorFile, tensor: StoredTensor, advance: A
     return report
 
 
-class _Chunks:
+class _ArrayReader:
     """The data of an array in pieces, all in the same buffer."""
 
     def __init__(self, file: BinaryIO, stored: StoredArray, buffer: bytearray, advance: Advance) -> None:
@@ -112,7 +112,7 @@ class _Chunks:
             yield np.frombuffer(piece, self._dtype)
 
 
-def _check_floats(spec: TensorFile, chunks: _Chunks, report: ContentReport) -> None:
+def _check_floats(spec: TensorFile, chunks: _ArrayReader, report: ContentReport) -> None:
     """A norm's scales, a router or the embeddings."""
     not_finite, low, high = 0, np.inf, -np.inf
     for chunk in chunks.read(chunks.size):
@@ -130,7 +130,7 @@ def _check_floats(spec: TensorFile, chunks: _Chunks, report: ContentReport) -> N
         report.warnings.append(f"has norm scales down to {low:g}, expected none below 0")
 
 
-def _check_scales(chunks: _Chunks, report: ContentReport) -> None:
+def _check_scales(chunks: _ArrayReader, report: ContentReport) -> None:
     """A quantized weight's scales, as the bits of bfloat16."""
     not_finite = zero = negative = 0
     for bits in chunks.read(chunks.size):
@@ -145,11 +145,10 @@ def _check_scales(chunks: _Chunks, report: ContentReport) -> None:
             report.faults.append(f"has {chunks.size:,} scales of which {count:,} {verb} {what}")
 
 
-def _check_values(spec: TensorFile, chunks: _Chunks, report: ContentReport) -> None:
+def _check_values(spec: TensorFile, chunks: _ArrayReader, report: ContentReport) -> None:
     """A quantized weight's int8 values, one group of rows of one matrix after the other, as they lie in the file."""
-    assert spec.scales_shape is not None
-    groups = math.prod(spec.scales_shape[:-1])
-    per_matrix = spec.scales_shape[-2]
+    assert spec.groups is not None
+    groups = math.prod(spec.shape[:-2]) * spec.groups
     histogram = np.zeros(256, np.int64)
     lowest, hollow_bytes = 0, 0
     constants: list[int | None] = []
@@ -164,7 +163,7 @@ def _check_values(spec: TensorFile, chunks: _Chunks, report: ContentReport) -> N
                 hollow_bytes += chunk.size
             histogram += np.bincount(chunk[:_SAMPLE].view(np.uint8), minlength=256)
         constants.append(low if low == high else None)
-    _report_constants(constants, per_matrix, chunks.size // groups, report)
+    _report_constants(constants, spec.groups, chunks.size // groups, report)
     constant = any(value is not None for value in constants)
     if hollow_bytes and not constant:
         report.faults.append(f"has {hollow_bytes:,} bytes of zeros in stretches of {_CHUNK:,} and more")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from grok1.checkpoint.audit.manifest import (
     read_manifest,
     write_manifest,
 )
-from grok1.checkpoint.parallel import in_parallel
+from grok1.checkpoint.parallel import ByteProgress, in_parallel
 from grok1.checkpoint.pickled.framing import tensor_file_size
 from grok1.checkpoint.pickled.source import ScanError
 from grok1.checkpoint.reader import find_checkpoint, stated_or_release
@@ -261,8 +262,5 @@ def _short(path: Path, directory: Path) -> str:
     return path.name if path.parent == directory else path.relative_to(directory.parent).as_posix()
 
 
-def _stage(text: str, progress: StageProgress | None) -> Callable[[int, int], None] | None:
-    if progress is None:
-        return None
-    told = progress
-    return lambda done, total: told(text, done, total)
+def _stage(text: str, progress: StageProgress | None) -> ByteProgress | None:
+    return None if progress is None else functools.partial(progress, text)

@@ -1,8 +1,8 @@
 """Finds the arrays of a tensor file in its pickle's opcodes, without unpickling it.
 
-Unpickling calls whatever the file names. This scanner calls nothing: it follows the opcodes on a stack of
-symbols, knows only those that NumPy arrays need, skips over the arrays' data and refuses everything else.
-What it holds in memory is bounded, whatever the file says.
+Unpickling calls whatever the file names. This scanner calls nothing: it follows the opcodes on a stack of symbols,
+knows only those that NumPy arrays need, skips the arrays' data and refuses everything else. Its memory is bounded,
+whatever the file says.
 """
 
 from __future__ import annotations
@@ -216,7 +216,8 @@ class _Scanner:
         elif function is Known.RECONSTRUCT and count == 3:
             kind, shape, code = arguments
             # Older and newer NumPy alike: an empty ndarray of bytes, that BUILD then gives its state.
-            if kind is not Known.NDARRAY or not _is_tuple_of_zero(shape) or not self._is_byte_b(code):
+            is_zero = shape == (0,) and type(shape[0]) is int
+            if kind is not Known.NDARRAY or not is_zero or not self._is_byte_b(code):
                 self._refuse('_reconstruct is called with other arguments than (numpy.ndarray, (0,), b"b")')
             self._push(ArraySymbol())
         else:
@@ -231,9 +232,7 @@ class _Scanner:
         return DTypeSymbol(dtype)
 
     def _is_byte_b(self, value: object) -> bool:
-        if not isinstance(value, BytesSymbol) or value.size != 1:
-            return False
-        return self._source.peek_behind(value.offset, 1) == b"b"
+        return isinstance(value, BytesSymbol) and value.size == 1 and self._source.peek_behind(value.offset, 1) == b"b"
 
     def _new_object(self) -> None:
         arguments, kind = self._pop(), self._pop()
@@ -250,7 +249,7 @@ class _Scanner:
             target.stored = self._stored_array(state)
         elif isinstance(target, QuantizedSymbol) and isinstance(state, dict) and target.attributes is None:
             if set(state) != {"weight", "scales"}:
-                self._refuse("a quantised weight has other attributes than weight and scales")
+                self._refuse("a quantized weight has other attributes than weight and scales")
             target.attributes = dict(state)
         else:
             self._refuse(f"{describe(target)} is given {describe(state)} as its state, or a state for the second time")
@@ -311,10 +310,6 @@ class _Scanner:
         if value.stored.dtype != dtype:
             self._refuse(f"{what} is an array of {value.stored.dtype}, expected {dtype}")
         return value.stored
-
-
-def _is_tuple_of_zero(value: object) -> bool:
-    return isinstance(value, tuple) and len(value) == 1 and type(value[0]) is int and value[0] == 0
 
 
 _HANDLERS: dict[int, Callable[[_Scanner], None]] = {

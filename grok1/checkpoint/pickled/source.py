@@ -54,10 +54,7 @@ def _check_regular(path: Path, status: os.stat_result) -> None:
 def _opcode_name(code: int) -> str:
     import pickletools  # only for the sentence of an error
 
-    for info in pickletools.opcodes:
-        if info.code == chr(code):
-            return info.name
-    return f"0x{code:02x}"
+    return next((opcode.name for opcode in pickletools.opcodes if opcode.code == chr(code)), f"0x{code:02x}")
 
 
 class PickleSource:

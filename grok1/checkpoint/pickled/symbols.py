@@ -33,14 +33,8 @@ class Known(enum.Enum):
     QUANTIZED = ".".join(QUANTIZED_CLASS)
 
 
-KNOWN_NAMES = {
-    ("numpy.core.multiarray", "_reconstruct"): Known.RECONSTRUCT,
-    ("numpy._core.multiarray", "_reconstruct"): Known.RECONSTRUCT,
-    ("numpy", "ndarray"): Known.NDARRAY,
-    ("numpy", "dtype"): Known.DTYPE,
-    ("ml_dtypes", "bfloat16"): Known.BFLOAT16,
-    QUANTIZED_CLASS: Known.QUANTIZED,
-}
+KNOWN_NAMES = {tuple(known.value.rsplit(".", 1)): known for known in Known}
+KNOWN_NAMES["numpy.core.multiarray", "_reconstruct"] = Known.RECONSTRUCT  # the name in NumPy 1
 KNOWN_DTYPES: dict[object, np.dtype[Any]] = {"f4": FLOAT32, "i1": INT8, Known.BFLOAT16: BFLOAT16}
 
 
@@ -69,7 +63,7 @@ class ArraySymbol:
 
 @dataclass(eq=False)
 class QuantizedSymbol:
-    """A quantised weight, with `attributes` once BUILD gave it its state."""
+    """A quantized weight, with `attributes` once BUILD gave it its state."""
 
     attributes: dict[str, object] | None = None
 
@@ -85,7 +79,7 @@ def describe(value: object) -> str:
     names = {
         ArraySymbol: "an array",
         DTypeSymbol: "a dtype",
-        QuantizedSymbol: "a quantised weight",
+        QuantizedSymbol: "a quantized weight",
         BytesSymbol: "bytes",
     }
     return names.get(type(value), f"a {type(value).__name__}")
