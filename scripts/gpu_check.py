@@ -25,7 +25,7 @@ import grok1
 from grok1.config import ModelConfig, preset
 from grok1.diagnose.bench import device_copy_rate, estimate_of, matrix_rate
 from grok1.engine.chunks import PrefillChunk
-from grok1.host.atomic_write import whole_file
+from grok1.host.atomic_write import atomic_write
 from grok1.model import Model, random_model
 from grok1.ops.attention import reference_attention
 from grok1.ops.kernels import kernels_in_use
@@ -389,7 +389,7 @@ def write(report: Report, folder: Path) -> None:
         ("gpu-check.md", report.markdown()),
         ("gpu-check.json", json.dumps(report.data, indent=1) + "\n"),
     ):
-        with whole_file(folder / name, "w") as file:
+        with atomic_write(folder / name, "w") as file:
             file.write(text)
 
 

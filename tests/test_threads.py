@@ -72,4 +72,4 @@ def test_the_environment_gives_way_to_what_is_asked_for(given, count, expected, 
         monkeypatch.setenv("NPROC", given)
     threads.set_threads(count)
     assert os.environ["NPROC"] == expected
-    assert threads.thread_count() == int(expected)
+    assert threads.num_threads() == int(expected)

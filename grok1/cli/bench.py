@@ -15,7 +15,7 @@ from grok1.cli.loading import ModelChoice, load_model, open_model, start_jax
 from grok1.cli.options import Numbers, is_given, layers_option, model_options, output_options
 from grok1.cli.terminal import OutputError, Terminal, pass_terminal
 from grok1.config import PRESETS, VERSION, ModelConfig, default_dtype, preset
-from grok1.host.atomic_write import whole_file
+from grok1.host.atomic_write import atomic_write
 from grok1.host.sizes import format_bytes
 from grok1.jobs.result_json import json_line
 
@@ -153,7 +153,7 @@ def command(
 
         picture = draw_roofline(name, limits, measured, plot.suffix.lower()[1:])
         try:
-            with whole_file(plot, "wb") as file:
+            with atomic_write(plot, "wb") as file:
                 file.write(picture)
         except OSError as error:
             raise _unwritable(plot, error) from error
@@ -210,7 +210,7 @@ def _fields(
     import jax
 
     from grok1.diagnose.bench import weight_bytes
-    from grok1.host.threads import thread_count
+    from grok1.host.threads import num_threads
 
     device = model.engine.mesh.devices.flat[0]
     reached = measured.decode_bytes_per_second
@@ -224,7 +224,7 @@ def _fields(
         "mesh": list(model.mesh_shape),
         "dtype": model.engine.dtype.name,
         "kernels": model.kernels,
-        "threads": thread_count(),
+        "threads": num_threads(),
         "prompt_tokens": measured.prompt_tokens,
         "batch": measured.batch,
         "decode_steps": measured.decode_steps,
@@ -294,13 +294,14 @@ def _tell_devices(terminal: Terminal, choice: ModelChoice, as_json: bool) -> Non
     import jax
 
     from grok1.host import memory
-    from grok1.host.threads import thread_count
+    from grok1.host.threads import num_threads
     from grok1.ops.cpu import library as cpu
     from grok1.ops.kernels import kernels_in_use
 
     platform = devices[0].platform
     used = kernels_in_use(devices[0], choice.kernels)  # type: ignore[arg-type]
     terminal.clear()
+    threads = num_threads()
     limits = [  # unknown for devices of other processes
         (device.memory_stats() or {}).get("bytes_limit") if device.process_index == jax.process_index() else None
         for device in devices

@@ -18,8 +18,7 @@ import click
 
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.errors import MultihostError
-from grok1.host.threads import VARIABLE as THREADS_VARIABLE
-from grok1.host.threads import thread_count
+from grok1.host.threads import THREADS_VARIABLE, num_threads
 
 _COMMANDS = ("run", "batch", "score", "bench")
 _GRACE_SECONDS = 10.0  # for the other processes to end after process 0
@@ -120,7 +119,7 @@ def _shares(environment: Mapping[str, str], count: int) -> list[dict[str, str]]:
     Raises:
         MultihostError: if there are not enough devices.
     """
-    threads = {THREADS_VARIABLE: str(max(1, thread_count() // count))}
+    threads = {THREADS_VARIABLE: str(max(1, num_threads() // count))}
     platforms = environment.get("JAX_PLATFORMS", "")
     gpus = [] if platforms == "cpu" else _gpus(environment)
     if gpus:

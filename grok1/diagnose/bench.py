@@ -19,7 +19,7 @@ from grok1.engine.engine import Engine
 from grok1.engine.programs import BatchState
 from grok1.errors import RequestError
 from grok1.host.memory import available_bytes
-from grok1.host.threads import thread_count
+from grok1.host.threads import num_threads
 from grok1.model import Model
 from grok1.ops.cpu import library as cpu
 from grok1.params.weights import Panels, QuantizedMatrix, panels_shape
@@ -274,7 +274,7 @@ def _host_read_rate(native: bool) -> float:
     memory = np.ones(max(1 << 20, size) // 2048 * 256, np.uint64)
     if native:
         return _best_rate(lambda: cpu.read(memory), memory.nbytes)
-    parts = np.array_split(memory, thread_count())
+    parts = np.array_split(memory, num_threads())
 
     def read(part: np.ndarray) -> None:
         for start in range(0, len(part), 1 << 16):

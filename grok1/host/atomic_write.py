@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are replaced atomically."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import IO, Any, Literal
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
-    """A file to write in the length of a `with` block, which then takes the place of `path`, on the disk.
+def atomic_write(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
+    """Opens a file that replaces `path`, synced to the disk, when the `with` block ends.
 
-    Until then what is at `path` stays; it stays for good, and nothing else is left behind, if the block raises.
+    If the block raises, `path` is unchanged and no other file is left behind.
 
     Args:
-        path: replaced if it exists.
+        path: the file to write.
         mode: "w" for text in UTF-8, "wb" for bytes.
 
     Raises:

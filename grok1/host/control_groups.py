@@ -1,4 +1,4 @@
-"""The control groups that Linux keeps this process in, which limit its memory and its share of the processors."""
+"""The Linux control groups of this process, which may limit its memory and its CPU time."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 
 def control_groups(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
-    """The folders of the groups that may limit this process, innermost first, each with its version, 1 or 2.
+    """The folders of the process's control groups, innermost first, each with its version, 1 or 2.
 
     Args:
-        root: the folder that holds `proc` and `sys`.
-        controller: of version 1, such as "memory" or "cpu"; version 2 has one hierarchy for all.
+        root: the folder that contains `proc` and `sys`.
+        controller: "memory" or "cpu"; version 2 has one hierarchy for all controllers.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""How much memory there is, how much this process has needed, and a budget for what it takes for a while."""
+"""Memory of the machine and of this process, and a budget shared by threads."""
 
 from __future__ import annotations
 
@@ -13,18 +13,14 @@ from typing import Any
 from grok1.host.control_groups import control_groups
 
 DEFAULT_LOAD_MEMORY = 2_000_000_000
-"""Bytes of host memory beyond the weights that loading takes at most."""
+"""Default limit of host memory for loading in bytes, in addition to the weights."""
 
 MIN_LOAD_MEMORY = 16_000_000
-"""The fewest that it can do with."""
+"""The smallest such limit."""
 
 
 class MemoryBudget:
-    """Bytes that several threads may hold at a time, all together.
-
-    with budget.hold(buffer_bytes):
-        ...
-    """
+    """A limit of the bytes that several threads hold together."""
 
     def __init__(self, limit: int):
         self.limit = limit
@@ -33,10 +29,10 @@ class MemoryBudget:
 
     @contextlib.contextmanager
     def hold(self, count: int) -> Iterator[None]:
-        """Waits until so many bytes are free, and holds them for the length of a `with` block.
+        """Waits until so many bytes are free, and holds them during a `with` block.
 
         Raises:
-            ValueError: if it is more than the whole budget.
+            ValueError: if `count` exceeds the limit.
         """
         if count > self.limit:
             raise ValueError(f"{count:,} bytes are more than the budget of {self.limit:,}")
@@ -52,13 +48,12 @@ class MemoryBudget:
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
-    """How much memory processes can still get without swapping; None where the system does not say.
+    """Memory available without swapping: of the machine or within the limits of the control groups, if that is less.
 
-    It is what Linux counts as available, or what the process's control groups leave of their limits if that is less;
-    the page cache counts as available in both.
+    The page cache counts as available. None where the system does not say.
 
     Args:
-        root: the folder that holds `proc` and `sys`.
+        root: the folder that contains `proc` and `sys`.
     """
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
@@ -70,7 +65,7 @@ def available_bytes(root: Path = Path("/")) -> int | None:
 
 
 def _left_by_groups(root: Path) -> Iterator[int]:
-    """What each control group that the process is in, of either version, leaves of its limit."""
+    """Bytes below the limit of each control group of the process."""
     for group, version in control_groups(root, "memory"):
         names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
         cached = "" if version == 2 else "total_"
@@ -82,7 +77,7 @@ def _left_by_groups(root: Path) -> Iterator[int]:
 
 
 def peak_resident_bytes() -> int | None:
-    """The most main memory that the process has held at a time; None where the system does not say."""
+    """Peak resident set size of the process; None where the system does not say."""
     try:
         import resource
     except ImportError:  # Windows
@@ -92,7 +87,7 @@ def peak_resident_bytes() -> int | None:
 
 
 def peak_device_bytes(devices: Iterable[Any]) -> int | None:
-    """The most memory that any of these JAX devices has held; None if they do not say, as CPUs do not."""
+    """Peak memory of the JAX device that used most; None if they do not say, as CPUs do not."""
     peaks = [
         stats["peak_bytes_in_use"]
         for d in devices

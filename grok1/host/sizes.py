@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write and read them: `80GB`, `512 MiB`."""
+"""Human-readable sizes in bytes: `80GB`, `512 MiB`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,6})?) *([a-z]{0,3})", re.ASCII | re.IGNO
 
 
 def parse_bytes(text: str) -> int:
-    """The number of bytes that a text such as `80GB` (10^9), `80GiB` (2^30), `1.5T` or `4096` stands for.
+    """Parses a size such as `80GB` (10^9), `80GiB` (2^30), `1.5T` or `4096` into bytes.
 
     Raises:
-        ValueError: if it is no size, with a sentence about what one looks like.
+        ValueError: if it is not a size; the message gives examples.
     """
     found = _SIZE.fullmatch(text.strip())
     unit = _UNITS.get(found[2].upper()) if found else None

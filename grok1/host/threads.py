@@ -1,4 +1,4 @@
-"""How many threads to compute with on processors."""
+"""Number of CPU threads."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 
 from grok1.host.control_groups import control_groups
 
-VARIABLE = "NPROC"
-"""Names how many threads XLA's pool is to have."""
+THREADS_VARIABLE = "NPROC"
+"""Environment variable with the size of XLA's thread pool."""
 
 
 def default_threads(root: Path = Path("/")) -> int:
-    """One thread for each physical core that this process may use: the affinity mask and control groups count.
+    """Number of physical cores that the affinity mask and the control groups allow this process.
 
     A second thread on a core reads memory no faster.
 
     Args:
-        root: the folder that holds `proc` and `sys`.
+        root: the folder that contains `proc` and `sys`.
     """
     try:
         usable = sorted(os.sched_getaffinity(0))
@@ -30,19 +30,19 @@ def default_threads(root: Path = Path("/")) -> int:
     return max(1, min(len(cores), int(-(-quota // 1))))
 
 
-def thread_count() -> int:
-    """What the environment's NPROC says, which XLA obeys by itself, or else `default_threads`."""
-    given = os.environ.get(VARIABLE, "")
+def num_threads() -> int:
+    """The value of NPROC, which XLA reads too, or `default_threads`."""
+    given = os.environ.get(THREADS_VARIABLE, "")
     return int(given) if given.isascii() and given.isdigit() and int(given) > 0 else default_threads()
 
 
 def set_threads(count: int | None = None) -> None:
-    """Sets how many threads XLA's pool will have, by default `thread_count`; comes before JAX starts."""
-    os.environ[VARIABLE] = str(thread_count() if count is None else count)
+    """Sets the size of XLA's thread pool, by default `num_threads`. Call it before JAX starts."""
+    os.environ[THREADS_VARIABLE] = str(num_threads() if count is None else count)
 
 
 def _core(cpu: int, root: Path) -> str:
-    """What the hardware threads of one core have in common."""
+    """A string that is equal for the hardware threads of one core."""
     topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
     for name in ("core_cpus_list", "thread_siblings_list"):  # the second is the older name
         try:
@@ -53,7 +53,7 @@ def _core(cpu: int, root: Path) -> str:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """How many processors' time each control group of the process, of either version, may use."""
+    """Number of CPUs that each control group of the process allows."""
     for group, version in control_groups(root, "cpu"):
         names = ["cpu.max"] if version == 2 else ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
         with contextlib.suppress(OSError, ValueError):  # ValueError: there is no limit: "max"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from grok1.errors import JobError
-from grok1.host.atomic_write import whole_file
+from grok1.host.atomic_write import atomic_write
 
 _VERSION = 1
 _SYNC_SECONDS = 0.5
@@ -270,7 +270,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         self._check_failure()
         try:
             self._sync()
-            with whole_file(self.output) as file:
+            with atomic_write(self.output) as file:
                 file.writelines(self.lines())
                 file.write(tail)
             _sync_folder(self.output.parent)

@@ -21,7 +21,7 @@ from grok1.engine.engine import Engine
 from grok1.engine.replay import StepSender
 from grok1.errors import CheckpointError, MultihostError
 from grok1.host import memory
-from grok1.host.threads import thread_count
+from grok1.host.threads import num_threads
 from grok1.model.model import Model
 from grok1.multihost.runtime import Runtime
 from grok1.ops.kernels import ChosenKernels, choose_kernels, xla_kernels
@@ -214,7 +214,7 @@ class _DeviceConfig:
         if runtime is not None:
             chosen = _agreed_kernels(runtime, chosen, platform)
         sequences = room(Estimate(config, present, mesh, activation_dtype.name, memories))
-        chosen.kernels.set_threads(threads or thread_count())
+        chosen.kernels.set_threads(threads or num_threads())
         on_mesh = set(device_mesh.devices.flat)
         idle = [device for device in devices if device not in on_mesh]
         return cls(config, device_mesh, activation_dtype, chosen.kernels, chosen.fallback, sequences, idle, runtime)

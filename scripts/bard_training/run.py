@@ -24,7 +24,7 @@ from bard_training import corpus
 from bard_training.evaluate import bits_per_byte, token_logprobs
 from bard_training.model import EMBEDDINGS, FAITHFUL, Params, RouterStatistics, forward, init_params
 from grok1.config import ModelConfig
-from grok1.host.atomic_write import whole_file
+from grok1.host.atomic_write import atomic_write
 
 MATRIX_RATE = 1.5e-2
 OTHER_RATE = 5e-3
@@ -257,10 +257,10 @@ class Run:
             "log": self.log,
             "losses": self._losses,
         }
-        with whole_file(self._state_file, "wb") as file:
+        with atomic_write(self._state_file, "wb") as file:
             leaves = {f"leaf_{index}": np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(self.state))}
             np.savez(file, about=np.asarray(json.dumps(about)), **leaves)
-        with whole_file(self.folder / "log.jsonl") as file:
+        with atomic_write(self.folder / "log.jsonl") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in self.log)
 
     def _restore(self) -> None:

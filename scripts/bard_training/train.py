@@ -21,7 +21,7 @@ from bard_training.model import Params, expert_shares, forward
 from bard_training.run import DivergedError, Recipe, ResumeError, Run
 from grok1.config import PRESETS, ModelConfig
 from grok1.errors import Grok1Error
-from grok1.host.atomic_write import whole_file
+from grok1.host.atomic_write import atomic_write
 from grok1.params.table import num_parameters
 
 CORPUS = Path(__file__).resolve().parents[3] / "shared" / "corpus"
@@ -127,7 +127,7 @@ def _train_and_export(
         report = _report(run, output, measured)
         name = "heldout" if heldout is not None else "dev"
         _write_excerpt(folder / "excerpt.npz", output, measured[name][0][:EXCERPT_TOKENS])
-    with whole_file(folder / "report.json") as file:
+    with atomic_write(folder / "report.json") as file:
         file.write(json.dumps(report, indent=2) + "\n")
     click.echo(json.dumps(report, indent=2))
 
@@ -193,7 +193,7 @@ def _write_excerpt(path: Path, checkpoint: Path, tokens: np.ndarray) -> None:
     logits = np.asarray(_logits(config, params, tokens), np.float64)
     shifted = logits[:-1] - logits[:-1].max(axis=-1, keepdims=True)
     logprobs = shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
-    with whole_file(path, "wb") as file:
+    with atomic_write(path, "wb") as file:
         np.savez_compressed(
             file,
             tokens=tokens,

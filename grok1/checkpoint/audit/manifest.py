@@ -21,7 +21,7 @@ from typing import TextIO
 from grok1.checkpoint.parallel import Advance, ByteProgress, in_parallel
 from grok1.checkpoint.pickled.source import ScanError, open_regular
 from grok1.errors import CheckpointError
-from grok1.host.atomic_write import whole_file
+from grok1.host.atomic_write import atomic_write
 from grok1.params.table import CHECKPOINT_DIR
 
 _BLOCK = 4 << 20  # bytes hashed at a time
@@ -57,7 +57,7 @@ def write_manifest(manifest: Path, entries: Mapping[str, Entry], folder: str) ->
         CheckpointError: if it cannot be written.
     """
     try:
-        with whole_file(manifest) as file:
+        with atomic_write(manifest) as file:
             file.write(_HEADER.format(folder))
             for name, entry in entries.items():
                 file.write(f"# {entry.size} bytes\n{entry.sha256}  {name}\n")
