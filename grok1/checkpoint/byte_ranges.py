@@ -1,4 +1,4 @@
-"""Ranges of a file's bytes, read without mapping it: mapped pages count as resident, and kill where a file is cut."""
+"""Reads byte ranges of files. Mapped files would count as resident memory, and raise SIGBUS when truncated."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy as np
 from grok1.errors import CheckpointError
 
 STAGING_BYTES = 1 << 20
-"""The most memory that `read_columns` takes for rows that it reads whole."""
+"""Size of the buffer of `read_columns`."""
 
-_STEP_BYTES = 4 << 20  # so much is read between two looks at whether to go on
+_STEP_BYTES = 4 << 20  # read between two calls of the check
 _RUNS_AHEAD = 64
 
 Check = Callable[[], None]
-"""Called every few megabytes; raises when the reading is to stop."""
+"""Called every few megabytes; may raise to stop reading."""
 
 
 class ReadCounter:
@@ -41,23 +41,18 @@ class ReadCounter:
 
 
 class RangeReader:
-    """An open file that can be read at any place.
+    """An open file that can be read at any offset; a context manager.
 
-    with RangeReader(path, ReadCounter()) as file:
-        file.read(memoryview(buffer), 128)
+    Args:
+        path: the file.
+        counter: counts the bytes read.
+        check: called every few megabytes.
+
+    Raises:
+        CheckpointError: if the file cannot be opened.
     """
 
     def __init__(self, path: Path, counter: ReadCounter, check: Check = lambda: None):
-        """Opens the file.
-
-        Args:
-            path: the file.
-            counter: counts what is read.
-            check: is called every few megabytes.
-
-        Raises:
-            CheckpointError: if it cannot be opened.
-        """
         self._path = path
         self._counter = counter
         self.check = check
@@ -75,10 +70,10 @@ class RangeReader:
         os.close(self._descriptor)
 
     def read(self, target: memoryview, offset: int) -> None:
-        """Fills `target`, of bytes, from `offset` on.
+        """Fills `target`, of bytes, starting at `offset`.
 
         Raises:
-            CheckpointError: if the file ends before, or cannot be read.
+            CheckpointError: if the file ends too early or cannot be read.
         """
         done = 0
         while done < len(target):
@@ -95,11 +90,7 @@ class RangeReader:
             done += count
 
     def read_runs(self, target: memoryview, offset: int, width: int, stride: int) -> None:
-        """Fills `target` with runs of `width` bytes, of which the first is at `offset` and each other `stride` further.
-
-        Raises:
-            CheckpointError: as `read`.
-        """
+        """Fills `target` with runs of `width` bytes that start at `offset` and every `stride` bytes after it."""
         whole = 0
         for begin in range(0, len(target), width):
             run = target[begin : begin + width]
@@ -108,39 +99,38 @@ class RangeReader:
             except OSError as error:
                 raise _unreadable(self._path, error) from None
             if count < width:
-                self.read(run, offset)  # which knows what to do, and counts
+                self.read(run, offset)  # reads the rest or raises, and counts
             else:
                 whole += count
             offset += stride
         self._counter.add(whole)
 
     def expect(self, offset: int, length: int) -> None:
-        """Tells the system that these bytes are read next, where it listens."""
+        """Tells the system that these bytes are read next, where it supports that."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
     def forget(self) -> None:
-        """Takes the file out of the page cache, where the system lets one."""
+        """Drops the file from the page cache, where the system supports it."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_columns(file: RangeReader, offset: int, row_bytes: int, columns: Sequence[tuple[int, np.ndarray]]) -> None:
-    """Reads columns of a matrix of bytes that lies in a file row by row, and nothing else of it.
+    """Reads columns of a row-major matrix of bytes, and nothing else of it.
 
-    Columns that lie side by side are read together, row by row, and copied from a small buffer; whole rows are read
-    many at a time. A column that lies in the file without a gap is read straight to its place.
+    Adjacent columns are read together and copied from a small buffer. A contiguous column is read in place.
 
     Args:
         file: the file.
-        offset: where the matrix begins in it.
+        offset: where the matrix begins.
         row_bytes: length of a row.
-        columns: for each the byte of the row where it begins, and where it goes: uint8 [rows, width], C-contiguous.
+        columns: for each its first byte in the row, and the array to fill: uint8 [rows, width], C-contiguous.
 
     Raises:
         CheckpointError: if the file cannot be read or has become shorter.
     """
-    for together in _neighbours(columns):
+    for together in _adjacent(columns):
         start, out = together[0]
         width = sum(column.shape[1] for _, column in together)
         if len(together) == 1 and (len(out) == 1 or width == row_bytes):
@@ -152,8 +142,8 @@ def read_columns(file: RangeReader, offset: int, row_bytes: int, columns: Sequen
             _read_rows(file, offset, row_bytes, width, together)
 
 
-def _neighbours(columns: Sequence[tuple[int, np.ndarray]]) -> list[list[tuple[int, np.ndarray]]]:
-    """Columns in groups that have no gap between them."""
+def _adjacent(columns: Sequence[tuple[int, np.ndarray]]) -> list[list[tuple[int, np.ndarray]]]:
+    """Groups columns without a gap between them."""
     groups: list[list[tuple[int, np.ndarray]]] = []
     end = -1
     for start, out in sorted(columns, key=lambda column: column[0]):
@@ -168,7 +158,7 @@ def _neighbours(columns: Sequence[tuple[int, np.ndarray]]) -> list[list[tuple[in
 def _read_rows(
     file: RangeReader, offset: int, row_bytes: int, width: int, columns: Sequence[tuple[int, np.ndarray]]
 ) -> None:
-    """Reads a part of each row, one after the other, and copies the columns out of them."""
+    """Reads adjacent columns through a buffer."""
     begin, rows = columns[0][0], len(columns[0][1])
     block = min(rows, STAGING_BYTES // width)
     staging = np.empty((block, width), np.uint8)
@@ -182,7 +172,7 @@ def _read_rows(
 
 
 def _read_runs(file: RangeReader, offset: int, row_bytes: int, start: int, out: np.ndarray) -> None:
-    """Reads a column's part of each row by itself; the system hears of some runs ahead, so that a disk has work."""
+    """Reads a column run by run, announcing some runs ahead to keep the disk busy."""
     target, width = out.reshape(-1).data, out.shape[1]
     if width == row_bytes:
         file.check()
@@ -197,7 +187,7 @@ def _read_runs(file: RangeReader, offset: int, row_bytes: int, start: int, out: 
 
 
 def became_shorter(path: Path) -> CheckpointError:
-    """The error for a file that has lost its end while it was in use."""
+    """The error for a file that was truncated while in use."""
     return CheckpointError(f"{path} became shorter since it was opened: leave the files alone and start again")
 
 

@@ -1,4 +1,4 @@
-"""Hollow tensor files: whole, but their arrays' data are holes, which read as zeros and take no room on the disk."""
+"""Hollow tensor files, whose array data are holes: they read as zeros and take no space on the disk."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from grok1.checkpoint.pickled.framing import Payload, tensor_file_size, tensor_s
 from grok1.errors import CheckpointError
 from grok1.params.table import TensorFile
 
-_BLOCK = 4096  # a filesystem allocates in these units, or in multiples
-_LARGE = 1 << 20  # a smaller file is no proof of whether the filesystem keeps holes
+_BLOCK = 4096  # filesystems allocate multiples of this
+_LARGE = 1 << 20  # smaller files do not show whether the filesystem keeps holes
 
 
 def allocated_bytes(status: os.stat_result) -> int:
-    """Bytes that a file takes on the disk, which for a file with holes are fewer than its size."""
-    return status.st_blocks * 512  # POSIX systems count blocks of 512 bytes, whatever the filesystem's are
+    """Bytes that a file takes on the disk; fewer than its size if it has holes."""
+    return status.st_blocks * 512  # the unit of st_blocks, not the filesystem's
 
 
 def hollow_disk_bytes(spec: TensorFile) -> int:
-    """The most bytes that the hollow file takes on the disk: its literal bytes, each run of them in blocks."""
+    """Upper bound of the bytes that the hollow file takes on the disk: its literal bytes, in whole blocks."""
     literals = [segment for segment in tensor_segments(spec) if not isinstance(segment, Payload)]
     # A run may begin in one block and end in another.
     return min(tensor_file_size(spec), sum(len(segment) + 2 * _BLOCK for segment in literals))
@@ -31,12 +31,12 @@ def write_hollow_tensors(folder: Path, table: tuple[TensorFile, ...], progress: 
     """Writes tensor files of the right size and framing without their arrays' data.
 
     Args:
-        folder: where the files go; it must be there.
+        folder: an existing folder.
         table: the files.
-        progress: called after each file with the bytes so far, holes included, and the bytes in all.
+        progress: called after each file; counts holes too.
 
     Raises:
-        CheckpointError: if the filesystem fills holes and has no room for all files so filled.
+        CheckpointError: if the filesystem fills holes and lacks the space for filled files.
         OSError: if a file cannot be written.
     """
     done, total = 0, sum(tensor_file_size(spec) for spec in table)
@@ -55,7 +55,7 @@ def _write_hollow(path: Path, spec: TensorFile) -> os.stat_result:
             if isinstance(segment, Payload):
                 file.seek(segment.nbytes, os.SEEK_CUR)
             else:
-                file.write(segment)  # a pickle ends with an opcode, so that the file gets its whole size
+                file.write(segment)  # the last segment is literal, so the file gets its full size
         file.flush()
         return os.fstat(file.fileno())
 

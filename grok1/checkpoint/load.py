@@ -1,9 +1,9 @@
-"""Loading a checkpoint onto a mesh: each device's slices go from the files' bytes to the device, and nothing else.
+"""Loading a checkpoint onto a mesh: each device's slices are read from the files, and nothing else.
 
 In memory the layers of a parameter are one array with a leading axis of layers. Files are read one after the other, in
-pieces: a piece is read for all devices of this process together, so that no byte is read twice. On a CPU it is read
-straight into its final place, or packed on the way there. Elsewhere the arrays are allocated on the devices, and pieces
-pass through host memory, as many at a time as a budget allows.
+pieces: a piece is read for all devices of this process together, so that no byte is read twice. For CPU devices it is
+read in place, or packed on the way. For others the arrays are allocated on the devices, and pieces pass through host
+memory, as many at a time as a budget allows.
 """
 
 from __future__ import annotations
@@ -49,18 +49,17 @@ def load_parameters(
         checkpoint: an opened checkpoint, whose structure has been checked.
         mesh: a (data, model) mesh that the model divides over.
         dtype: dtype of the embedding matrix in memory.
-        progress: called in this thread with the bytes read so far and the bytes to read. What several model
-            shards hold is read once and counts for each.
+        progress: called in this thread. Bytes that several model shards hold are read once and counted for each.
         load_memory: limit of host memory for loading in bytes, in addition to the weights.
         pack: function that packs quantized matrices, for a mesh of CPU devices; by default they keep the files' layout.
 
     Returns:
-        the parameter tree: Haiku modules with arrays and `QuantizedMatrix`es, sharded over the mesh.
+        the parameter tree with arrays and `QuantizedMatrix`es, sharded over the mesh.
 
     Raises:
         CheckpointError: if a file cannot be read.
         MemoryError: if there is no memory for the weights.
-        ValueError: if `load_memory` is less than `MIN_LOAD_MEMORY`, or weights for other devices are to be packed.
+        ValueError: if `load_memory` is less than `MIN_LOAD_MEMORY`, or `pack` is given for other devices.
     """
     if load_memory < MIN_LOAD_MEMORY:
         raise ValueError(
@@ -89,17 +88,9 @@ def fill_shards(
     progress: ByteProgress | None = None,
     load_memory: int = DEFAULT_LOAD_MEMORY,
 ) -> None:
-    """Reads the shards of arrays, file by file in the order of the layers, and nothing else.
+    """Fills the shards of each array, file by file in the order of the layers.
 
-    Args:
-        checkpoint: an opened checkpoint.
-        arrays: the arrays, of all layers or of some.
-        shards: the shards of each array, which are filled.
-        progress: as for `load_parameters`.
-        load_memory: as for `load_parameters`.
-
-    Raises:
-        CheckpointError: if a file cannot be read.
+    Arguments and errors are those of `load_parameters`; the arrays may have some of the layers only.
     """
     budget = MemoryBudget(load_memory)
     most = {False: _PIECE_BYTES, True: _PACKED_PIECE_BYTES}
@@ -127,10 +118,10 @@ def fill_shards(
 
 
 def _crowds_memory(checkpoint: Checkpoint, host_bytes: int, load_memory: int) -> bool:
-    """Whether to drop the files from the page cache once they are read.
+    """Whether to drop files from the page cache once they are read.
 
-    They may stay, for a quick second start, if together with the weights on the host and the memory for loading they
-    take at most 80 % of the available memory, or if that is not known.
+    They stay, for a quick second start, if they, the weights on the host and the memory for loading fit into 80 % of
+    the available memory, or if that is unknown.
     """
     available = available_bytes()
     needed = checkpoint.total_bytes + host_bytes + load_memory

@@ -1,4 +1,4 @@
-"""Work on many files by a few threads, with progress in bytes, that stops at once when asked to."""
+"""Processes files in a few threads, with progress in bytes, until done or interrupted."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 Advance = Callable[[int], None]
-"""Called by a worker after each piece with the bytes it read; raises when the work is to stop."""
+"""Called by a worker with the bytes read since the last call; raises if the worker must stop."""
 
 ByteProgress = Callable[[int, int], None]
 """Called with the bytes read or written so far and the total."""
 
-_MAX_THREADS = 8  # more readers make a disk slower; hashing and checking keep up with it long before
+_MAX_THREADS = 8  # more readers slow a disk down; these keep up with it
 
 
 class _Stopped(Exception):
-    """Nobody waits for the result any more."""
+    """Raised in workers when nobody waits for their results."""
 
 
 def in_parallel(
@@ -32,17 +32,17 @@ def in_parallel(
     progress: ByteProgress | None,
     threads: int | None = None,
 ) -> Generator[tuple[Item, Result], None, None]:
-    """Runs `work` for each item in threads, and yields the results as they come, each with its item.
+    """Runs `work` for each item in threads, and yields items with their results in order of completion.
 
-    If the consumer stops, by closing the iterator or by an exception such as KeyboardInterrupt, the workers end after
-    the piece that they are at.
+    If the consumer stops, by closing the iterator or by an exception such as KeyboardInterrupt, the workers stop at
+    their next `advance`.
 
     Args:
-        items: begun in this order.
-        work: gets an item and `advance`, which it calls after every few megabytes.
+        items: started in this order.
+        work: called with an item and `advance`, which it calls every few megabytes.
         total: bytes of all items.
         progress: called in the consumer's thread.
-        threads: how many; by default one a processor, but at least 2 and at most 8.
+        threads: by default one per CPU, but at least 2 and at most 8.
 
     Raises:
         Exception: what `work` raises.
@@ -56,7 +56,7 @@ def in_parallel(
         events.put(count)
 
     def run(item: Item) -> Result:
-        advance(0)  # not begun if nobody waits
+        advance(0)  # does not start if nobody waits
         return work(item, advance)
 
     def submit(item: Item) -> None:

@@ -1,9 +1,8 @@
 """Random values for every tensor of a checkpoint, the same bytes for the same seed on any machine.
 
-Only raw bits of a bit generator and single float32 operations are used: NumPy promises both to stay the same,
-which it does not for its distributions. The scales of the values are chosen so that a model of them is a fair
-stand-in: activations stay near 1, routers choose clearly, and the next token is neither certain nor a plain
-draw.
+Only raw bits of a bit generator and single float32 operations are used: NumPy guarantees both, unlike its
+distributions. The scale of the values makes the model behave like a trained one: activations stay near 1, routers
+choose clearly, and the next token is neither certain nor uniform.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _CHUNK_WORDS = 1 << 17  # 64-bit words drawn at a time: 1 MiB, which stays in th
 
 
 def random_chunks(spec: TensorFile, scales: bool, *, seed: int) -> Iterator[np.ndarray]:
-    """The data of one array in order, in pieces of about a megabyte.
+    """The data of one array in order, in chunks of a megabyte.
 
     Args:
         spec: the tensor.
@@ -56,7 +55,7 @@ def random_chunks(spec: TensorFile, scales: bool, *, seed: int) -> Iterator[np.n
 
 
 def _std(spec: TensorFile) -> float:
-    """Standard deviation of a matrix's values: a gain of 1 keeps a vector of unit size at unit size."""
+    """Standard deviation of a matrix's values: a gain of 1 keeps the size of a vector."""
     return spec.gain if spec.kind is Kind.EMBEDDING else spec.gain / math.sqrt(spec.shape[-2])
 
 
@@ -77,10 +76,10 @@ def _uniform(words: np.ndarray, mean: float, half_width: float) -> np.ndarray:
 
 
 def _scales(words: np.ndarray, std: float) -> np.ndarray:
-    """Bfloat16 scales that give int8 values that standard deviation; `words` is uint16 `[n]`.
+    """Bfloat16 scales for a standard deviation of the represented values; `words` is uint16 `[n]`.
 
-    Each is the nominal scale times a factor of 0.5 to 2, roughly log-uniform, so that a scale taken from
-    another group or column shows.
+    Each is the nominal scale times a roughly log-uniform factor of 0.5 to 2, so that a scale of another group or column
+    changes results.
     """
     mantissa = ((words & 0x7F) | 0x80).astype(np.float32)  # 1 up to 2, times 128
     exponent = ((words >> 7) & 1).astype(np.float32) + np.float32(1)  # 0.5 or 1, times 2

@@ -32,7 +32,7 @@ def find_checkpoint(path: Path) -> Path:
     """The folder of tensor files: `path/ckpt-0`, or `path` itself if it holds tensor files.
 
     Raises:
-        CheckpointError: if it is neither, with how to get a checkpoint.
+        CheckpointError: if there is neither; the message says how to get a checkpoint.
     """
     try:
         inner = path / CHECKPOINT_DIR
@@ -51,7 +51,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def holds_tensor_files(directory: Path) -> bool:
-    """Whether a folder has files named like a checkpoint's.
+    """Whether a folder contains files named like tensor files.
 
     Raises:
         OSError: if it cannot be listed.
@@ -65,8 +65,8 @@ def stated_or_release(directory: Path) -> tuple[ModelConfig, bool]:
     Without such a file the checkpoint must be the release.
 
     Raises:
-        ConfigError: if the file is no config.
-        CheckpointError: if it is no regular file.
+        ConfigError: if the file is invalid.
+        CheckpointError: if it is not a regular file.
     """
     for path in (directory / "config.json", directory.absolute().parent / "config.json"):
         if path.is_file():
@@ -78,17 +78,12 @@ def stated_or_release(directory: Path) -> tuple[ModelConfig, bool]:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """An opened checkpoint, whose every file was scanned and is of the config's shape and dtype.
-
-    It holds no file open. Its methods may be called from several threads at once.
-
-        checkpoint = Checkpoint.open(Path("checkpoints"))
-        embeddings = checkpoint.weight_view(0)[:8]
+    """A checkpoint whose files have been scanned and match its config. It keeps no file open, and is thread-safe.
 
     Attributes:
         config: from `config.json`, or else the release's.
         directory: the folder of tensor files.
-        table: what each file is.
+        table: what each file holds.
         tensors: where its arrays are, in the same order.
     """
 
@@ -110,9 +105,9 @@ class Checkpoint:
             path: a folder that holds `ckpt-0`, or the folder of tensor files itself.
 
         Raises:
-            CheckpointError: if there is none, or files are missing, unexpected, damaged or of another shape or
-                dtype than the config asks for. It counts all faults and tells the first three.
-            ConfigError: if there is a `config.json` that is no config.
+            CheckpointError: if there is none, or files are missing, unexpected, damaged or do not match the config;
+                the message counts all faults and lists the first three.
+            ConfigError: if `config.json` is invalid.
         """
         directory = find_checkpoint(path)
         config, stated = stated_or_release(directory)
@@ -128,10 +123,9 @@ class Checkpoint:
         return sum(tensor.file_bytes for tensor in self.tensors)
 
     def weight_view(self, index: int) -> np.ndarray:
-        """The array of file `index` (float32, or a quantized weight's int8), mapped read-only.
+        """The array of file `index` (float32, or a quantized weight's int8), mapped read-only, maybe unaligned.
 
-        The view reads the file when it is used, need not be aligned, and holds one file descriptor while it
-        lives, shared with the file's other views.
+        All views of a file share one file descriptor, which is closed with the last of them.
 
         Raises:
             CheckpointError: if the file changed since it was opened.
@@ -139,21 +133,17 @@ class Checkpoint:
         return self._view(index, self.tensors[index].array)
 
     def scales_view(self, index: int) -> np.ndarray | None:
-        """The bfloat16 scales of file `index`, mapped like `weight_view`; None if it is not quantized.
-
-        Raises:
-            CheckpointError: if the file changed since it was opened.
-        """
+        """The bfloat16 scales of file `index`, mapped like `weight_view`; None if it is not quantized."""
         stored = self.tensors[index].scales
         return None if stored is None else self._view(index, stored)
 
     @property
     def bytes_read(self) -> int:
-        """How many bytes were read from the files, not counting those of views."""
+        """Number of bytes read from the files, except through views."""
         return self._counter.total
 
     def read_into(self, index: int, out: np.ndarray, key: tuple[slice, ...] = (), *, scales: bool = False) -> None:
-        """Fills `out` with a slice of an array, straight from the file; as `read_slices` does for several."""
+        """Fills `out` with one slice of an array, like `read_slices`."""
         self.read_slices(index, [(key, out)], scales=scales)
 
     def read_slices(
@@ -164,22 +154,20 @@ class Checkpoint:
         scales: bool = False,
         check: Check = lambda: None,
     ) -> None:
-        """Fills arrays with slices of one array of a file.
+        """Fills arrays with slices of one array of a file, using at most `STAGING_BYTES` of further memory.
 
-        Slices that differ in one axis alone, such as columns, share what is read. At most `STAGING_BYTES` of memory
-        are taken beyond the arrays.
+        Slices that differ in one axis only, such as columns, are read together.
 
         Args:
             index: number of the file.
-            slices: for each a key and where it goes. The key has a slice, of step 1, for each of the first
-                dimensions; dimensions without one are read whole. Where it goes is C-contiguous, of the slice's shape
-                and the array's dtype.
+            slices: keys, and the C-contiguous arrays to fill, of the slice's shape and the file's dtype. A key has a
+                slice of step 1 for each leading axis; further axes are read whole.
             scales: reads the file's scales instead of its weight.
-            check: is called every few megabytes; what it raises ends the reading.
+            check: called every few megabytes; may raise to stop reading.
 
         Raises:
             CheckpointError: if the file cannot be read or changed since it was opened.
-            ValueError: if a key does not fit the array, or an array the key.
+            ValueError: if a key does not match the array, or an array to fill its key.
         """
         stored = self.tensors[index].scales if scales else self.tensors[index].array
         if stored is None:
@@ -196,11 +184,7 @@ class Checkpoint:
                 _read_side_by_side(file, stored, together)
 
     def forget(self, index: int) -> None:
-        """Takes a file out of the system's page cache, where the system lets one.
-
-        Raises:
-            CheckpointError: if the file cannot be opened.
-        """
+        """Drops a file from the page cache, where the system supports it."""
         with RangeReader(self._path(index), self._counter) as file:
             file.forget()
 
@@ -211,7 +195,6 @@ class Checkpoint:
         mapping = self._mapping(index)
         if stored.offset + stored.nbytes > len(mapping):
             raise became_shorter(self._path(index))
-        # An offset that is no multiple of the item size gives an unaligned array, which NumPy handles.
         return np.ndarray(stored.shape, stored.dtype, buffer=mapping, offset=stored.offset)
 
     def _mapping(self, index: int) -> mmap.mmap:
@@ -231,14 +214,14 @@ class Checkpoint:
 def faults_sentence(
     directory: Path, faults: Sequence[FileFault], expected: int, *, has_config: bool, told: int = 3
 ) -> str:
-    """The sentence that counts the faults of a checkpoint and tells the first of them.
+    """An error message that counts the faults of a checkpoint and lists the first `told` of them.
 
     Args:
         directory: the folder of tensor files.
         faults: one or more.
-        expected: how many files there should be.
-        has_config: whether a `config.json` says what the checkpoint is.
-        told: how many faults to tell.
+        expected: number of files that there should be.
+        has_config: whether the checkpoint has a `config.json`.
+        told: number of faults to list.
     """
     sentence = "; ".join(str(fault) for fault in faults[:told])
     if told and len(faults) > told:

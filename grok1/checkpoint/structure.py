@@ -1,4 +1,4 @@
-"""Whether the files of a checkpoint are those of its table: all there, each with the right arrays."""
+"""Checks that the files of a checkpoint are those of its table: all there, each with the right arrays."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _Signature = tuple[str, str]
 
 @dataclass(frozen=True)
 class FileFault:
-    """A file that is not right.
+    """A faulty file.
 
     Attributes:
         file: its name.
-        fault: what is wrong, to be read after the name, as `is missing`.
+        fault: a clause that follows the name, such as `is missing`.
         advice: what to do.
         fetch: whether downloading the file helps.
-        separator: what stands between the name and the fault.
+        separator: text between the name and the fault.
     """
 
     file: str
@@ -48,9 +48,9 @@ class Structure:
     """What the files of a checkpoint hold.
 
     Attributes:
-        table: what each file should be.
-        tensors: for the index of each file that is right, where its arrays lie.
-        faults: the others, and files that do not belong there.
+        table: what each file should hold.
+        tensors: where the arrays are, by the index of each correct file.
+        faults: of the other files, and of files that do not belong there.
     """
 
     table: tuple[TensorFile, ...]
@@ -59,18 +59,18 @@ class Structure:
 
     @property
     def total_bytes(self) -> int:
-        """Size of the files that are right."""
+        """Size of the correct files."""
         return sum(tensor.file_bytes for tensor in self.tensors.values())
 
 
 def find_faults(directory: Path, config: ModelConfig) -> Structure:
     """Scans every file of a checkpoint; reads no array.
 
-    Files of the same shape in each other's place are not noticed: nothing in a file says which layer it is of.
+    Swapped files of the same shape go unnoticed: a file does not say which layer it belongs to.
 
     Args:
         directory: the folder of tensor files.
-        config: says which files there should be.
+        config: determines which files there should be.
 
     Raises:
         CheckpointError: if the folder cannot be listed.
@@ -106,7 +106,7 @@ def find_faults(directory: Path, config: ModelConfig) -> Structure:
 
 
 def _tensor_names(directory: Path) -> set[str]:
-    """Everything in the folder that is named as if it were a tensor file."""
+    """Names in the folder that look like tensor files."""
     try:
         with os.scandir(directory) as entries:
             return {entry.name for entry in entries if entry.name.startswith(_FILE_PREFIX)}
@@ -115,7 +115,7 @@ def _tensor_names(directory: Path) -> set[str]:
 
 
 def _size_clause(path: Path, spec: TensorFile) -> str:
-    """How much longer or shorter than the release's a file is; nothing if that cannot be said."""
+    """How much longer or shorter a file is than it should be; empty if unknown."""
     try:
         size = path.stat().st_size
     except OSError:

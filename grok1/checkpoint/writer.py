@@ -1,4 +1,4 @@
-"""Writes a checkpoint in the release's format: random weights, given ones, an archive's, or none (hollow)."""
+"""Writes checkpoints in the release's format: random or given weights, an archive's, or none (hollow)."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from grok1.params.table import CHECKPOINT_DIR, TensorFile, tensor_table
 
 _CONFIG = "config.json"
 _TOKENIZER = "tokenizer.model"
-_BLOCK = 4096  # what the smallest file takes on a disk
+_BLOCK = 4096  # disk space of the smallest file
 
 Chunks = Callable[[TensorFile, bool], Iterable[np.ndarray]]
-"""Gives a tensor's values, or its scales if the second argument is true, as arrays to write one after the other."""
+"""Yields a tensor's values, or its scales if the second argument is true, as consecutive arrays."""
 
 
 def write_checkpoint(
@@ -45,23 +45,22 @@ def write_checkpoint(
 ) -> None:
     """Writes `config.json`, `tokenizer.model` and `ckpt-0` into a folder, all or nothing.
 
-    If the writer fails or is interrupted, the folder is left as it was; if it is killed, a hidden folder stays.
-    Data is not forced to the disk: after a power cut, write the checkpoint again.
+    If the writer fails or is interrupted, the folder is left unchanged; if it is killed, a hidden folder remains. Data
+    is not synced to the disk: after a power failure, write the checkpoint again.
 
     Args:
-        directory: made if it does not exist; other files in it are kept.
-        config: the model to write. At most a few megabytes of it are in memory at a time.
+        directory: created if it does not exist; other files in it are kept.
+        config: the model to write, a few megabytes at a time.
         seed: of random weights, 0 or more; the same seed and config give the same bytes.
         chunks: weights to write instead of random ones.
-        force: replaces a checkpoint that is there, with its config and tokenizer.
-        hollow: leaves the arrays' data out. The files have the same sizes and the same bytes around the data,
-            which are holes: they read as zeros and take no room on the disk. The seed changes nothing then.
+        force: replaces an existing checkpoint with its config and tokenizer.
+        hollow: omits the arrays' data. The files keep their sizes, with holes that read as zeros and take no space.
         tokenizer: content of `tokenizer.model`; None writes none.
-        progress: called about once a megabyte, or once a file if they are hollow.
+        progress: called once a megabyte, or once per hollow file.
 
     Raises:
-        CheckpointError: if there is a checkpoint already, or too little space, or a file cannot be written, or
-            the files are to be hollow and the filesystem has neither holes nor the room for files without.
+        CheckpointError: if a checkpoint exists, space is insufficient, a file cannot be written, or the filesystem
+            fills the holes of hollow files and lacks the space for them.
     """
     if seed < 0:
         raise CheckpointError(f"the seed is {seed}, expected 0 or more: choose another")
@@ -111,10 +110,9 @@ def unpack_checkpoint(
 
 @contextlib.contextmanager
 def _new_checkpoint(directory: Path, nbytes: int, num_files: int, force: bool) -> Iterator[Path]:
-    """An empty folder to write a checkpoint into, which takes its place in `directory` at the end of the block.
+    """A hidden folder in `directory` to write a checkpoint into; its contents move to `directory` at the end.
 
-    The folder is a hidden one within `directory`. Its files are moved to their names at the end, `ckpt-0` last, so that
-    no moment shows a `ckpt-0` that is unfinished or belongs to another config.
+    `ckpt-0` is moved last, so that an unfinished one, or one of another config, is never visible.
     """
     directory = directory.absolute()
     with _plain_errors(directory):
@@ -138,7 +136,7 @@ def _check_target(directory: Path, force: bool) -> None:
             raise CheckpointError(f"{directory} is a file, expected a folder: choose another name")
         return
     if holds_tensor_files(directory):
-        # A config.json written beside them would change what these files are taken for.
+        # A config.json beside them would change what these files mean.
         raise CheckpointError(f"{directory} holds tensor files itself: choose another folder for the new checkpoint")
     existing = _existing(directory)
     if existing and not force:
@@ -202,7 +200,7 @@ def _undo(moves: list[tuple[Path, Path]], old: Path) -> None:
 
 @contextlib.contextmanager
 def _scratch_folder(directory: Path) -> Iterator[Path]:
-    """A hidden folder within `directory`, removed at the end unless it still holds what was there before."""
+    """A hidden folder in `directory`, removed at the end unless it still contains the old checkpoint."""
     scratch = Path(tempfile.mkdtemp(prefix=".grok1-init-", dir=directory))
     try:
         yield scratch
@@ -217,7 +215,7 @@ def _scratch_folder(directory: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _new_folders(directory: Path) -> Iterator[None]:
-    """Makes the folder and its parents; if the block fails, removes those that it made."""
+    """Creates the folder and its parents; if the block fails, removes those that it created."""
     missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     try:

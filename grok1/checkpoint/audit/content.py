@@ -1,6 +1,6 @@
-"""Whether the arrays of a checkpoint can be weights: finite, positive scales, no matrix of one value.
+"""Checks that the arrays of a checkpoint can be weights: finite values, positive scales, no constant matrix.
 
-What is wrong in every model is a fault; what is only unlikely is a warning.
+What no model has is a fault; what is only unlikely is a warning.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ _PROBE = 4096
 
 @dataclass
 class ContentReport:
-    """What is wrong with the arrays of one file; each a clause to be read after the file's name."""
+    """Faults and warnings about the arrays of one file, each a clause that follows the file's name."""
 
     faults: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
 def is_hollow(path: Path, tensor: StoredTensor) -> bool:
-    """Whether a file takes far less of the disk than its size, because its arrays are holes that read as zeros.
+    """Whether a file's arrays are holes on the disk, which read as zeros.
 
-    Such files come from a download that reserved its space and then stopped, or from a copy of the shapes only.
+    An interrupted download may leave such files, and `write_checkpoint` writes them on request.
 
     Raises:
-        ScanError: if the path is no regular file.
+        ScanError: if the path is not a regular file.
         OSError: if it cannot be read.
     """
     status = os.stat(path)
     if status.st_size < _HOLLOW_MIN or allocated_bytes(status) * 4 > status.st_size:
         return False
-    # A disk that compresses takes less than the size, too, so a few places have to be looked at.
+    # A compressing filesystem also stores less than the size, so look at a few samples.
     stored, last = tensor.array, max(0, tensor.array.nbytes - _PROBE)
     with open_regular(path) as file:
         for probe in range(_PROBES):
@@ -61,13 +61,13 @@ def is_hollow(path: Path, tensor: StoredTensor) -> bool:
 
 
 def check_content(path: Path, spec: TensorFile, tensor: StoredTensor, advance: Advance) -> ContentReport:
-    """Reads the arrays of one file and looks for what no weight can be.
+    """Reads the arrays of one file and looks for values that no weight has.
 
     Args:
         path: the file.
-        spec: what it is.
-        tensor: where its arrays lie.
-        advance: called with the bytes of each piece read.
+        spec: what it holds.
+        tensor: where its arrays are.
+        advance: called with the bytes of each chunk read.
     """
     report = ContentReport()
     buffer = bytearray(min(_CHUNK, max(array.nbytes for array in (tensor.array, tensor.scales) if array)))
@@ -86,7 +86,7 @@ def check_content(path: Path, spec: TensorFile, tensor: StoredTensor, advance: A
 
 
 class _ArrayReader:
-    """The data of an array in pieces, all in the same buffer."""
+    """Reads an array in chunks, all into the same buffer."""
 
     def __init__(self, file: BinaryIO, stored: StoredArray, buffer: bytearray, advance: Advance) -> None:
         self.size = math.prod(stored.shape)
@@ -146,7 +146,7 @@ def _check_scales(chunks: _ArrayReader, report: ContentReport) -> None:
 
 
 def _check_values(spec: TensorFile, chunks: _ArrayReader, report: ContentReport) -> None:
-    """A quantized weight's int8 values, one group of rows of one matrix after the other, as they lie in the file."""
+    """A quantized weight's int8 values, scale group by scale group."""
     assert spec.groups is not None
     groups = math.prod(spec.shape[:-2]) * spec.groups
     histogram = np.zeros(256, np.int64)
@@ -175,10 +175,10 @@ def _check_values(spec: TensorFile, chunks: _ArrayReader, report: ContentReport)
 
 
 def _report_constants(constants: list[int | None], per_matrix: int, size: int, report: ContentReport) -> None:
-    """Tells of groups whose values are all the same, as matrices where whole ones are.
+    """Reports scale groups and whole matrices that are constant.
 
     Args:
-        constants: for each group, the value that all of it has, or None.
+        constants: the value of each constant group; None for others.
         per_matrix: groups of a matrix.
         size: values of a group.
         report: gets the faults.

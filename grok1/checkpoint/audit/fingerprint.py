@@ -1,4 +1,4 @@
-"""What tells one checkpoint from another without reading all of it."""
+"""Tells checkpoints apart without reading all of them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pathlib import Path
 from grok1.checkpoint.reader import Checkpoint
 
 MANIFEST = "grok1.sha256"
-"""The name of a manifest that tells of the checkpoint that it lies in or beside."""
+"""Name of the manifest in or beside the folder of tensor files."""
 
 _SAMPLE_BYTES = 4096
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """A SHA-256, hexadecimal, of the config, the size of every file, and samples of each.
+    """A SHA-256, hexadecimal, of the config, and of the size and samples of each file.
 
-    The samples are 4096 bytes at the beginning, in the middle and at the end, so that a copy has the same fingerprint
-    and other weights have another. It does not find a damaged byte between them: that is `verify`'s work.
+    The samples are 4096 bytes at the beginning, in the middle and at the end. A damaged byte between them goes
+    unnoticed; `verify` finds it.
 
     Raises:
         OSError: if a file cannot be read.
@@ -45,10 +45,7 @@ def _samples(path: Path) -> tuple[int, bytes]:
 
 
 def fingerprint_parts(checkpoint: Checkpoint) -> dict[str, str]:
-    """What to compare of two copies of a checkpoint, name by name: the config, every file, and the manifest.
-
-    Of a file it is its size and a hash of its samples. The manifest is the file `MANIFEST` in the folder of tensor
-    files or beside it, if it is there.
+    """Descriptions of the config, the size and samples of each file, and the manifest if there is one, by name.
 
     Raises:
         OSError: if a file cannot be read.

@@ -1,10 +1,10 @@
-"""Manifests: the SHA-256 and size of each file of a checkpoint, in lines that `sha256sum -c` understands.
+"""Manifests: the SHA-256 and size of each file of a checkpoint, in the format of `sha256sum -c`.
 
     # 24727 bytes
     <64 hexadecimal digits>  ckpt-0/tensor00001_000
 
-Names are relative to the folder that holds `ckpt-0`. Hashing hundreds of gigabytes takes a while, so what is done is
-kept in a cache beside the manifest until the end.
+Names are relative to the folder that contains `ckpt-0`. Hashing hundreds of gigabytes takes a while, so a cache beside
+the manifest keeps the hashes until all are there.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Entry:
     """What a manifest says of a file.
 
     Attributes:
-        sha256: 64 hexadecimal digits, small letters.
-        size: bytes, or None where the manifest does not say.
+        sha256: 64 lower-case hexadecimal digits.
+        size: bytes; None if the manifest does not say.
     """
 
     sha256: str
@@ -46,7 +46,7 @@ class Entry:
 
 
 def write_manifest(manifest: Path, entries: Mapping[str, Entry], folder: str) -> None:
-    """Writes a manifest: as a whole, or not at all.
+    """Writes a manifest atomically.
 
     Args:
         manifest: replaced if it exists.
@@ -71,10 +71,10 @@ def cannot_write(path: Path, error: OSError) -> CheckpointError:
 
 
 def read_manifest(manifest: Path) -> dict[str, Entry]:
-    """Reads a manifest, of `write_manifest` or of `sha256sum`; believes nothing of it.
+    """Reads a manifest of `write_manifest` or `sha256sum`, which is not trusted.
 
     Raises:
-        CheckpointError: if it cannot be read or a line is no hash and relative name; it says which line.
+        CheckpointError: if it cannot be read, or a line is not a hash and a relative name; the message names the line.
     """
     try:
         with open_regular(manifest) as file:
@@ -109,7 +109,7 @@ def read_manifest(manifest: Path) -> dict[str, Entry]:
 
 
 class _BadLine(Exception):
-    """Why a line of a manifest is refused."""
+    """Why a line of a manifest is rejected."""
 
 
 def _refused(manifest: Path, number: int, why: str) -> CheckpointError:
@@ -131,10 +131,10 @@ def _parse(line: str) -> tuple[str, str]:
 
 
 def locate(name: str, directory: Path) -> Path:
-    """The file that a name of a manifest stands for.
+    """The file that a name in a manifest refers to.
 
     Args:
-        name: as `ckpt-0/tensor00001_000`, also if the folder has another name now, or as `tensor00001_000`.
+        name: such as `ckpt-0/tensor00001_000`, even if the folder has been renamed, or `tensor00001_000`.
         directory: the folder of tensor files.
     """
     folder, _, file = name.rpartition("/")
@@ -255,14 +255,14 @@ def _hash_or_why_not(named: tuple[str, Path], advance: Advance) -> tuple[Entry, 
 
 
 def hash_file(path: Path, advance: Advance) -> tuple[Entry, int]:
-    """The SHA-256 and size of a file, and its time of change in nanoseconds.
+    """The SHA-256 and size of a file, and its mtime in nanoseconds.
 
     Args:
         path: the file.
         advance: called with the bytes of each block.
 
     Raises:
-        ScanError: if it is no regular file.
+        ScanError: if it is not a regular file.
         OSError: if it cannot be read, or changes while it is read.
     """
     digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
@@ -270,7 +270,7 @@ def hash_file(path: Path, advance: Advance) -> tuple[Entry, int]:
     with open_regular(path) as file:
         before = os.fstat(file.fileno())
         while count := file.readinto(block):  # type: ignore[attr-defined]
-            digest.update(block[:count])  # without Python's lock, so that threads add up
+            digest.update(block[:count])  # releases the GIL
             size += count
             advance(count)
         after = os.fstat(file.fileno())

@@ -33,21 +33,21 @@ _COMPANIONS = ("config.json", "tokenizer.model")  # of the files beside the tens
 _AGAIN = "download it again"
 
 StageProgress = Callable[[str, int, int], None]
-"""Called with what is being done, the bytes read so far and the bytes in all."""
+"""Called with what is being done, the bytes read so far and the total."""
 
 
 @dataclass
 class Report:
-    """What a verification found.
+    """The result of a verification.
 
     Attributes:
         directory: the folder of tensor files.
-        config: of the checkpoint; the release's if it states none.
-        stated: whether a `config.json` states it.
+        config: from `config.json`, or else the release's.
+        stated: whether there is a `config.json`.
         structure: what the tensor files hold.
-        faults: every file that is not right, in the order of the files; a file may come more than once.
+        faults: in the order of the files; a file may have several.
         warnings: what is only unlikely, in the same form.
-        resumed: files that an earlier, interrupted run had hashed.
+        resumed: number of files that an interrupted run had hashed.
     """
 
     directory: Path
@@ -65,17 +65,17 @@ class Report:
 
     @property
     def hollow(self) -> bool:
-        """Whether the files hold the shapes of a checkpoint without its weights."""
+        """Whether the files have the shapes of a checkpoint but no weights."""
         return any(fault.file == self.directory.name for fault in self.faults)
 
     @property
     def to_fetch(self) -> list[str]:
-        """The names of the files that a download would put right."""
+        """Names of the files that a download would repair."""
         return list(dict.fromkeys(fault.file for fault in self.faults if fault.fetch))
 
     @property
     def fetch_command(self) -> str | None:
-        """The command that downloads those files; None if there are none, or it is not the release."""
+        """The command that downloads these files; None if there are none, or it is not the release."""
         names = [name for name in self.to_fetch if name.startswith("tensor")]
         if (
             not (names or self.hollow)
@@ -88,7 +88,7 @@ class Report:
             which = "--include " + shlex.quote(f"{CHECKPOINT_DIR}/*")
         else:
             which = " ".join(f"{CHECKPOINT_DIR}/{name}" for name in names)
-        # Without it, a file that is there already may be taken for right.
+        # Without --force-download, an existing file may be considered complete.
         present = self.hollow or any(fault.fault != "is missing" for fault in self.faults if fault.fetch)
         force = " --force-download" if present else ""
         folder = shlex.quote(str(self.directory.parent))
@@ -103,18 +103,18 @@ def verify(
     new_manifest: Path | None = None,
     progress: StageProgress | None = None,
 ) -> Report:
-    """Verifies a checkpoint, and finds all that is wrong with it.
+    """Verifies a checkpoint and lists all its faults.
 
     Args:
         path: a folder that holds `ckpt-0`, or the folder of tensor files itself.
-        content: reads every array and looks for what no weight can be.
+        content: reads every array and looks for values that no weight has.
         manifest: a manifest to check every file against; reads every file.
-        new_manifest: writes a manifest here, if nothing is wrong; reads every file.
-        progress: called about every few megabytes, in this thread.
+        new_manifest: where to write a manifest if there are no faults; reads every file.
+        progress: called every few megabytes in this thread.
 
     Raises:
         CheckpointError: if there is no checkpoint at all, or a manifest cannot be read or written.
-        ConfigError: if there is a `config.json` that is no config.
+        ConfigError: if `config.json` is invalid.
     """
     directory = find_checkpoint(path).absolute()
     config, stated = stated_or_release(directory)
@@ -178,7 +178,7 @@ def _check_content(report: Report, progress: StageProgress | None) -> None:
 
 
 def _check_manifest_path(manifest: Path, directory: Path) -> None:
-    """Refuses to write a manifest over or among the files that it is to list."""
+    """Raises if the manifest would overwrite a file that it lists, or be taken for a tensor file."""
     path = manifest.absolute()
     taken = path.parent.resolve() == directory.resolve() and path.name.startswith("tensor")
     if taken or path.name in _COMPANIONS:
@@ -258,7 +258,7 @@ def _hash_mismatch(found: Entry | str, expected: Entry) -> str | None:
 
 
 def _short(path: Path, directory: Path) -> str:
-    """A tensor file's name, another file's path from the folder around."""
+    """A tensor file's name; another file's path relative to the parent folder."""
     return path.name if path.parent == directory else path.relative_to(directory.parent).as_posix()
 
 

@@ -1,4 +1,4 @@
-"""The bytes of a tensor file for the pickle scanner: bounded reads, and the rules of pickle's frames."""
+"""Bounded reads of a tensor file for the pickle scanner, within the limits of pickle's frames."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_STRING = 256
 
 
 class ScanError(CheckpointError):
-    """A file that is not a tensor file; `fault` is the sentence without the file's name and the advice."""
+    """The error for an invalid tensor file; `fault` is the message without the file's name and the advice."""
 
     def __init__(self, path: Path, fault: str) -> None:
         self.fault = fault
@@ -24,13 +24,13 @@ class ScanError(CheckpointError):
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Opens a regular file for unbuffered reading, and nothing else.
+    """Opens a regular file for unbuffered reading.
 
     Raises:
-        ScanError: if the path is no regular file.
+        ScanError: if the path is not a regular file.
         OSError: if it cannot be opened.
     """
-    # What is no regular file is not opened at all: opening a pipe or a device may block or do harm.
+    # Other files are not even opened: opening a pipe or a device may block or do harm.
     _check_regular(path, os.stat(path))
     file: BinaryIO = open(path, "rb", buffering=0, opener=_open_nonblocking)  # noqa: SIM115
     try:
@@ -78,7 +78,7 @@ class PickleSource:
         self._opcode = -1
 
     def refuse(self, fault: str) -> NoReturn:
-        """Raises the error that the file is no tensor file, naming the current opcode and where it is."""
+        """Raises a `ScanError` that names the current opcode and its position."""
         name = "" if self._opcode < 0 else f", opcode {_opcode_name(self._opcode)}"
         raise ScanError(self._path, f"at byte {self._opcode_at}{name}: {fault}")
 
@@ -91,7 +91,7 @@ class PickleSource:
         return self._opcode
 
     def begin_frame(self, size: int) -> None:
-        """Notes a frame of that many bytes; no opcode and no array may cross its end."""
+        """Begins a frame of `size` bytes; no opcode and no array may cross its end."""
         if self._frame_end is not None:
             self.refuse("a frame begins within another")
         if size > self.size - self.position:
@@ -99,7 +99,7 @@ class PickleSource:
         self._frame_end = self.position + size
 
     def take(self, size: int) -> bytes:
-        """The next bytes, at most `MAX_STRING` at a time; all of them together are bounded, too."""
+        """Returns the next bytes, at most `MAX_STRING`; the total is bounded, too."""
         self._check_room(size)
         self._structure += size
         if self._structure > _MAX_STRUCTURE:
@@ -109,12 +109,12 @@ class PickleSource:
         return data
 
     def skip(self, size: int) -> None:
-        """Passes over the next bytes without reading them."""
+        """Skips the next bytes without reading them."""
         self._check_room(size)
         self.position += size
 
     def peek_behind(self, offset: int, size: int) -> bytes:
-        """Bytes that were skipped, at most `MAX_STRING`."""
+        """Returns skipped bytes, at most `MAX_STRING`."""
         return self._at(offset, size)
 
     def unsigned(self, size: int) -> int:

@@ -1,4 +1,4 @@
-"""What the pickle scanner's stack holds instead of objects: symbols for what tensor files are made of."""
+"""Symbols that the pickle scanner's stack holds instead of objects."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ KNOWN_DTYPES: dict[object, np.dtype[Any]] = {"f4": FLOAT32, "i1": INT8, Known.BF
 
 @dataclass(frozen=True)
 class BytesSymbol:
-    """A bytes object: where it lies in the file."""
+    """A bytes object, by its position in the file."""
 
     offset: int
     size: int
