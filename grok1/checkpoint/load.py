@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from grok1.checkpoint.byte_ranges import STAGING_BYTES
 from grok1.checkpoint.parallel import Advance, ByteProgress, in_parallel
 from grok1.checkpoint.reader import Checkpoint
-from grok1.checkpoint.shards import Box, PackBox, Shard, local_shards
+from grok1.checkpoint.shards import Box, PackBox, Shard, box_shape, local_shards
 from grok1.host.memory import DEFAULT_LOAD_MEMORY, MIN_LOAD_MEMORY, MemoryBudget, available_bytes
 from grok1.host.sizes import format_bytes
 from grok1.params.sharding import MODEL_AXIS
@@ -93,15 +93,8 @@ def fill_shards(
     Arguments and errors are those of `load_parameters`; the arrays may have some of the layers only.
     """
     budget = MemoryBudget(load_memory)
-    most = {False: _PIECE_BYTES, True: _PACKED_PIECE_BYTES}
-    pieces = sorted(
-        (
-            piece
-            for array, held in zip(arrays, shards, strict=True)
-            for piece in _cut(array, held, min(most[array.packed], load_memory // _PIECES - STAGING_BYTES))
-        ),
-        key=lambda piece: (piece.array.files[piece.layer].layer or 0, piece.index),
-    )
+    pieces = [piece for array, held in zip(arrays, shards, strict=True) for piece in _cut(array, held, load_memory)]
+    pieces.sort(key=lambda piece: (piece.array.files[piece.layer].layer or 0, piece.index))
     crowded = _crowds_memory(checkpoint, sum(shard.host_bytes for held in shards for shard in held), load_memory)
     unread = Counter(piece.index for piece in pieces)
 
@@ -147,7 +140,7 @@ class _Piece:
 
     @property
     def size(self) -> int:
-        return math.prod(axis.stop - axis.start for axis in self.layer_box)
+        return math.prod(box_shape(self.layer_box))
 
     @property
     def staged_bytes(self) -> int:
@@ -158,9 +151,10 @@ class _Piece:
         return self.size * self.array.file_dtype.itemsize * sum(shard.holders for shard in self.shards)
 
 
-def _cut(array: ParameterArray, shards: Sequence[Shard], piece_bytes: int) -> Iterator[_Piece]:
-    """Cuts an array into pieces of at most `piece_bytes`, all its shards together."""
-    shape = [axis.stop - axis.start for axis in shards[0].key]
+def _cut(array: ParameterArray, shards: Sequence[Shard], load_memory: int) -> Iterator[_Piece]:
+    """Cuts an array into pieces, all its shards together, so that several fit into `load_memory`."""
+    piece_bytes = min(_PACKED_PIECE_BYTES if array.packed else _PIECE_BYTES, load_memory // _PIECES - STAGING_BYTES)
+    shape = box_shape(shards[0].key)
     for layer in range(len(array.files)):
         for box in _boxes(shape, max(1, piece_bytes // (len(shards) * array.file_dtype.itemsize))):
             yield _Piece(array, shards, layer, box)

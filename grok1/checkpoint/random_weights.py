@@ -48,9 +48,10 @@ def random_chunks(spec: TensorFile, scales: bool, *, seed: int) -> Iterator[np.n
         elif spec.scales_shape is not None:
             values = words.view(np.int8)[:count]
             yield np.maximum(values, np.int8(-127), out=values)  # as in the release, -128 does not occur
+        elif spec.kind is Kind.NORMS:
+            yield _uniform(words.view("<u4")[:count], spec.gain, spec.gain * NORM_SPREAD)
         else:
-            mean, half_width = _float_range(spec)
-            yield _uniform(words.view("<u4")[:count], mean, half_width)
+            yield _uniform(words.view("<u4")[:count], 0.0, _SQRT_3 * _std(spec))
         remaining -= count
 
 
@@ -59,15 +60,8 @@ def _std(spec: TensorFile) -> float:
     return spec.gain if spec.kind is Kind.EMBEDDING else spec.gain / math.sqrt(spec.shape[-2])
 
 
-def _float_range(spec: TensorFile) -> tuple[float, float]:
-    """Mean and half the width of the uniform distribution of a float32 tensor."""
-    if spec.kind is Kind.NORMS:
-        return spec.gain, spec.gain * NORM_SPREAD
-    return 0.0, _SQRT_3 * _std(spec)
-
-
 def _uniform(words: np.ndarray, mean: float, half_width: float) -> np.ndarray:
-    """Uniform float32 values of 24 random bits each; `words` is uint32 `[n]`."""
+    """Uniform float32 values within `half_width` of the mean, of 24 random bits each; `words` is uint32 `[n]`."""
     steps = words.view("<i4") >> 8  # -2^23 up to 2^23, exact in float32
     values = steps.astype(np.float32)
     values *= np.float32(half_width / 2**23)

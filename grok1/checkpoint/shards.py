@@ -102,7 +102,7 @@ class PackedShard(HostShard):
 
     def buffer(self, box: Box) -> np.ndarray:
         """New memory."""
-        return np.empty(_shape(box), self._file_dtype)
+        return np.empty(box_shape(box), self._file_dtype)
 
     def put(self, box: Box, buffer: np.ndarray) -> list[jax.Array]:
         """Packs the box."""
@@ -123,7 +123,7 @@ class DeviceShard(Shard):
 
     def buffer(self, box: Box) -> np.ndarray:
         """New host memory."""
-        return _aligned_empty(_shape(box), self._file_dtype)
+        return _aligned_empty(box_shape(box), self._file_dtype)
 
     def put(self, box: Box, buffer: np.ndarray) -> list[jax.Array]:
         """Sends the box to the devices, which convert its dtype if needed."""
@@ -170,7 +170,8 @@ def _put_box(whole: jax.Array, box: jax.Array, start: jax.Array) -> tuple[jax.Ar
     return lax.dynamic_update_slice(whole, box.astype(whole.dtype), index), box[(0,) * box.ndim]
 
 
-def _shape(box: Box) -> tuple[int, ...]:
+def box_shape(box: Box) -> tuple[int, ...]:
+    """Size of each axis of a box."""
     return tuple(axis.stop - axis.start for axis in box)
 
 

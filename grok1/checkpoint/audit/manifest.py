@@ -97,36 +97,30 @@ def read_manifest(manifest: Path) -> dict[str, Entry]:
             name, sha256 = _parse(text)
             entry = Entry(sha256, size)
             if entries.setdefault(name, entry) != entry:
-                raise _BadLine(f"{name} comes twice, with different hashes or sizes")
+                raise ValueError(f"{name} comes twice, with different hashes or sizes")
             size = None
-        except UnicodeDecodeError:
-            raise _refused(manifest, number, "it is not UTF-8") from None
-        except _BadLine as error:
-            raise _refused(manifest, number, str(error)) from None
+        except ValueError as error:
+            why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
+            raise CheckpointError(
+                f"{manifest}, line {number}: {why}; correct the line or get the manifest again"
+            ) from None
     if not entries:
         raise CheckpointError(f"{manifest} lists no file, expected lines of a SHA-256 and a name: name another")
     return entries
 
 
-class _BadLine(Exception):
-    """Why a line of a manifest is rejected."""
-
-
-def _refused(manifest: Path, number: int, why: str) -> CheckpointError:
-    return CheckpointError(f"{manifest}, line {number}: {why}; correct the line or get the manifest again")
-
-
 def _parse(line: str) -> tuple[str, str]:
+    """The name and hash of a line; a ValueError says why it is rejected."""
     match = _LINE.fullmatch(line)
     if match is None:
-        raise _BadLine(f"{line[:80]!a} is not a SHA-256 of 64 hexadecimal digits, two spaces and a name")
+        raise ValueError(f"{line[:80]!a} is not a SHA-256 of 64 hexadecimal digits, two spaces and a name")
     name = match[2]
     if name.startswith(("/", "~")) or re.match(r"[A-Za-z]:", name):
-        raise _BadLine(f"{name[:80]!a} is an absolute path, expected one within the checkpoint")
+        raise ValueError(f"{name[:80]!a} is an absolute path, expected one within the checkpoint")
     if any(part in ("", ".", "..") for part in name.removeprefix("./").split("/")):
-        raise _BadLine(f"{name[:80]!a} has a part that is empty, '.' or '..', expected a path within the checkpoint")
+        raise ValueError(f"{name[:80]!a} has a part that is empty, '.' or '..', expected a path within the checkpoint")
     if "\\" in name or not name.isprintable():
-        raise _BadLine(f"{name[:80]!a} has characters that no file of a checkpoint has")
+        raise ValueError(f"{name[:80]!a} has characters that no file of a checkpoint has")
     return name.removeprefix("./"), match[1].lower()
 
 
