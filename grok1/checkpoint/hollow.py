@@ -42,8 +42,8 @@ def write_hollow_tensors(folder: Path, table: tuple[TensorFile, ...], progress: 
     done, total = 0, sum(tensor_file_size(spec) for spec in table)
     for spec in table:
         status = _write_hollow(folder / spec.file_name, spec)
-        done += tensor_file_size(spec)
-        if tensor_file_size(spec) >= _LARGE and allocated_bytes(status) > tensor_file_size(spec) // 2:
+        done += status.st_size
+        if status.st_size >= _LARGE and allocated_bytes(status) > status.st_size // 2:
             _check_room_for_filled(folder, spec, allocated_bytes(status), total - done)
         if progress:
             progress(done, total)

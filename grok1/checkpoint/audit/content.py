@@ -112,16 +112,16 @@ class _ArrayReader:
             yield np.frombuffer(piece, self._dtype)
 
 
-def _check_floats(spec: TensorFile, chunks: _ArrayReader, report: ContentReport) -> None:
+def _check_floats(spec: TensorFile, array: _ArrayReader, report: ContentReport) -> None:
     """A norm's scales, a router or the embeddings."""
     not_finite, low, high = 0, np.inf, -np.inf
-    for chunk in chunks.read(chunks.size):
+    for chunk in array.read(array.size):
         finite = np.isfinite(chunk)
         not_finite += chunk.size - int(np.count_nonzero(finite))
         low = min(low, float(np.min(chunk, where=finite, initial=np.inf)))
         high = max(high, float(np.max(chunk, where=finite, initial=-np.inf)))
     if not_finite:
-        report.faults.append(f"has {not_finite:,} of {chunks.size:,} values that are NaN or infinite")
+        report.faults.append(f"has {not_finite:,} of {array.size:,} values that are NaN or infinite")
     if low == high == 0:
         report.faults.append("is all zero")
     elif low == high and spec.kind is not Kind.NORMS:
@@ -130,10 +130,10 @@ def _check_floats(spec: TensorFile, chunks: _ArrayReader, report: ContentReport)
         report.warnings.append(f"has norm scales down to {low:g}, expected none below 0")
 
 
-def _check_scales(chunks: _ArrayReader, report: ContentReport) -> None:
+def _check_scales(array: _ArrayReader, report: ContentReport) -> None:
     """A quantized weight's scales, as the bits of bfloat16."""
     not_finite = zero = negative = 0
-    for bits in chunks.read(chunks.size):
+    for bits in array.read(array.size):
         magnitude = bits & 0x7FFF
         odd = magnitude >= 0x7F80
         not_finite += int(np.count_nonzero(odd))
@@ -142,10 +142,10 @@ def _check_scales(chunks: _ArrayReader, report: ContentReport) -> None:
     for count, what in ((not_finite, "NaN or infinite"), (zero, "zero"), (negative, "negative")):
         if count:
             verb = "is" if count == 1 else "are"
-            report.faults.append(f"has {chunks.size:,} scales of which {count:,} {verb} {what}")
+            report.faults.append(f"has {array.size:,} scales of which {count:,} {verb} {what}")
 
 
-def _check_values(spec: TensorFile, chunks: _ArrayReader, report: ContentReport) -> None:
+def _check_values(spec: TensorFile, array: _ArrayReader, report: ContentReport) -> None:
     """A quantized weight's int8 values, scale group by scale group."""
     assert spec.groups is not None
     groups = math.prod(spec.shape[:-2]) * spec.groups
@@ -154,7 +154,7 @@ def _check_values(spec: TensorFile, chunks: _ArrayReader, report: ContentReport)
     constants: list[int | None] = []
     for _ in range(groups):
         low, high = 127, -128
-        for chunk in chunks.read(chunks.size // groups):
+        for chunk in array.read(array.size // groups):
             chunk_low, chunk_high = int(chunk.min()), int(chunk.max())
             low, high = min(low, chunk_low), max(high, chunk_high)
             if chunk_low == -128:
@@ -163,15 +163,15 @@ def _check_values(spec: TensorFile, chunks: _ArrayReader, report: ContentReport)
                 hollow_bytes += chunk.size
             histogram += np.bincount(chunk[:_SAMPLE].view(np.uint8), minlength=256)
         constants.append(low if low == high else None)
-    _report_constants(constants, spec.groups, chunks.size // groups, report)
+    _report_constants(constants, spec.groups, array.size // groups, report)
     constant = any(value is not None for value in constants)
     if hollow_bytes and not constant:
         report.faults.append(f"has {hollow_bytes:,} bytes of zeros in stretches of {_CHUNK:,} and more")
     used, sampled = int(np.count_nonzero(histogram)), int(histogram.sum())
     if not constant and used < _FEW_VALUES and sampled >= _ENOUGH:
         report.warnings.append(f"has only {used} different values in {sampled:,}, expected most of 255")
-    if lowest > _RARE * chunks.size:
-        report.warnings.append(f"has the value -128 {lowest:,} times in {chunks.size:,}, expected -127 to 127 only")
+    if lowest > _RARE * array.size:
+        report.warnings.append(f"has the value -128 {lowest:,} times in {array.size:,}, expected -127 to 127 only")
 
 
 def _report_constants(constants: list[int | None], per_matrix: int, size: int, report: ContentReport) -> None:

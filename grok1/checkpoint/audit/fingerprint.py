@@ -66,6 +66,5 @@ def compare(one: Mapping[str, str], other: Mapping[str, str]) -> str | None:
 
     A manifest that only one of them has makes no difference.
     """
-    names = [name for name in one if name in other or name != MANIFEST]
-    names += [name for name in other if name not in one and name != MANIFEST]
+    names = [name for name in {**one, **other} if name != MANIFEST or (name in one and name in other)]
     return next((name for name in names if one.get(name) != other.get(name)), None)
