@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
@@ -22,40 +20,24 @@ Check = Callable[[], None]
 """Called every few megabytes; may raise to stop reading."""
 
 
-class ReadCounter:
-    """Counts the bytes that several threads have read from files."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._total = 0
-
-    @property
-    def total(self) -> int:
-        """All bytes so far."""
-        return self._total
-
-    def add(self, count: int) -> None:
-        """Counts more bytes."""
-        with self._lock:
-            self._total += count
-
-
 class RangeReader:
     """An open file that can be read at any offset; a context manager.
 
     Args:
         path: the file.
-        counter: counts the bytes read.
         check: called every few megabytes.
+
+    Attributes:
+        bytes_read: bytes read so far.
 
     Raises:
         CheckpointError: if the file cannot be opened.
     """
 
-    def __init__(self, path: Path, counter: ReadCounter, check: Check = lambda: None):
+    def __init__(self, path: Path, check: Check = lambda: None):
         self._path = path
-        self._counter = counter
         self.check = check
+        self.bytes_read = 0
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -64,9 +46,7 @@ class RangeReader:
     def __enter__(self) -> RangeReader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._descriptor)
 
     def read(self, target: memoryview, offset: int) -> None:
@@ -86,12 +66,11 @@ class RangeReader:
                 raise _unreadable(self._path, error) from None
             if not count:
                 raise became_shorter(self._path)
-            self._counter.add(count)
+            self.bytes_read += count
             done += count
 
     def read_runs(self, target: memoryview, offset: int, width: int, stride: int) -> None:
         """Fills `target` with runs of `width` bytes that start at `offset` and every `stride` bytes after it."""
-        whole = 0
         for begin in range(0, len(target), width):
             run = target[begin : begin + width]
             try:
@@ -99,11 +78,10 @@ class RangeReader:
             except OSError as error:
                 raise _unreadable(self._path, error) from None
             if count < width:
-                self.read(run, offset)  # reads the rest or raises, and counts
+                self.read(run, offset)  # reads it again, or raises
             else:
-                whole += count
+                self.bytes_read += count
             offset += stride
-        self._counter.add(whole)
 
     def expect(self, offset: int, length: int) -> None:
         """Tells the system that these bytes are read next, where it supports that."""

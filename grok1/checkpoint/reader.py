@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from grok1.checkpoint.byte_ranges import Check, RangeReader, ReadCounter, became_shorter, read_columns
+from grok1.checkpoint.byte_ranges import Check, RangeReader, became_shorter, read_columns
 from grok1.checkpoint.pickled.scan import StoredArray, StoredTensor
 from grok1.checkpoint.structure import FileFault, find_faults
 from grok1.config import PRESETS, ModelConfig
@@ -76,7 +76,7 @@ def stated_or_release(directory: Path) -> tuple[ModelConfig, bool]:
     return PRESETS["grok-1"], False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Checkpoint:
     """A checkpoint whose files have been scanned and match its config. It keeps no file open, and is thread-safe.
 
@@ -85,13 +85,14 @@ class Checkpoint:
         directory: the folder of tensor files.
         table: what each file holds.
         tensors: where its arrays are, in the same order.
+        bytes_read: bytes read from the files, except through views.
     """
 
     config: ModelConfig
     directory: Path
     table: tuple[TensorFile, ...]
     tensors: tuple[StoredTensor, ...]
-    _counter: ReadCounter = field(default_factory=ReadCounter, init=False, repr=False)
+    bytes_read: int = field(default=0, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
     _mappings: weakref.WeakValueDictionary[int, mmap.mmap] = field(
         default_factory=weakref.WeakValueDictionary, init=False, repr=False
@@ -137,11 +138,6 @@ class Checkpoint:
         stored = self.tensors[index].scales
         return None if stored is None else self._view(index, stored)
 
-    @property
-    def bytes_read(self) -> int:
-        """Number of bytes read from the files, except through views."""
-        return self._counter.total
-
     def read_into(self, index: int, out: np.ndarray, key: tuple[slice, ...] = (), *, scales: bool = False) -> None:
         """Fills `out` with one slice of an array, like `read_slices`."""
         self.read_slices(index, [(key, out)], scales=scales)
@@ -179,13 +175,15 @@ class Checkpoint:
                 raise ValueError(
                     f"out is {out.dtype} {out.shape}, expected {stored.dtype} {shape}, C-contiguous and writeable"
                 )
-        with RangeReader(self._path(index), self._counter, check) as file:
+        with RangeReader(self._path(index), check) as file:
             for together in _side_by_side(stored.shape, [read for read in reads if read[1].size]):
                 _read_side_by_side(file, stored, together)
+        with self._lock:
+            self.bytes_read += file.bytes_read
 
     def forget(self, index: int) -> None:
         """Drops a file from the page cache, where the system supports it."""
-        with RangeReader(self._path(index), self._counter) as file:
+        with RangeReader(self._path(index)) as file:
             file.forget()
 
     def _path(self, index: int) -> Path:
