@@ -306,7 +306,7 @@ def _tell_devices(terminal: Terminal, choice: ModelChoice, as_json: bool) -> Non
         (device.memory_stats() or {}).get("bytes_limit") if device.process_index == jax.process_index() else None
         for device in devices
     ]
-    threads, machine = thread_count(), memory.total_bytes()
+    machine = memory.total_bytes()
     if as_json:
         for device, limit in zip(devices, limits, strict=True):
             fields = {"id": device.id, "platform": device.platform, "kind": device.device_kind, "kernels": used.name}
