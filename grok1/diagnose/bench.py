@@ -6,6 +6,7 @@ import dataclasses
 import math
 import statistics
 import time
+import timeit
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,7 +19,6 @@ from grok1.engine.chunks import PrefillChunk
 from grok1.engine.engine import Engine
 from grok1.engine.programs import BatchState
 from grok1.errors import RequestError
-from grok1.host.memory import available_bytes
 from grok1.host.threads import num_threads
 from grok1.model import Model
 from grok1.ops.cpu import library as cpu
@@ -203,10 +203,10 @@ def _prefill(engine: Engine, state: BatchState, prompts: np.ndarray) -> tuple[Ba
         slots = [row * slots_of_row + slot for row in range(engine.data_rows)]
         for start in range(0, length, engine.max_chunk):
             end = min(start + engine.max_chunk, length)
-            sampling = [(SamplingOptions(ignore_eos=True), slot) if end == length else None for slot in slots]
+            options = SamplingOptions(ignore_eos=True)
             chunks = [
-                PrefillChunk(slot, prompts[slot, start:end], start, how)
-                for slot, how in zip(slots, sampling, strict=True)
+                PrefillChunk(slot, prompts[slot, start:end], start, (options, slot) if end == length else None)
+                for slot in slots
             ]
             state, sampled, _ = engine.prefill(state, chunks)
             jax.block_until_ready(before)
@@ -246,7 +246,7 @@ def measure_limits(model: Model) -> Limits:
     devices = list(model.engine.mesh.devices.flat)
     on_host = _platform(model) == "cpu"
     times = 1 if on_host else len(devices)  # CPU devices share memory and cores
-    read = _host_read_rate(model.engine.kernels.packs_weights) if on_host else _device_read_rate(devices[0])
+    read = _host_read_rate(devices[0], model.engine.kernels.packs_weights) if on_host else _device_read_rate(devices[0])
     if model.engine.kernels.packs_weights:
         return Limits(read, _packed_rate(), "8-bit matrix product")
     rate = matrix_rate(devices[0], model.engine.dtype)
@@ -257,21 +257,19 @@ def _platform(model: Model) -> str:
     return str(model.engine.mesh.devices.flat[0].platform)
 
 
-def _best_rate(work: Callable[[], object], amount: float, repetitions: int = 5) -> float:
+def _best_rate(work: Callable[[], object], amount: float) -> float:
     """The highest rate at which `work` processes `amount`, after one run to warm up."""
     work()
-    best = 0.0
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        work()
-        best = max(best, amount / (time.perf_counter() - start))
-    return best
+    return amount / min(timeit.repeat(work, number=1))
 
 
-def _host_read_rate(native: bool) -> float:
-    available = available_bytes()
-    size = READ_BYTES if available is None else min(READ_BYTES, available // 4)
-    memory = np.ones(max(1 << 20, size) // 2048 * 256, np.uint64)
+def _read_bytes(device: jax.Device) -> int:
+    free = present_devices([device]).usable_bytes
+    return max(1 << 20, READ_BYTES if free is None else min(READ_BYTES, free // 4))
+
+
+def _host_read_rate(device: jax.Device, native: bool) -> float:
+    memory = np.ones(_read_bytes(device) // 2048 * 256, np.uint64)
     if native:
         return _best_rate(lambda: cpu.read(memory), memory.nbytes)
     parts = np.array_split(memory, num_threads())
@@ -298,9 +296,7 @@ def device_copy_rate(device: jax.Device) -> float:
 
 
 def _on_device(device: jax.Device) -> jax.Array:
-    free = present_devices([device]).usable_bytes
-    size = READ_BYTES if free is None else min(READ_BYTES, free // 4)
-    return jax.device_put(jnp.ones(max(1 << 20, size) // 4, jnp.int32), device)
+    return jax.device_put(jnp.ones(_read_bytes(device) // 4, jnp.int32), device)
 
 
 def _packed_rate() -> float:
