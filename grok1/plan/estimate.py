@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import cached_property
 
 import numpy as np
@@ -91,11 +91,11 @@ class Estimate:
         """Number of different shards, and of devices, that share one memory, on the host with the most."""
         if not self.devices.kind.shares_memory:
             return 1, 1
-        shards: dict[int, list[int]] = {}  # of each host
+        shards: dict[int, list[int]] = defaultdict(list)  # of each host
         for row in self.rows:
             for shard, host in enumerate(row):
-                shards.setdefault(host, []).append(shard)
-        return max(len(set(held)) for held in shards.values()), max(map(len, shards.values()))
+                shards[host].append(shard)
+        return max(len(set(of_host)) for of_host in shards.values()), max(map(len, shards.values()))
 
     # Several hosts
 
@@ -115,9 +115,8 @@ class Estimate:
     @property
     def idle(self) -> dict[int, int]:
         """Number of idle devices on each host that has any."""
-        used = Counter(host for row in self.rows for host in row)
-        left = {host: count - used[host] for host, count in enumerate(self.hosts or (self.devices.count,))}
-        return {host: count for host, count in left.items() if count}
+        present = Counter(dict(enumerate(self.hosts or (self.devices.count,))))
+        return present - Counter(host for row in self.rows for host in row)
 
     @property
     def crossing_bytes(self) -> int:
