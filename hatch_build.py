@@ -1,4 +1,4 @@
-"""Compiles the kernels for processors while the package is built, if a C++ compiler is there."""
+"""Compile the CPU kernels when the package is built, if a C++ compiler is available."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SOURCES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("dispatch.cc", ()),
     ("kernels_portable.cc", ()),
 )
-# Each set of kernels is compiled for its kind of processor, and asked before it is used whether it is on one.
+# Each set of kernels is compiled for one kind of processor, and used only if the processor supports it.
 _SOURCES_OF: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "kernels_amx.cc": (*_AVX512, "-mamx-tile", "-mamx-int8"),
@@ -49,41 +49,41 @@ _ARCHITECTURES = {"arm64": "aarch64"}
 
 
 class KernelsHook(BuildHookInterface):
-    """Puts the compiled kernels beside `grok1/ops/cpu/kernels.py`, or leaves them out and says so."""
+    """Add the compiled kernels to the package, or omit them and print a warning."""
 
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compiles; called by hatchling before it collects the files of a wheel."""
+        """Compile the kernels; hatchling calls this before it collects the files of a wheel."""
         if self.target_name != "wheel":
             return
         root = Path(self.root)
         reason = compile_kernels(root / SOURCES, root / LIBRARY)
         if reason is not None:
             self.app.display_warning(
-                f"the kernels for processors were not built ({reason}): grok1 works without them, several times slower "
-                "on CPUs; install a C++ compiler such as g++ and install grok1 again"
+                f"the CPU kernels were not built ({reason}): grok1 works without them, but is several times slower on "
+                "CPUs; install a C++ compiler such as g++ and install grok1 again"
             )
             return
         if version == "editable":
-            return  # it is used from where it lies
+            return  # used in place
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
         build_data["force_include"][str(root / LIBRARY)] = str(LIBRARY)
 
 
 def sources(machine: str) -> list[tuple[str, tuple[str, ...]]]:
-    """The files to compile for a kind of processor, each with the flags that it needs beside `FLAGS`."""
+    """Return the files to compile for a kind of processor, each with its flags in addition to `FLAGS`."""
     return [*_SOURCES, *_SOURCES_OF.get(_ARCHITECTURES.get(machine, machine), {}).items()]
 
 
 def compile_kernels(folder: Path, library: Path) -> str | None:
-    """Compiles the kernels; why not, if that is not possible."""
+    """Compile the kernels; return the reason if that fails, otherwise None."""
     library.unlink(missing_ok=True)
     try:
         from jaxlib import __file__ as jaxlib
     except ImportError:
-        return "jaxlib, which brings the headers, is not there"
+        return "jaxlib, which contains the headers, is not installed"
     chosen = os.environ.get("CXX")
     compiler = shlex.split(chosen) if chosen else [next(filter(shutil.which, ("c++", "g++", "clang++")), "")]
     if not compiler[0]:
@@ -117,6 +117,6 @@ def _run(command: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    # For those who run from the repository without installing it.
+    # Compiles the kernels in place, to run from the repository.
     failure = compile_kernels(Path(__file__).parent / SOURCES, Path(__file__).parent / LIBRARY)
     sys.exit(f"not built: {failure}" if failure else 0)

@@ -1,4 +1,4 @@
-"""Which kernels are chosen, and why not others."""
+"""Selection of kernels, and reasons for fallbacks."""
 
 import dataclasses
 import subprocess
@@ -39,7 +39,7 @@ def gpu_runs(monkeypatch):
 
 @pytest.mark.usefixtures("gpu_runs")
 @pytest.mark.parametrize(("platform", "backend", "name"), [("gpu", "gpu", "triton"), ("tpu", "tpu", "mosaic")])
-def test_accelerators_have_kernels_of_their_own(platform, backend, name):
+def test_accelerators_have_native_kernels(platform, backend, name):
     for kernels in ("auto", "native"):
         chosen = choose_kernels(RELEASE, mesh(platform), kernels)
         assert (chosen.kernels.backend, chosen.name, chosen.fallback) == (backend, name, None)
@@ -48,25 +48,25 @@ def test_accelerators_have_kernels_of_their_own(platform, backend, name):
 
 
 @pytest.mark.usefixtures("gpu_runs")
-def test_the_variable_stands_for_auto(monkeypatch):
+def test_the_variable_overrides_auto(monkeypatch):
     monkeypatch.setenv("GROK1_KERNELS", "xla")
     assert choose_kernels(RELEASE, mesh("gpu")).kernels.backend == "xla"
     assert choose_kernels(RELEASE, mesh("gpu"), "native").kernels.backend == "gpu"
 
 
-def test_an_unsupported_gpu_falls_back_and_says_why(monkeypatch):
+def test_an_unsupported_gpu_falls_back_with_a_reason(monkeypatch):
     monkeypatch.delenv("GROK1_KERNELS", raising=False)
     old = mesh("gpu", capability="7.5")
     chosen = choose_kernels(RELEASE, old)
     assert chosen.kernels.backend == "xla"
-    assert chosen.fallback == "some gpu has compute capability 7.5 and they need 8.0 for bfloat16"
-    with pytest.raises(KernelsError, match=r"cannot be used, as some gpu has .* 7\.5 .*: use --kernels auto"):
+    assert chosen.fallback == "some gpu has compute capability 7.5, and 8.0 is needed for bfloat16"
+    with pytest.raises(KernelsError, match=r"not available: some gpu has .* 7\.5, .*; use --kernels auto"):
         choose_kernels(RELEASE, old, "native")
 
 
 @pytest.mark.usefixtures("gpu_runs")
-def test_stacks_that_pallas_counts_wrongly_in_fall_back():
-    # One GPU's experts of 2 layers are 3.2 GB: beyond 31 bits, and not beyond the 32 from which it counts with 64.
+def test_stacks_that_pallas_cannot_address_fall_back():
+    # On one GPU, the experts of 2 layers take 3.2 GB: too much for 31-bit offsets, too little for 64-bit ones.
     config = dataclasses.replace(RELEASE, num_layers=2)
     chosen = choose_kernels(config, mesh("gpu", 1))
     assert chosen.kernels.backend == "xla"
@@ -74,25 +74,25 @@ def test_stacks_that_pallas_counts_wrongly_in_fall_back():
     assert choose_kernels(dataclasses.replace(RELEASE, num_layers=3), mesh("gpu", 1)).kernels.backend == "gpu"
 
 
-def test_unknown_platforms_have_none(monkeypatch):
+def test_unknown_platforms_have_no_kernels(monkeypatch):
     monkeypatch.delenv("GROK1_KERNELS", raising=False)
-    assert kernels_in_use(mesh("abacus").devices[0, 0]).fallback == "there are none for devices of the platform abacus"
+    assert kernels_in_use(mesh("abacus").devices[0, 0]).fallback == "there are none for the platform abacus"
 
 
-def test_kernels_are_tried_before_they_are_trusted(monkeypatch):
-    device = jax.devices()[0]  # which interprets them
+def test_kernels_are_tested_before_use(monkeypatch):
+    device = jax.devices()[0]  # interprets them
     assert gpu.why_not.__wrapped__(device) is None
     right = gpu.multiply
     monkeypatch.setattr(gpu, "multiply", lambda *arguments: [1.1 * product for product in right(*arguments)])
-    assert gpu.why_not.__wrapped__(device) == "cpu computes them wrongly, by 1.0e-01 of the whole"
+    assert gpu.why_not.__wrapped__(device) == "they give wrong results on cpu (relative error 1.0e-01)"
 
     def fail(*arguments):
         raise RuntimeError("no such instruction.\nand more")
 
     monkeypatch.setattr(gpu, "multiply", fail)
-    assert gpu.why_not.__wrapped__(device) == "cpu does not run them (no such instruction)"
+    assert gpu.why_not.__wrapped__(device) == "they fail on cpu (no such instruction)"
     monkeypatch.setattr(gpu, "multiply", lambda *arguments: [jnp.full_like(right(*arguments)[0], jnp.nan)])
-    assert "wrongly" in gpu.why_not.__wrapped__(device)
+    assert "wrong results" in gpu.why_not.__wrapped__(device)
 
 
 @pytest.mark.parametrize(

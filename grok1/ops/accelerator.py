@@ -1,4 +1,4 @@
-"""What the kernels of GPUs and TPUs have in common: products of blocks of rows, each block with one matrix."""
+"""Base of the GPU and TPU kernels: products of blocks of rows, each block with one matrix."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from grok1.ops.experts import ExpertBlocks, gated
 from grok1.ops.xla.kernels import Kernels
 from grok1.params.weights import QuantizedMatrix
 
-# An accelerator's smallest product has this many rows, so that fewer take as long for one expert as for another.
+# Rows of an accelerator's smallest product: with fewer rows, a product takes the same time.
 _FEW_ROWS = 16
 
 
 class AcceleratorKernels(Kernels):
-    """Operations composed of `block_products`, which a platform provides."""
+    """Kernels that are composed of `block_products`, which a platform provides."""
 
     def block_products(
         self,
@@ -26,14 +26,14 @@ class AcceleratorKernels(Kernels):
         expert: jax.Array,
         active: jax.Array,
     ) -> list[jax.Array]:
-        """Blocks of rows times the matrices of their experts.
+        """Multiply blocks of rows by the matrices of their experts.
 
         Args:
             x: float `[blocks, rows, K]`, or `[1, rows, K]` for rows that are shared by all blocks.
             weights: stacks `[layers, experts, K, N]`, each with its own N.
-            layer: which layer; may be traced.
+            layer: index of the layer; may be traced.
             expert: int32 `[blocks]`, the expert of each block.
-            active: bool `[blocks]`; the results of other blocks are undefined.
+            active: bool `[blocks]`; results of inactive blocks are undefined.
 
         Returns:
             float32 `[blocks, rows, N]` for each stack.
@@ -75,14 +75,14 @@ class AcceleratorKernels(Kernels):
     ) -> jax.Array:
         if x.shape[0] > _FEW_ROWS:
             return super().gated_experts(x, gate, value, project, layer, experts, factors)
-        # All rows through every expert that one of them selects, so that no row is moved.
+        # Computes all rows for each selected expert, so that no row is moved.
         self.check_layout(gate, value, project)
         num_experts = gate.shape[1]
         sent = experts < num_experts
-        if experts.size <= num_experts:  # a block for each choice
+        if experts.size <= num_experts:  # one block per selection
             expert, active = jnp.minimum(experts, num_experts - 1).reshape(-1), sent.reshape(-1)
             own = jnp.arange(experts.size)[:, None, None] == jnp.arange(experts.size).reshape(experts.shape)
-        else:  # a block for each expert
+        else:  # one block per expert
             expert = jnp.arange(num_experts, dtype=jnp.int32)
             own = expert[:, None, None] == experts
             active = jnp.any(own, axis=(1, 2))

@@ -1,4 +1,4 @@
-"""Causal attention over a key/value cache, with the release's cap on the logits."""
+"""Reference implementation of causal attention over a KV cache, with capped logits as in the release."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def reference_attention(
     multiplier: float,
     cap: float,
 ) -> jax.Array:
-    """What `Kernels.attention` computes, with all logits and the mask materialized."""
+    """Compute `Kernels.attention` with all logits and the mask materialized."""
     heads, kv_heads, max_seq_len = query.shape[2], keys.shape[2], keys.shape[3]
     rows = jnp.arange(query.shape[0]) if slots is None else slots
     spread = [jnp.repeat(cache[layer][rows], heads // kv_heads, axis=1).astype(jnp.float32) for cache in (keys, values)]
@@ -25,5 +25,5 @@ def reference_attention(
     logits = cap * jnp.tanh(logits * multiplier / cap)
     mask = (jnp.arange(max_seq_len) <= positions[..., None])[:, None]
     weights = jax.nn.softmax(jnp.where(mask, logits, -jnp.inf), axis=-1)
-    weights = jnp.where(mask, weights, 0.0)  # padding sees nothing, where softmax is 0/0
+    weights = jnp.where(mask, weights, 0.0)  # padding attends to nothing; softmax gives 0/0
     return jnp.einsum("bhqs,bhsd->bqhd", weights, spread[1], precision="highest")

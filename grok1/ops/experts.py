@@ -1,7 +1,7 @@
-"""The expert layer: each row through the gated linear units of the experts that it was sent to.
+"""The expert layer: gated linear units of the experts that the router selected for each row.
 
-To multiply many rows, they are sorted by expert and cut into blocks of one expert each, so that a weight is read once a
-block, no row is dropped and no row is computed for an expert that it was not sent to.
+Many rows are sorted by expert and cut into blocks of one expert each. A weight is read once per block, no row is
+dropped, and no row is computed for an expert that was not selected for it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from grok1.params.weights import QuantizedMatrix
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ExpertBlocks:
-    """Rows in blocks, each block of one expert.
+    """Rows sorted into blocks of one expert each.
 
     Attributes:
-        slot: int32 `[rows]`, each row's index among the blocks' rows; `blocks * block_rows` for a row that goes to no
+        slot: int32 `[rows]`, index of each row among the rows of all blocks; `blocks * block_rows` for a row without
             expert.
-        expert: int32 `[blocks]`, each block's expert.
-        used: int32 scalar, the number of blocks that hold rows.
-        block_rows: rows of a block.
+        expert: int32 `[blocks]`, expert of each block.
+        used: int32 scalar, number of blocks that contain rows.
+        block_rows: number of rows per block.
     """
 
     slot: jax.Array
@@ -34,26 +34,26 @@ class ExpertBlocks:
 
     @property
     def num_slots(self) -> int:
-        """Rows of all blocks together, used or not."""
+        """Total number of rows in all blocks, used or not."""
         return int(self.expert.shape[0]) * self.block_rows
 
 
 def group_by_expert(expert: jax.Array, num_experts: int, block_rows: tuple[int, int]) -> ExpertBlocks:
-    """Sorts rows into blocks of one expert each, keeping the rows' order inside an expert.
+    """Sort rows into blocks of one expert each, preserving the order of an expert's rows.
 
     Args:
-        expert: int32 `[rows]`, each row's expert; `num_experts` sends a row nowhere.
+        expert: int32 `[rows]`, expert of each row; `num_experts` for none.
         num_experts: number of experts.
-        block_rows: rows of the smallest and of the largest block, powers of 2.
+        block_rows: minimum and maximum number of rows per block, powers of 2.
     """
     rows = expert.shape[0]
     size, most = block_rows
     while size < min(rows / num_experts, most):
         size *= 2
-    # Each expert fills its last block by itself, and no expert without rows has one.
+    # The last block of each expert may be partly filled; an expert without rows has none.
     blocks = min(rows, (rows + min(num_experts, rows) * (size - 1)) // size)
     one_hot = jax.nn.one_hot(expert, num_experts, dtype=jnp.int32)  # [rows, experts]
-    rank = jnp.cumsum(one_hot, axis=0) - one_hot  # of a row among those of each expert
+    rank = jnp.cumsum(one_hot, axis=0) - one_hot  # of each row among the rows of each expert
     blocks_of = -(-jnp.sum(one_hot, axis=0) // size)  # [experts]
     last_block = jnp.cumsum(blocks_of)
     first_slot = (last_block - blocks_of) * size
@@ -69,22 +69,22 @@ def group_by_expert(expert: jax.Array, num_experts: int, block_rows: tuple[int, 
 
 
 def scatter_rows(x: jax.Array, blocks: ExpertBlocks) -> jax.Array:
-    """Rows `[rows, K]` laid out in blocks, `[slots, K]`; slots without a row are 0."""
+    """Arrange rows `[rows, K]` in blocks `[slots, K]`; slots without a row are 0."""
     return jnp.zeros((blocks.num_slots, x.shape[1]), x.dtype).at[blocks.slot].set(x, mode="drop")
 
 
 def gather_rows(y: jax.Array, blocks: ExpertBlocks) -> jax.Array:
-    """Rows `[rows, N]` out of their blocks `[slots, N]`; rows that went to no expert are 0."""
+    """Collect rows `[rows, N]` from their blocks `[slots, N]`; rows without expert are 0."""
     return y.at[blocks.slot].get(mode="fill", fill_value=0)
 
 
 def gated(gates: jax.Array, values: jax.Array) -> jax.Array:
-    """`gelu(gates) * values`, with the tanh approximation of GELU."""
+    """Return `gelu(gates) * values`, with the tanh approximation of GELU."""
     return jax.nn.gelu(gates, approximate=True) * values
 
 
 def weighted_sum(outputs: jax.Array, factors: jax.Array) -> jax.Array:
-    """Outputs `[rows * selected, N]` times `factors` `[rows, selected]`, summed over a row's experts: `[rows, N]`."""
+    """Sum outputs `[rows * selected, N]` over experts, weighted by `factors` `[rows, selected]`: `[rows, N]`."""
     return jnp.sum(outputs.reshape(*factors.shape, -1) * factors[..., None], axis=1)
 
 
@@ -97,7 +97,7 @@ def reference_gated_experts(
     experts: jax.Array,
     factors: jax.Array,
 ) -> jax.Array:
-    """What `Kernels.gated_experts` computes, by all experts for every row; dequantizes the matrices."""
+    """Compute `Kernels.gated_experts` with dequantized matrices and all experts for every row."""
     gate_matrices, value_matrices, project_matrices = (
         weight.dequantize()[layer]
         for weight in (gate, value, project)  # [experts, K, N]

@@ -1,4 +1,4 @@
-"""Logits from the last activations and the embedding matrix."""
+"""Reference implementation of the output logits."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import jax.numpy as jnp
 
 
 def reference_logits(x: jax.Array, embeddings: jax.Array) -> jax.Array:
-    """`x @ embeddings.T` in float32.
+    """Return `x @ embeddings.T` in float32.
 
     Args:
-        x: float `[rows, emb]`, in the dtype of the embeddings.
+        x: float `[rows, emb]`, of the same dtype as the embeddings.
         embeddings: float `[vocab, emb]`.
 
     Returns:

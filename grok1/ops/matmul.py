@@ -1,4 +1,4 @@
-"""Activations times one quantized matrix out of a stack."""
+"""Reference implementation of products with a quantized matrix."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from grok1.params.weights import QuantizedMatrix
 
 
 def reference_matmul(x: jax.Array, weight: QuantizedMatrix, index: tuple[jax.Array | int, ...]) -> jax.Array:
-    """`x @ weight[index]` in float32; dequantizes the matrix.
+    """Return `x @ weight[index]` in float32, with a dequantized matrix.
 
     Args:
         x: float `[M, K]`.

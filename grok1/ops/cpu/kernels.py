@@ -1,4 +1,4 @@
-"""The kernels of CPUs."""
+"""CPU kernels."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from grok1.ops.xla.kernels import CPU_LIMITS, Kernels
 from grok1.params.table import parameter_table
 from grok1.params.weights import MAX_GROUP_ROWS, QuantizedMatrix
 
-_FEW_ROWS = 16  # up to which XLA, with one thread, takes longer to compute logits than to read the matrix
+_FEW_ROWS = 16  # up to this many, XLA, with one thread, is slower than memory in computing logits
 
 
 class CPUKernels(Kernels):
-    """The native kernels in `library`, which read matrices in panels."""
+    """The native kernels in `library`, which read packed matrices."""
 
     backend: ClassVar[str] = "cpu"
     set_threads = staticmethod(library.set_threads)
@@ -41,7 +41,7 @@ class CPUKernels(Kernels):
         rows = max(spec.shape[-2] // spec.groups for spec in parameter_table(config) if spec.groups)
         if rows <= MAX_GROUP_ROWS:
             return None
-        return f"a scale group has {rows:,} rows and they take {MAX_GROUP_ROWS:,} at most"
+        return f"a scale group has {rows:,} rows and they support at most {MAX_GROUP_ROWS:,}"
 
     def matmuls(
         self, x: jax.Array, weights: Sequence[QuantizedMatrix], index: tuple[jax.Array | int, ...]

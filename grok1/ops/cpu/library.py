@@ -1,4 +1,4 @@
-"""The native CPU kernels, which are built when the package is installed if a C++ compiler is available."""
+"""The native CPU kernels, compiled when the package is installed if a C++ compiler is available."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from grok1.params.weights import PANEL_COLUMNS, QuantizedMatrix, panels_shape
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
-"""Path of the library that the build compiles from `native/`."""
+"""Path of the library compiled from `native/`."""
 
 _TARGETS = {
     "grok1_multiply": "Grok1Multiply",
@@ -66,7 +66,7 @@ def _library() -> ctypes.CDLL:
 
 @functools.cache
 def kernel_names() -> tuple[str, ...]:
-    """Names of the kernels that this processor can run, fastest first; empty if they cannot be used."""
+    """Return the names of the kernels that this processor can run, fastest first; empty if they cannot be used."""
     if why_not() is not None:
         return ()
     names: list[str] = []
@@ -76,7 +76,7 @@ def kernel_names() -> tuple[str, ...]:
 
 
 def kernel_name() -> str | None:
-    """Name of the kernels that run on this processor by default; None if they cannot be used."""
+    """Return the name of the kernels used by default on this processor, or None if they cannot be used."""
     return kernel_names()[0] if kernel_names() else None
 
 
@@ -86,13 +86,13 @@ def _kernel(target: str, result: jax.ShapeDtypeStruct) -> Callable[..., jax.Arra
 
 
 def set_threads(count: int) -> None:
-    """Sets the number of threads of the kernels, over all devices of the process."""
+    """Set the number of threads of the kernels, for all devices of the process."""
     if why_not() is None:
         _library().Grok1SetThreads(count)
 
 
 def read(memory: np.ndarray) -> int:
-    """Reads an array of 256 bytes or a multiple with all threads, as fast as memory allows."""
+    """Read an array of a multiple of 256 bytes with all threads, to measure memory bandwidth."""
     library = _library()
     if not memory.flags.c_contiguous or memory.nbytes % 256:
         raise ValueError(f"cannot read an array of {memory.nbytes:,} bytes, expected contiguous multiples of 256")
@@ -102,15 +102,15 @@ def read(memory: np.ndarray) -> int:
 def pack_box(
     box: np.ndarray, packed: np.ndarray, first_row: int, first_column: int, groups: int, group_rows: int
 ) -> None:
-    """Writes a box of a matrix into panels. Threads may write boxes that do not overlap at the same time.
+    """Write a box of a matrix into panels. Threads may write disjoint boxes at the same time.
 
     Args:
-        box: int8 `[rows, columns]`, its rows contiguous.
-        packed: uint8, the panels of one whole matrix, C order.
-        first_row: row of the matrix where the box begins.
-        first_column: column of the matrix where the box begins.
+        box: int8 `[rows, columns]`, with contiguous rows.
+        packed: uint8, the panels of one entire matrix, C-contiguous.
+        first_row: row of the matrix at which the box starts.
+        first_column: column of the matrix at which the box starts.
         groups: number of scale groups of the matrix.
-        group_rows: rows of each.
+        group_rows: rows per group.
     """
     library = _library()
     rows, columns = box.shape
@@ -118,23 +118,23 @@ def pack_box(
     inside = 0 <= first_row <= groups * group_rows - rows and 0 <= first_column <= most_columns - columns
     whole = packed.shape == panels_shape((groups * group_rows, most_columns), groups) and packed.flags.c_contiguous
     if not inside or not whole or box.strides[1] != 1:
-        raise ValueError(f"a box of {box.shape} at {first_row}, {first_column} does not go into panels {packed.shape}")
+        raise ValueError(f"a box of {box.shape} at {first_row}, {first_column} does not fit panels of {packed.shape}")
     library.Grok1Pack(
         box.ctypes.data, box.strides[0], first_row, rows, first_column, columns, packed.ctypes.data, groups, group_rows
     )
 
 
 def multiply(x: jax.Array, weight: QuantizedMatrix, index: jax.Array, kernels: str = "") -> jax.Array:
-    """Rows of `x` times matrices out of a stack.
+    """Multiply rows of `x` by matrices of a stack.
 
-    Each matrix is read once for all its rows. A row's result does not depend on the other rows.
+    Each matrix is read once for all its rows. The result of a row does not depend on the other rows.
 
     Args:
         x: float `[M, K]`.
         weight: a stack `[..., K, N]` in panels.
-        index: int32 `[R]`, R a multiple of M: for each row of the result its matrix in the stack, as an index
-            flattened over all leading axes; negative gives 0. Row r multiplies row `r // (R // M)` of `x`.
-        kernels: one of `kernel_names()`; by default the fastest.
+        index: int32 `[R]`, R a multiple of M: for each row of the result, the index of its matrix, flattened over all
+            leading axes; a negative index gives zeros. Row r is the product of row `r // (R // M)` of `x`.
+        kernels: one of `kernel_names()`; the fastest by default.
 
     Returns:
         float32 `[R, N]`.
@@ -153,9 +153,9 @@ def multiply(x: jax.Array, weight: QuantizedMatrix, index: jax.Array, kernels: s
 def multiply_gated(
     x: jax.Array, gate: QuantizedMatrix, value: QuantizedMatrix, index: jax.Array, kernels: str = ""
 ) -> jax.Array:
-    """`gelu(x @ gate) * (x @ value)`, with the tanh approximation of GELU; both stacks of one shape.
+    """Return `gelu(x @ gate) * (x @ value)`, with the tanh approximation of GELU and stacks of equal shape.
 
-    Arguments and result are otherwise as in `multiply`.
+    Arguments and result are otherwise those of `multiply`.
     """
     product = _kernel("grok1_gated", jax.ShapeDtypeStruct((*index.shape, gate.shape[-1]), jnp.float32))
     return product(
@@ -171,12 +171,12 @@ def multiply_gated(
 
 
 def multiply_transposed(x: jax.Array, table: jax.Array, kernels: str = "") -> jax.Array:
-    """`x @ table.T` for few rows: the table is read once. A row's result does not depend on the other rows.
+    """Return `x @ table.T` for few rows, reading the table once. The result of a row does not depend on the others.
 
     Args:
         x: float `[M, K]`.
         table: float32 or bfloat16 `[N, K]`.
-        kernels: one of `kernel_names()`; by default the fastest.
+        kernels: one of `kernel_names()`; the fastest by default.
 
     Returns:
         float32 `[M, N]`.
@@ -197,7 +197,7 @@ def attention(
     cap: float,
     kernels: str = "",
 ) -> jax.Array:
-    """As `grok1.ops.xla.attention.attend`, for a float32 or bfloat16 cache."""
+    """Compute `grok1.ops.xla.attention.attend`, for a float32 or bfloat16 cache."""
     rows = jnp.arange(query.shape[0]) if slots is None else slots
     attend = _kernel("grok1_attention", jax.ShapeDtypeStruct(query.shape, jnp.float32))
     return attend(
@@ -215,12 +215,12 @@ def attention(
 
 def _group_rows(weight: QuantizedMatrix) -> np.int64:
     if weight.layout is None:
-        raise TypeError("the CPU kernels multiply matrices in panels, and these are in the release's order")
+        raise TypeError("the CPU kernels need packed matrices")
     return np.int64(weight.layout.group_rows)
 
 
 def index_in_stack(weight: QuantizedMatrix, index: tuple[jax.Array | int, ...]) -> jax.Array:
-    """The index of a matrix in a stack, flattened over all leading axes, from its index on each of them."""
+    """Flatten the index of a matrix over all leading axes of its stack."""
     flat = jnp.zeros((), jnp.int32)
     for size, axis in zip(weight.shape, index, strict=False):
         flat = flat * size + axis

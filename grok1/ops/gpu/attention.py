@@ -1,4 +1,4 @@
-"""Attention on GPUs: a Pallas program that Triton compiles. On a CPU it is interpreted, which is for tests."""
+"""Attention on GPUs: a Pallas kernel compiled by Triton. On CPUs it is interpreted, for tests."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from grok1.ops.gpu.tiles import (
-    ENOUGH_PROGRAMS,
-    LEAST_ROWS,
+    MIN_PROGRAMS,
+    MIN_ROWS,
     dot,
     launch,
     leading,
@@ -23,9 +23,9 @@ from grok1.ops.gpu.tiles import (
     within_slice,
 )
 
-_DECODE_BLOCK = 64  # cache positions that one turn of the attention loop reads
-_LEAST_SPLIT = 256  # cache positions that a program reads at least, where a context is divided over several
-_MOST_SPLITS = 16
+_DECODE_BLOCK = 64  # cache positions per iteration
+_MIN_SPLIT = 256  # minimum number of cache positions per program, if several share a context
+_MAX_SPLITS = 16
 _QUERY_ROWS = 64
 
 
@@ -40,20 +40,20 @@ def attend(
     multiplier: float,
     cap: float,
 ) -> jax.Array:
-    """As `grok1.ops.xla.attention.attend` describes.
+    """Compute `grok1.ops.xla.attention.attend`.
 
-    As capped logits need no maximum, programs that read different parts of a context just add their sums.
+    Capped logits need no maximum, so that the sums of programs that read different parts of a context are simply added.
     """
     batch, seq, heads, size = query.shape
     kv_heads, max_seq_len = keys.shape[2], keys.shape[3]
     count = heads // kv_heads * seq
-    rows = min(_QUERY_ROWS, max(LEAST_ROWS, pl.next_power_of_2(count)))
+    rows = min(_QUERY_ROWS, max(MIN_ROWS, pl.next_power_of_2(count)))
     grouped = query.reshape(batch, seq, kv_heads, heads // kv_heads, size).transpose(0, 2, 3, 1, 4)
     grouped = grouped.reshape(batch, kv_heads, count, size).astype(keys.dtype)
     of_rows = positions if seq == 1 else jnp.tile(positions, (1, heads // kv_heads))
     programs = batch * kv_heads * pl.cdiv(count, rows)
     splits = 1
-    while splits < _MOST_SPLITS and 2 * splits * _LEAST_SPLIT <= max_seq_len and programs * splits < ENOUGH_PROGRAMS:
+    while splits < _MAX_SPLITS and 2 * splits * _MIN_SPLIT <= max_seq_len and programs * splits < MIN_PROGRAMS:
         splits *= 2
     kernel = functools.partial(
         _attention_kernel, rows=rows, splits=splits, multiplier=multiplier, cap=cap, kv_heads=kv_heads
@@ -77,7 +77,7 @@ def attend(
         values,
     )
     weighted, mass = jnp.sum(weighted, axis=0), jnp.sum(mass, axis=0)
-    output = weighted / jnp.where(mass > 0, mass, 1.0)[..., None]  # padding sees nothing
+    output = weighted / jnp.where(mass > 0, mass, 1.0)[..., None]  # padding attends to nothing
     output = output.reshape(batch, kv_heads, heads // kv_heads, seq, size)
     return output.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, size)
 
@@ -98,9 +98,9 @@ def _attention_kernel(
     cap: float,
     kv_heads: int,
 ) -> None:
-    """Some query rows of one key/value head, and every `splits`th block of the positions that they see."""
+    """Attend with some query rows of one key/value head to every `splits`-th block of visible positions."""
     count, size, max_seq_len = query.shape[2], query.shape[3], keys.shape[3]
-    width = max(LEAST_ROWS, pl.next_power_of_2(size))
+    width = max(MIN_ROWS, pl.next_power_of_2(size))
     batch, head, split = pl.program_id(1) // kv_heads, pl.program_id(1) % kv_heads, pl.program_id(2)
     of_program = pl.ds(pl.program_id(0) * rows, rows)
     across = leading(width, split)
@@ -112,7 +112,7 @@ def _attention_kernel(
     if present is not None:
         own = jnp.where(present, own, -1)
     inputs = load(query.at[batch, head, of_program, across], mask_of((rows, width), present, inside))
-    blocks = (jnp.max(own) + _DECODE_BLOCK) // _DECODE_BLOCK  # up to the furthest row's own position
+    blocks = (jnp.max(own) + _DECODE_BLOCK) // _DECODE_BLOCK  # up to the largest position of a row
     place = layer[0], slots[batch], head
 
     def add(i: Any, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""Matrix products on GPUs: a Pallas program that Triton compiles. On a CPU it is interpreted, which is for tests."""
+"""Matrix products on GPUs: a Pallas kernel compiled by Triton. On CPUs it is interpreted, for tests."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from grok1.ops.gpu.tiles import (
-    ENOUGH_PROGRAMS,
-    LEAST_ROWS,
+    MIN_PROGRAMS,
+    MIN_ROWS,
     dot,
     launch,
     leading,
@@ -26,22 +26,22 @@ from grok1.ops.gpu.tiles import (
 )
 from grok1.params.weights import QuantizedMatrix
 
-MOST_ROWS = 128
-"""Rows of a block up to which the tiles of a product stay in registers."""
+MAX_ROWS = 128
+"""Maximum number of rows per block, for which the tiles of a product fit in registers."""
 
-_LEAST_PART = 512  # rows of a matrix that a program reads at least, where its result is summed with others'
+_MIN_PART = 512  # minimum number of rows of a matrix per program, if several share a product
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tiles:
-    """How a product is divided.
+    """Sizes of the tiles of a product.
 
     Attributes:
-        rows: of a block, a power of 2.
-        columns: that a program computes.
-        inner: rows of a matrix that it reads at a time.
-        warps: of a program.
-        stages: how many tiles are on their way to it at a time.
+        rows: rows per block, a power of 2.
+        columns: columns per program.
+        inner: rows of a matrix per iteration.
+        warps: warps per program.
+        stages: tiles that are loaded in advance.
     """
 
     rows: int
@@ -59,15 +59,15 @@ def _tiles(rows: int) -> _Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """How the rows of a matrix are divided over programs, whose results are summed.
+    """Division of the rows of a matrix among programs whose results are summed.
 
-    A part lies in one scale group, or is several groups.
+    A part consists of one or more entire scale groups, or is a fraction of one.
 
     Attributes:
-        groups: scale groups of the matrix.
-        group_rows: rows of each.
-        groups_of_part: as many groups are a part, if no group is divided.
-        cuts: into so many parts is a group divided.
+        groups: number of scale groups of the matrix.
+        group_rows: rows per group.
+        groups_of_part: groups per part; 1 if groups are divided.
+        cuts: parts per group; 1 if groups are not divided.
     """
 
     groups: int
@@ -77,19 +77,19 @@ class _Parts:
 
     @property
     def count(self) -> int:
-        """How many parts there are."""
+        """Number of parts."""
         return self.groups // self.groups_of_part * self.cuts
 
     @property
     def rows(self) -> int:
-        """Rows of a part that lie in one group."""
+        """Rows per part within one group."""
         return -(-self.group_rows // self.cuts)
 
     @classmethod
     def choose(cls, inner: int, groups: int, programs: int) -> _Parts:
-        """The fewest parts that make enough programs, where `programs` compute the columns of one part."""
+        """Choose the smallest number of parts that gives enough programs; `programs` of them compute one part."""
         of_part, cuts, rows = groups, 1, inner // groups
-        while programs * (groups // of_part) * cuts < ENOUGH_PROGRAMS and of_part * rows > cuts * 2 * _LEAST_PART:
+        while programs * (groups // of_part) * cuts < MIN_PROGRAMS and of_part * rows > cuts * 2 * _MIN_PART:
             if of_part > 1:
                 of_part = next(size for size in range(of_part - 1, 0, -1) if groups % size == 0)
             else:
@@ -104,25 +104,25 @@ def multiply(
     expert: jax.Array,
     active: jax.Array,
 ) -> list[jax.Array]:
-    """Blocks of rows times the matrices of their experts, for several stacks at once.
+    """Multiply blocks of rows by the matrices of their experts, for several stacks at once.
 
-    int8 weights go from memory to the matrix units without a copy between; sums are float32.
+    int8 weights are converted in registers; sums are float32.
 
     Args:
-        x: float `[blocks, rows, K]`, or `[1, rows, K]` for rows that are those of every block; `MOST_ROWS` at most.
+        x: float `[blocks, rows, K]`, or `[1, rows, K]` for rows shared by all blocks; at most `MAX_ROWS` rows.
         weights: stacks `[layers, experts, K, N]`, each with its own N.
-        layer: which layer; may be traced.
+        layer: index of the layer; may be traced.
         expert: int32 `[blocks]`, the expert of each block.
-        active: bool `[blocks]`; nothing is read or computed for the other blocks, whose results mean nothing.
+        active: bool `[blocks]`; nothing is read or computed for inactive blocks, whose results are undefined.
 
     Returns:
         float32 `[blocks, rows, N]` for each stack.
     """
     blocks, rows = expert.shape[0], x.shape[1]
-    tiles = _tiles(max(LEAST_ROWS, pl.next_power_of_2(rows)))
+    tiles = _tiles(max(MIN_ROWS, pl.next_power_of_2(rows)))
     groups = weights[0].groups
     if any(weight.groups != groups for weight in weights):
-        raise ValueError("stacks with different numbers of scale groups are to be multiplied at once")
+        raise ValueError("stacks multiplied together must have the same number of scale groups")
     tile_counts = [pl.cdiv(weight.shape[-1], tiles.columns) for weight in weights]
     parts = _Parts.choose(x.shape[2], groups, blocks * sum(tile_counts))
     kernel = functools.partial(_multiply_kernel, tiles=tiles, parts=parts, tile_counts=tile_counts)
@@ -146,7 +146,7 @@ def multiply(
 def _multiply_kernel(
     layer: Any, expert: Any, active: Any, x: Any, *arrays: Any, tiles: _Tiles, parts: _Parts, tile_counts: list[int]
 ) -> None:
-    """A block of rows, a tile of columns of one of the stacks, and a part of the matrix's rows."""
+    """Multiply a block of rows by a tile of columns of one of the stacks, over a part of the matrix's rows."""
     sums = arrays[-len(tile_counts) :]
     block, tile, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     first_tile = 0
@@ -169,16 +169,16 @@ def _multiply_kernel(
 def _tile_product(
     x: Any, weight: Any, scales: Any, place: tuple, block: Any, tile: Any, part: Any, tiles: _Tiles, parts: _Parts
 ) -> jax.Array:
-    """float32 `[rows, columns]`, the sum over one part."""
+    """Return the product over one part, float32 `[rows, columns]`."""
     columns = pl.ds(tile * tiles.columns, tiles.columns)
     inside = within_slice(columns, weight.shape[-1])
     present = within(0, tiles.rows, x.shape[1])
     first_rows = leading(tiles.rows, block)
-    own = jnp.minimum(block, x.shape[0] - 1)  # the rows of all blocks may be the same
+    own = jnp.minimum(block, x.shape[0] - 1)  # 0 if all blocks share the rows
     ragged = parts.group_rows % (parts.cuts * tiles.inner) != 0
 
     def of_group(group: Any) -> jax.Array:
-        """The sum over what of a scale group belongs to the part."""
+        """Return the product over the rows of a scale group that belong to the part."""
         start = group * parts.group_rows + part % parts.cuts * parts.rows
         end = jnp.minimum(start + parts.rows, (group + 1) * parts.group_rows)
 

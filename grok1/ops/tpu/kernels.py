@@ -1,4 +1,4 @@
-"""The kernels of TPUs."""
+"""TPU kernels."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from grok1.ops.accelerator import AcceleratorKernels
-from grok1.ops.tpu.matmul import LEAST_ROWS, MOST_ROWS, can_multiply, multiply
+from grok1.ops.tpu.matmul import MAX_ROWS, MIN_ROWS, can_multiply, multiply
 from grok1.ops.xla import matmul as xla
 from grok1.params.weights import QuantizedMatrix
 
 
 class TPUKernels(AcceleratorKernels):
-    """Mosaic kernels for matrices in whole tiles; everything else is left to XLA."""
+    """Mosaic kernels for matrices that divide into tiles; XLA computes everything else."""
 
     backend: ClassVar[str] = "tpu"
-    block_rows: ClassVar[tuple[int, int]] = LEAST_ROWS, MOST_ROWS
-    # The compiler would choose another layout for what is written, and copy the whole cache into it and back.
+    block_rows: ClassVar[tuple[int, int]] = MIN_ROWS, MAX_ROWS
+    # The compiler would choose another layout for writing, and copy the entire cache to it and back.
     keeps_cache_layout: ClassVar[bool] = True
 
     @property

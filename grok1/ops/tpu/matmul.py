@@ -1,7 +1,4 @@
-"""Matrix products on TPUs: a Pallas program that Mosaic compiles.
-
-On a CPU it is interpreted, which is for tests.
-"""
+"""Matrix products on TPUs: a Pallas kernel compiled by Mosaic. On CPUs it is interpreted, for tests."""
 
 from __future__ import annotations
 
@@ -16,53 +13,53 @@ from jax.experimental import pallas as pl
 
 from grok1.params.weights import QuantizedMatrix
 
-LEAST_ROWS = 16
-"""Rows of bfloat16 in a tile of memory; fewer are padded."""
+MIN_ROWS = 16
+"""Rows of bfloat16 in a memory tile; fewer rows are padded."""
 
-MOST_ROWS = 256
-"""Rows of a block, which stay in the vector memory while its columns are computed."""
+MAX_ROWS = 256
+"""Maximum number of rows per block, which stay in vector memory while its columns are computed."""
 
 _LANES = 128
-_SCALE_ROWS = 16  # of bfloat16 in a tile of memory
-_TILE_BYTES = 1 << 21  # of a matrix that are read at a time, so that reading hides the start of a step
-_MOST_INNER = 2048
-_MOST_COLUMNS = 2048
+_SCALE_ROWS = 16  # of bfloat16 in a memory tile
+_TILE_BYTES = 1 << 21  # of a matrix per iteration: large enough to hide the start of an iteration
+_MAX_INNER = 2048
+_MAX_COLUMNS = 2048
 
 
 def can_multiply(weight: QuantizedMatrix) -> bool:
-    """Whether a stack's matrices divide into whole tiles."""
+    """Return whether the matrices of a stack divide into tiles."""
     return _tile(weight.shape, weight.groups) is not None
 
 
 def _tile(shape: tuple[int, ...], groups: int) -> tuple[int, int] | None:
-    """Rows and columns of a matrix that are read at a time, inside one scale group; None if there is no such tile."""
+    """Return rows and columns of a tile within one scale group, or None if the matrix does not divide into tiles."""
     *_, inner, columns = shape
     group_rows = inner // groups
     if group_rows % _LANES or columns % _LANES:
         return None
-    wide = _largest_divisor(columns, _MOST_COLUMNS)
-    return _largest_divisor(group_rows, min(_MOST_INNER, max(_LANES, _TILE_BYTES // wide))), wide
+    wide = _largest_divisor(columns, _MAX_COLUMNS)
+    return _largest_divisor(group_rows, min(_MAX_INNER, max(_LANES, _TILE_BYTES // wide))), wide
 
 
-def _largest_divisor(size: int, most: int) -> int:
-    """The largest divisor of a multiple of the lanes that is such a multiple too, and `most` or less."""
+def _largest_divisor(size: int, limit: int) -> int:
+    """Return the largest divisor of `size` that is a multiple of the lanes and at most `limit`."""
     units = size // _LANES
-    return _LANES * next(count for count in range(min(units, most // _LANES), 0, -1) if units % count == 0)
+    return _LANES * next(count for count in range(min(units, limit // _LANES), 0, -1) if units % count == 0)
 
 
 def multiply(
     x: jax.Array, weight: QuantizedMatrix, layer: jax.Array | int, expert: jax.Array, active: jax.Array
 ) -> jax.Array:
-    """Blocks of rows times the matrices of their experts.
+    """Multiply blocks of rows by the matrices of their experts.
 
-    Tiles of int8 are on their way from memory while the one before them is multiplied; sums are float32.
+    The next int8 tile is loaded while the current one is multiplied; sums are float32.
 
     Args:
-        x: float `[blocks, rows, K]`, or `[1, rows, K]` for rows that are those of every block; `MOST_ROWS` at most.
+        x: float `[blocks, rows, K]`, or `[1, rows, K]` for rows shared by all blocks; at most `MAX_ROWS` rows.
         weight: a stack `[layers, experts, K, N]` for which `can_multiply` holds.
-        layer: which layer; may be traced.
+        layer: index of the layer; may be traced.
         expert: int32 `[blocks]`, the expert of each block.
-        active: bool `[blocks]`; nothing is read or computed for the other blocks, whose results mean nothing.
+        active: bool `[blocks]`; nothing is read or computed for inactive blocks, whose results are undefined.
 
     Returns:
         float32 `[blocks, rows, N]`.
@@ -76,7 +73,7 @@ def multiply(
     blocks, rows, shared = expert.shape[0], x.shape[1], x.shape[0] == 1
     parts, strips = weight.shape[-2] // inner, weight.shape[-1] // columns
 
-    # An idle block has at hand what the last active one had at its end, so that nothing is read for it.
+    # An inactive block uses the last tiles of the active block before it, so that nothing is read for it.
     order = jnp.arange(blocks)
     held = jnp.max(jnp.where(active[None, :] & (order[None, :] <= order[:, None]), order[None, :], 0), axis=1)
 
@@ -93,14 +90,14 @@ def multiply(
         *_, part, strip = of_weight(block, strip, part, layer, expert, held, active)
         return scale_row(layer[0], expert[held[block]], part) // scale_rows, strip
 
-    # One row of scales belongs to a tile; as a matrix, the stack of them needs no other layout than it has.
+    # A tile has one row of scales. Viewed as a matrix, their stack keeps its layout.
     scales = weight.scales.reshape(-1, weight.shape[-1])
     scale_rows = min(_SCALE_ROWS, scales.shape[0])
     scale_row = functools.partial(
         _scale_row, experts=weight.shape[-3], groups=weight.groups, parts_of_group=parts // weight.groups
     )
 
-    # A block's result stays at hand until its last part is added; an idle one writes into its own place.
+    # The result of a block stays in vector memory until its last part is added; an inactive one writes its own result.
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=4,
         grid=(blocks, strips, parts),
@@ -116,7 +113,7 @@ def multiply(
         "out_shape": jax.ShapeDtypeStruct((blocks, rows, weight.shape[-1]), jnp.float32),
         "grid_spec": grid,
         "name": "grok1_multiply",
-        # What the compiler is told of its time: as if all blocks were active.
+        # Estimated as if all blocks were active.
         "cost_estimate": pl.CostEstimate(
             flops=2 * blocks * rows * weight.shape[-2] * weight.shape[-1],
             bytes_accessed=blocks * weight.shape[-2] * weight.shape[-1],
@@ -134,7 +131,7 @@ def multiply(
 
 
 def _scale_row(layer: Any, expert: Any, part: Any, *, experts: int, groups: int, parts_of_group: int) -> Any:
-    """Where a part's scales are in the stack of all."""
+    """Return the row of a part's scales in the stack of all scales."""
     return (layer * experts + expert) * groups + part // parts_of_group
 
 
@@ -150,7 +147,7 @@ def _multiply_kernel(
     *,
     scale_row: Callable[..., Any],
 ) -> None:
-    """A part of a matrix's rows and a strip of its columns, added to what the parts before gave."""
+    """Add the product over a part of a matrix's rows, for a strip of its columns, to that of the previous parts."""
     block, part = pl.program_id(0), pl.program_id(2)
 
     @pl.when(active[block] != 0)

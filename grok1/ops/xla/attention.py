@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_BLOCK = 256  # cache positions that one turn of the loop reads
+_BLOCK = 256  # cache positions per iteration
 
 
 def attend(
@@ -20,19 +20,19 @@ def attend(
     multiplier: float,
     cap: float,
 ) -> jax.Array:
-    """Attention of each query to the cached positions up to its own, with logits `cap * tanh(q.k * m / cap)`.
+    """Attend to the cached positions up to that of each query, with logits `cap * tanh(q.k * m / cap)`.
 
-    Capped logits need no maximum before they are exponentiated, so that blocks are summed as they come; only blocks
-    with a visible position are read.
+    Capped logits can be exponentiated without subtracting their maximum, so that sums over blocks are simply added.
+    Only blocks with a visible position are read.
 
     Args:
         query: float `[batch, seq, heads, key]`; head h reads key/value head `h * kv_heads // heads`.
         keys: a stack of caches `[layers, sequences, kv_heads, max_seq_len, key]`.
         values: the same for values.
-        layer: the layer's index in the stack; may be traced.
-        positions: int32 `[batch, seq]`, each query's position; negative for a query that is padding.
-        slots: int32 `[batch]`, the sequence of the cache that each row attends to; by default one after the other.
-        multiplier: factor m on the products of queries and keys.
+        layer: index of the layer; may be traced.
+        positions: int32 `[batch, seq]`, position of each query; negative for padding.
+        slots: int32 `[batch]`, index in the cache of the sequence that each row attends to; by default 0, 1, 2, ….
+        multiplier: factor m of the products of queries and keys.
         cap: bound of the logits.
 
     Returns:
@@ -55,7 +55,7 @@ def attend(
 
     def add_block(i: jax.Array, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         weighted, mass = totals
-        start = jnp.minimum(i * block, max_seq_len - block)  # the last block may reach back over the one before
+        start = jnp.minimum(i * block, max_seq_len - block)  # the last block may overlap the one before
         key_positions = start + jnp.arange(block)
         logits = jnp.einsum("bkqd,bksd->bkqs", grouped, slice_block(keys, start), preferred_element_type=jnp.float32)
         logits = cap * jnp.tanh(logits * (multiplier / cap))
@@ -70,8 +70,8 @@ def attend(
         return weighted, mass + jnp.sum(weights, axis=-1)
 
     zeros = jnp.zeros(grouped.shape, jnp.float32)
-    blocks = (jnp.max(positions) + block) // block  # up to the furthest query's own position
+    blocks = (jnp.max(positions) + block) // block  # up to the largest position of a query
     weighted, mass = lax.fori_loop(0, blocks, add_block, (zeros, zeros[..., 0]))
-    output = weighted / jnp.where(mass > 0, mass, 1.0)[..., None]  # padding sees nothing
+    output = weighted / jnp.where(mass > 0, mass, 1.0)[..., None]  # padding attends to nothing
     output = output.reshape(batch, kv_heads, heads // kv_heads, seq, size)
     return output.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, size)

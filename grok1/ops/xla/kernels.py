@@ -1,4 +1,4 @@
-"""The operations of the network in plain JAX, and the interface that the kernels of each platform implement."""
+"""The network's operations in plain JAX, which are also the interface of each platform's kernels."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from grok1.params.weights import QuantizedMatrix
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """The operations in which the network spends its time, and the limits of steps composed of them.
+    """The operations that take most of a model's time, and the limits of the steps that use them.
 
-    This class compiles plain JAX by XLA and runs on every platform; the kernels of a platform override its methods.
-    `reference_*` functions beside this package define what each operation computes.
+    This class is plain JAX compiled by XLA and runs on every platform; the kernels of a platform override its methods.
+    The `reference_*` functions in `grok1.ops` define each operation.
 
     Attributes:
-        max_chunk: most tokens of a sequence that one step should read. With 2048 tokens, 256 for an expert, an
-            accelerator has more to compute than weights to read.
-        min_lanes: fewest lanes of a step that reads several prefill chunks. Accelerators read all weights for any step,
-            and process 256 tokens in the time of a few.
+        max_chunk: maximum number of tokens in a prefill chunk. With 2048 tokens, 256 per expert, an accelerator is
+            limited by computation rather than by reading weights.
+        min_lanes: minimum number of lanes of a step with several prefill chunks. Accelerators read all weights in every
+            step, and 256 tokens take them as long as a few.
         backend: "xla", or the platform that the kernels are written for.
-        block_rows: rows of the smallest and of the largest block that the rows of an expert are cut into.
-        keeps_cache_layout: whether the compiler must be held to the layout that the key/value cache has.
-        attention: attention over the key/value cache, as `grok1.ops.xla.attention.attend`.
+        block_rows: minimum and maximum number of rows per block of an expert.
+        keeps_cache_layout: whether the compiler must be forced to preserve the layout of the KV cache.
+        attention: attention over the KV cache, as `grok1.ops.xla.attention.attend`.
         output_logits: logits over the vocabulary, as `grok1.ops.logits.reference_logits`.
     """
 
@@ -55,40 +55,39 @@ class Kernels:
 
     @property
     def name(self) -> str:
-        """Name for users, such as "amx-int8", "triton", "mosaic" or "xla"."""
+        """Displayed name, such as "amx-int8", "triton", "mosaic" or "xla"."""
         return "xla"
 
     @property
     def pack_box(self) -> Callable[[np.ndarray, np.ndarray, int, int, int, int], None] | None:
-        """Function that puts a box of a matrix into panels, for kernels that read panels; otherwise None."""
+        """The function that packs a box of a matrix into panels; None if the kernels read unpacked matrices."""
         return None
 
     @property
     def packs_weights(self) -> bool:
-        """Whether the kernels read quantized matrices in panels."""
+        """Whether the kernels read packed matrices."""
         return self.pack_box is not None
 
     def why_not_on(self, device: jax.Device) -> str | None:
-        """Why the kernels cannot run on a device; None if they can."""
+        """Return why the kernels cannot run on a device, or None if they can."""
         return None
 
     def why_not_for(self, config: ModelConfig, shards: int) -> str | None:
-        """Why the kernels cannot run a model divided into `shards` model shards; None if they can."""
+        """Return why the kernels cannot run a model split into `shards` model shards, or None if they can."""
         return None
 
     def set_threads(self, count: int) -> None:
-        """Sets the number of CPU threads of the kernels, over all devices of the process."""
+        """Set the number of CPU threads of the kernels, for all devices of the process."""
 
     def check_layout(self, *weights: QuantizedMatrix) -> None:
-        """Raises TypeError for matrices in a layout that the kernels do not read."""
+        """Raise TypeError if a matrix has a layout that the kernels do not read."""
         if any((weight.layout is not None) != self.packs_weights for weight in weights):
-            expected = "in panels" if self.packs_weights else "in the release's order"
-            raise TypeError(f"{self.name} kernels read matrices {expected}, and some are not")
+            raise TypeError(f"{self.name} kernels need {'packed' if self.packs_weights else 'unpacked'} matrices")
 
     def matmul(self, x: jax.Array, weight: QuantizedMatrix, index: tuple[jax.Array | int, ...]) -> jax.Array:
-        """`x @ weight[index]`, accumulated in float32.
+        """Return `x @ weight[index]`, accumulated in float32.
 
-        Takes the whole stack and the index, so that no slice of a weight need be copied out of it first.
+        The argument is the entire stack, so that no matrix is copied out of it.
 
         Args:
             x: float `[M, K]`.
@@ -103,23 +102,23 @@ class Kernels:
     def matmuls(
         self, x: jax.Array, weights: Sequence[QuantizedMatrix], index: tuple[jax.Array | int, ...]
     ) -> list[jax.Array]:
-        """`matmul` with several stacks, each with its own N, in one kernel where possible."""
+        """Compute `matmul` for several stacks, each with its own N, in one kernel where possible."""
         self.check_layout(*weights)
         return [multiply(x, weight, index) for weight in weights]
 
     def grouped_matmuls(
         self, x: jax.Array, weights: Sequence[QuantizedMatrix], layer: jax.Array | int, blocks: ExpertBlocks
     ) -> list[jax.Array]:
-        """Each block's rows times the matrix of the block's expert, for several stacks.
+        """Multiply the rows of each block by the matrix of its expert, for several stacks.
 
         Args:
             x: float `[slots, K]`, rows in blocks.
             weights: stacks `[layers, experts, K, N]`, each with its own N.
-            layer: which layer; may be traced.
+            layer: index of the layer; may be traced.
             blocks: the blocks of `x`.
 
         Returns:
-            float32 `[slots, N]` for each stack; unused blocks are undefined.
+            float32 `[slots, N]` for each stack; rows of unused blocks are undefined.
         """
         return [grouped_multiply(x, weight, layer, blocks) for weight in weights]
 
@@ -133,18 +132,18 @@ class Kernels:
         experts: jax.Array,
         factors: jax.Array,
     ) -> jax.Array:
-        """`(gelu(x @ gate) * (x @ value)) @ project` with the matrices of each row's experts (Shazeer, 2020), summed.
+        """Return `(gelu(x @ gate) * (x @ value)) @ project` (Shazeer, 2020), summed over each row's experts.
 
-        GELU is the tanh approximation. Between the two products activations have the dtype of `x`.
+        GELU is the tanh approximation. Activations between the products have the dtype of `x`.
 
         Args:
             x: float `[rows, K]`.
             gate: a stack `[layers, experts, K, F]`.
-            value: another.
+            value: a stack `[layers, experts, K, F]`.
             project: a stack `[layers, experts, F, N]`.
-            layer: which layer; may be traced.
-            experts: int32 `[rows, selected]`; the number of experts sends a row nowhere, which gives 0.
-            factors: float32 `[rows, selected]`, what each expert's output is multiplied by.
+            layer: index of the layer; may be traced.
+            experts: int32 `[rows, selected]`; an index equal to the number of experts contributes 0.
+            factors: float32 `[rows, selected]`, by which the outputs are multiplied.
 
         Returns:
             float32 `[rows, N]`.
@@ -160,4 +159,4 @@ class Kernels:
 XLA = Kernels()
 
 CPU_LIMITS = {"max_chunk": 512, "min_lanes": 2}
-"""Limits of any kernels on a CPU, where a step takes about as long for an unused lane as for a used one."""
+"""Limits of all kernels on CPUs, where an unused lane takes about as long as a used one."""

@@ -1,8 +1,8 @@
-"""Quantized products as a loop over blocks of a weight's rows, in plain JAX: runs on every platform.
+"""Products with quantized matrices in plain JAX, as a loop over blocks of their rows.
 
-A product over a whole int8 matrix makes XLA write the matrix out as floats first, which costs five times the memory
-traffic and a copy as large as the weights. Here a block of rows is sliced out of the stack, converted and multiplied
-while it is in the cache, so that the weight is read once and no copy of it is ever made.
+For a product with an entire int8 matrix, XLA first writes the matrix as floats, which costs five times the memory
+traffic and a copy as large as the weights. Here each block of rows is sliced from the stack, converted and multiplied
+while it is in the cache: the weight is read once and never copied.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from jax import lax
 from grok1.ops.experts import ExpertBlocks
 from grok1.params.weights import QuantizedMatrix
 
-# Up to this many rows of activations a block is multiplied as a sum of scaled weight rows, which XLA fuses with the
-# conversion; with more, a matrix product per block is faster.
+# Up to this many rows of activations, a block is multiplied as a sum of scaled rows of the weight, which XLA fuses with
+# the conversion. For more rows, a matrix product per block is faster.
 _FUSED_ROWS = 4
 _PRODUCT_BLOCK = 256
 _PRODUCT_BLOCK_ACCELERATOR = 2048
 
 
 def product_precision(dtype: jnp.dtype) -> lax.Precision | None:
-    """Full precision for float32 operands, where accelerators would round them to fewer bits."""
+    """Return the highest precision for float32 operands, which accelerators would otherwise round."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def _fused_block(inner: int, columns: int) -> int:
-    """Rows of a fused block: many are faster on large matrices, where they are long enough, and slower to compile."""
+    """Return the number of rows per fused block: more are faster for large matrices, but slower to compile."""
     if inner * columns < 1 << 20:
         return 16
     return 32 if columns >= 4096 else 64
 
 
 def multiply(x: jax.Array, weight: QuantizedMatrix, index: tuple[jax.Array | int, ...]) -> jax.Array:
-    """`x @ weight[index]`, in float32.
+    """Return `x @ weight[index]` in float32.
 
     Args:
         x: float `[M, K]`.
         weight: a stack `[..., K, N]` with its scales `[..., G, N]`.
-        index: the place of the matrix in the stack, an index for each leading axis.
+        index: index of the matrix on each leading axis.
 
     Returns:
         float32 `[M, N]`.
@@ -78,7 +78,7 @@ def _multiply(
                 precision=product_precision(x.dtype),
                 preferred_element_type=jnp.float32,
             )
-        for i in range(size):  # each row sliced by itself: XLA would copy a block of several uses out of the stack
+        for i in range(size):  # sliced row by row: XLA would copy a block with several uses
             total += inputs[:, i, None].astype(jnp.float32) * slice_rows(start + i, 1).astype(jnp.float32)
         return total
 
@@ -96,7 +96,7 @@ def _multiply(
 
 
 def grouped_multiply(x: jax.Array, weight: QuantizedMatrix, layer: jax.Array | int, blocks: ExpertBlocks) -> jax.Array:
-    """As `grok1.ops.xla.kernels.Kernels.grouped_matmuls`, with one stack."""
+    """Compute `grok1.ops.xla.kernels.Kernels.grouped_matmuls` for one stack."""
     size = blocks.block_rows
 
     def one_block(i: jax.Array, y: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-// Which kernels there are for this processor.
+// Selection of the kernels for this processor.
 
 #include "kernels.h"
 

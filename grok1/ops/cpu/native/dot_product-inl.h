@@ -1,13 +1,13 @@
-// Integer products with a vector instruction that sums four products of bytes. Included by kernels for one kind of
-// processor, in a namespace of their own, after `prepare-inl.h`.
+// Integer products with a vector instruction that sums four products of bytes. Each set of kernels includes this file
+// in its own namespace, after `prepare-inl.h`.
 //
-// `V` is what the processor has: `Vector` of `kColumns` sums of 32 bits, `Load` of a quad's part for as many columns,
-// `Prefetch`, `Broadcast` of a quad of activations, `Dot`, `Add`, `Store`, and `kAccumulators`, how many sums it can
-// hold in registers.
+// `V` describes the processor: `Vector` of `kColumns` 32-bit sums, `Load` of as many columns of a quad, `Prefetch`,
+// `Broadcast` of a quad of activations, `Dot`, `Add`, `Store`, and `kAccumulators`, the number of sums that fit in
+// registers.
 
 template <class V, int kRows, int kVectors>
 inline void SumBlock(const int8_t* rows, int64_t plane, const uint8_t* const* panels, int64_t quads, int32_t* sums) {
-  // Sums of few rows are kept apart for even and odd quads, so that no instruction waits for the one before.
+  // For few rows, successive quads have separate sums, so that no instruction waits for the one before.
   constexpr int kSums = kRows * kPlanes * kVectors, kSteps = kSums >= 10 ? 1 : kSums >= 5 ? 2 : 4;
   typename V::Vector total[kSteps][kRows * kPlanes][kVectors];
   for (int s = 0; s < kSteps; ++s)
@@ -35,12 +35,12 @@ inline void SumBlock(const int8_t* rows, int64_t plane, const uint8_t* const* pa
     }
 }
 
-// `kRows` rows times `kPanels` panels, or parts of a panel one after the other if vectors are shorter than a panel.
+// Multiplies `kRows` rows by `kPanels` panels; if vectors are shorter than a panel, by one part of a panel at a time.
 template <class V, int kRows, int kPanels>
 inline void MultiplyBlock(const Rows& rows, int64_t first_row, const Matrix& matrix, int64_t first_panel, float* out,
                           int64_t stride) {
   constexpr int kParts = kPanelColumns / V::kColumns;         // of a panel
-  constexpr int kFit = V::kAccumulators / (kRows * kPlanes);  // vectors that registers have room for
+  constexpr int kFit = V::kAccumulators / (kRows * kPlanes);  // vectors that fit in registers
   constexpr int kVectors = kFit < 1 ? 1 : kFit < kParts ? kFit : kParts * kPanels;
   constexpr int kAtOnce = kVectors > kParts * kPanels ? kParts * kPanels : kVectors;
   const int64_t plane = PlaneBytes(matrix), quads = matrix.quads(), row_bytes = PlanesRowBytes(matrix);

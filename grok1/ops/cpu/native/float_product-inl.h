@@ -34,7 +34,7 @@ inline void LoadWeights(const uint8_t* from, Floats* to) {
   __builtin_memcpy(to, &floats, sizeof floats);
 }
 
-constexpr int kMostRows = kWidth >= 8 ? 3 : 2;         // whose sums registers have room for
+constexpr int kMaxRows = kWidth >= 8 ? 3 : 2;         // whose sums registers have room for
 constexpr int kHalfVectors = kQuadBytes / 2 / kWidth;  // vectors of half a quad, so that sums stay in registers
 
 template <int kRows>
@@ -76,8 +76,8 @@ void MultiplyFloats(const Rows& rows, const Matrix& matrix, int64_t first_panel,
                     int64_t stride) {
   for (int64_t p = 0; p < panels; ++p) {
     int64_t row = 0;
-    for (; row + kMostRows <= rows.count; row += kMostRows)
-      FloatPanel<kMostRows>(rows, row, matrix, first_panel + p, out + p * kPanelColumns, stride);
+    for (; row + kMaxRows <= rows.count; row += kMaxRows)
+      FloatPanel<kMaxRows>(rows, row, matrix, first_panel + p, out + p * kPanelColumns, stride);
     for (; row < rows.count; ++row) FloatPanel<1>(rows, row, matrix, first_panel + p, out + p * kPanelColumns, stride);
   }
 }

@@ -1,5 +1,5 @@
-// What kernels do with floats: GELU, and attention over a cache. Included by each set of kernels, in a namespace of its
-// own after `scales-inl.h` and with `kWidth`, the floats of a vector, so that the compiler makes it for that processor.
+// Operations on floats: GELU, and attention over a cache. Each set of kernels includes this file in its own namespace,
+// after `scales-inl.h`, with `kWidth` set to the number of floats in a vector of its processor.
 
 typedef float Floats __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
@@ -14,12 +14,12 @@ inline void StoreFloats(float* to, Floats x) { __builtin_memcpy(to, &x, sizeof x
 
 inline Floats Spread(float x) { return x - Floats{}; }
 
-// e to the x, within 2 units in the last place, for x between -87 and 88 (values outside are taken for these).
+// Returns e to the x, within 2 units in the last place; x is clamped to [-87, 88].
 inline Floats Exp(Floats x) {
   const Floats least = Spread(-87.0f), most = Spread(88.0f);
   x = x < least ? least : x;
   x = x > most ? most : x;
-  const Floats magic = Spread(12582912.0f);  // adding it leaves a whole number in the last bits
+  const Floats magic = Spread(12582912.0f);  // adding it rounds to an integer in the last bits
   const Floats shifted = x * 1.44269504f + magic;
   const Floats whole = shifted - magic;
   const Floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
@@ -52,7 +52,7 @@ void GeluProducts(float* gate, const float* value, int64_t count) {
   }
 }
 
-// Logits of one query and `kBlockPositions` keys that lie transposed, [size, kBlockPositions].
+// Computes logits of queries and `kBlockPositions` transposed keys, [size, kBlockPositions].
 template <int kQueries>
 inline void TransposedLogits(const float* const* queries, const float* keys, int64_t size, float* const* logits) {
   constexpr int kVectors = kBlockPositions / kWidth, kAtOnce = kVectors < 4 ? kVectors : 4;
@@ -76,7 +76,8 @@ inline float Sum(Floats x) {
   return lanes[0];
 }
 
-// Dot products of `kRows` rows, `stride` floats apart, with one more. The order of summation does not depend on `kRows`.
+// Computes dot products of `kRows` rows, `stride` floats apart, with another row. The order of summation does not
+// depend on `kRows`.
 template <int kRows>
 inline void Dots(const float* rows, int64_t stride, const float* other, int64_t size, float* out, int64_t out_stride) {
   Floats total[kRows][2] = {};
@@ -124,7 +125,7 @@ inline void AddValues(const float* const* weights, const float* values, int64_t 
     }
 }
 
-// A block of the cache as floats; it is the cache itself if that holds floats.
+// Returns a block of the cache as floats, which is in the cache itself if that holds floats.
 inline const float* AsFloats(const void* cache, bool bfloat16, int64_t start, int64_t count, float* scratch) {
   if (!bfloat16) return static_cast<const float*>(cache) + start;
   const uint16_t* from = static_cast<const uint16_t*>(cache) + start;

@@ -1,4 +1,4 @@
-// Kernels for x86 processors with AMX, whose tile products take bytes.
+// Kernels for x86 processors with AMX int8 tile products.
 
 #include <cpuid.h>
 #include <immintrin.h>
@@ -19,9 +19,9 @@ constexpr int kWidth = 16;
 #include "floats-inl.h"
 
 constexpr int64_t kTileRows = 16;
-constexpr int64_t kTileBytes = 64;                      // of a tile's row
-constexpr int64_t kTileQuads = kTileBytes / kQuadRows;  // quads that one tile of a panel holds
-constexpr int64_t kMostRows = 128;                      // whose sums are kept at a time
+constexpr int64_t kTileBytes = 64;                      // bytes per row of a tile
+constexpr int64_t kTileQuads = kTileBytes / kQuadRows;  // quads of a panel per tile
+constexpr int64_t kMaxRows = 128;                      // rows whose sums are kept at a time
 constexpr int64_t kSumColumns = 4 * kPanelColumns;
 
 bool Available() {
@@ -45,8 +45,8 @@ struct alignas(64) TileShapes {
   uint8_t rows[16] = {};
 };
 
-// Tiles 0 to 3 hold sums, 4 and 5 planes of activations, 6 and 7 weights. With two tiles of planes, sums 0 and 1 are
-// the first's with two panels, 2 and 3 the second's; with one, sums 0 to 3 are its with four panels.
+// Tiles 0 to 3 hold sums, 4 and 5 planes of activations, 6 and 7 weights. With two tiles of planes, sums 0 and 1 belong
+// to the first and two panels, 2 and 3 to the second; with one tile of planes, sums 0 to 3 belong to four panels.
 void Configure(int64_t first_rows, int64_t second_rows) {
   TileShapes shapes;
   for (int tile = 0; tile < 8; ++tile) shapes.row_bytes[tile] = kTileBytes;
@@ -58,7 +58,7 @@ void Configure(int64_t first_rows, int64_t second_rows) {
   _tile_loadconfig(&shapes);
 }
 
-// Asks for the weights of the turn after the next.
+// Prefetches the weights of the iteration after the next.
 inline void Prefetch(const uint8_t* from) {
   for (int64_t i = 0; i < kTileRows; ++i) _mm_prefetch(from + 2 * kTileRows * kTileBytes + i * kTileBytes, _MM_HINT_T0);
 }
@@ -70,7 +70,7 @@ void ZeroSums() {
   _tile_zero(3);
 }
 
-// One tile of planes times a tile of each of four panels.
+// Multiplies one tile of planes by a tile of each of four panels.
 GROK1_INLINE void AddOne(const uint8_t* x, int64_t plane, const uint8_t* const* panels, int64_t at) {
   _tile_loadd(4, x, plane);
   _tile_loadd(6, panels[0] + at, kTileBytes);
@@ -83,7 +83,7 @@ GROK1_INLINE void AddOne(const uint8_t* x, int64_t plane, const uint8_t* const* 
   _tile_dpbsud(3, 4, 7);
 }
 
-// Two tiles of planes times a tile of each of two panels.
+// Multiplies two tiles of planes by a tile of each of two panels.
 GROK1_INLINE void AddTwo(const uint8_t* x, int64_t plane, const uint8_t* const* panels, int64_t at) {
   _tile_loadd(4, x, plane);
   _tile_loadd(6, panels[0] + at, kTileBytes);
@@ -97,7 +97,7 @@ GROK1_INLINE void AddTwo(const uint8_t* x, int64_t plane, const uint8_t* const* 
 
 constexpr int64_t kSumStride = kSumColumns * sizeof(int32_t);
 
-// Planes of up to 16 rows times four panels, `tiles` of each and what is left of them.
+// Multiplies planes of up to 16 rows by four panels: `tiles` tiles of each and the remainder.
 void OneTile(const uint8_t* x, int64_t plane, const uint8_t* const* panels, int64_t tiles, const uint8_t* const* tails,
              int32_t* sums) {
   ZeroSums();
@@ -113,7 +113,7 @@ void OneTile(const uint8_t* x, int64_t plane, const uint8_t* const* panels, int6
   _tile_stored(3, sums + 3 * kPanelColumns, kSumStride);
 }
 
-// Planes of up to 32 rows times two panels.
+// Multiplies planes of up to 32 rows by two panels.
 void TwoTiles(const uint8_t* x, int64_t plane, const uint8_t* const* panels, int64_t tiles, const uint8_t* const* tails,
               int32_t* sums) {
   ZeroSums();
@@ -131,12 +131,12 @@ void TwoTiles(const uint8_t* x, int64_t plane, const uint8_t* const* panels, int
 
 void MultiplyTiles(const Rows& rows, const Matrix& matrix, int64_t first_panel, int64_t panels, float* out,
                    int64_t stride) {
-  if (rows.count < 2) {  // memory is the limit then, and vectors read it as fast
+  if (rows.count < 2) {  // limited by memory, where vectors are as fast
     kAvx512Kernels.multiply(rows, matrix, first_panel, panels, out, stride);
     return;
   }
-  alignas(64) int32_t sums[kMostRows * kPlanes * kSumColumns];
-  // What lies behind the last whole tile of a group's quads, filled up with zeros.
+  alignas(64) int32_t sums[kMaxRows * kPlanes * kSumColumns];
+  // The quads of a group after the last entire tile, padded with zeros.
   alignas(64) uint8_t tails[4][kTileRows * kTileBytes] = {};
   const uint8_t* const tail_starts[4] = {tails[0], tails[1], tails[2], tails[3]};
   const int64_t plane = PlaneBytes(matrix), quads = matrix.quads();
@@ -148,13 +148,13 @@ void MultiplyTiles(const Rows& rows, const Matrix& matrix, int64_t first_panel, 
     configured[0] = first;
     configured[1] = second;
   };
-  for (int64_t first_row = 0; first_row < rows.count; first_row += kMostRows) {
-    const int64_t left_rows = rows.count - first_row, count = left_rows < kMostRows ? left_rows : kMostRows;
+  for (int64_t first_row = 0; first_row < rows.count; first_row += kMaxRows) {
+    const int64_t left_rows = rows.count - first_row, count = left_rows < kMaxRows ? left_rows : kMaxRows;
     for (int64_t group = 0; group < matrix.groups; ++group) {
       const uint8_t* x = rows.data + first_row * kPlanes * plane + group * quads * kQuadRows;
       for (int64_t p = 0; p < panels; p += 4) {
         const uint8_t* starts[4];
-        for (int i = 0; i < 4; ++i) {  // past the end the last one again, whose sums nobody reads
+        for (int i = 0; i < 4; ++i) {  // beyond the end, the last one again, whose sums are not read
           const int64_t panel = p + i < panels ? p + i : panels - 1;
           starts[i] = matrix.panel(first_panel + panel) + group * quads * kQuadBytes;
           if (tail_bytes) __builtin_memcpy(tails[i], starts[i] + tiles * kTileRows * kTileBytes, tail_bytes);

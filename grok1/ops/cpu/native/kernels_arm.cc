@@ -21,7 +21,7 @@ struct DotProduct {
   using Vector = int32x4_t;
   static constexpr int kColumns = 4, kAccumulators = 24;
   static Vector Zero() { return vdupq_n_s32(0); }
-  static Vector Load(const uint8_t* from) {  // without the 128 that packed values have too much
+  static Vector Load(const uint8_t* from) {  // subtracts the 128 that was added to packed values
     return vreinterpretq_s32_u8(veorq_u8(vld1q_u8(from), vdupq_n_u8(0x80)));
   }
   static Vector Broadcast(const int8_t* quad) {
@@ -41,7 +41,7 @@ bool Available() {
 #ifdef __linux__
   return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
 #else
-  return true;  // every 64-bit ARM processor of Apple's that runs macOS
+  return true;  // all 64-bit ARM processors that run macOS
 #endif
 }
 

@@ -1,4 +1,4 @@
-// Kernels that any compiler with vector types makes for any processor.
+// Kernels for any processor, written with vector types of GCC and Clang.
 
 #include "kernels.h"
 

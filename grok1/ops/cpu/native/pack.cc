@@ -1,4 +1,4 @@
-// Bringing int8 matrices into the form that kernels read.
+// Packing of int8 matrices.
 
 #include <cstring>
 
@@ -7,9 +7,9 @@
 namespace grok1 {
 namespace {
 
-constexpr int64_t kBlockQuads = 64;  // of each panel at a time, so that the rows' bytes are still in the cache
+constexpr int64_t kBlockQuads = 64;  // quads per panel at a time, so that the rows stay in the cache
 
-// Four whole rows of a panel, from `row` on, that lie `stride` bytes apart.
+// Packs four entire rows of a panel, `stride` bytes apart.
 void PackQuad(const uint8_t* row, int64_t stride, uint8_t* quad) {
   uint32_t out[kPanelColumns];
   for (int64_t n = 0; n < kPanelColumns; ++n)
@@ -26,15 +26,15 @@ void PackQuad(const uint8_t* row, int64_t stride, uint8_t* quad) {
 
 #pragma GCC visibility push(default)
 
-// Writes a box of a matrix, [rows, columns] with `stride` bytes from row to row, into a packed matrix of `groups` groups
-// of `group_rows` rows. Threads may write boxes that do not overlap at the same time.
+// Writes a box of a matrix, [rows, columns] with `stride` bytes from row to row, into a packed matrix of `groups`
+// groups of `group_rows` rows. Threads may write disjoint boxes at the same time.
 extern "C" void Grok1Pack(const uint8_t* box, int64_t stride, int64_t first_row, int64_t rows, int64_t first_column,
                           int64_t columns, uint8_t* packed, int64_t groups, int64_t group_rows) {
   using namespace grok1;
   const Matrix matrix = {packed, nullptr, first_column + columns, groups, group_rows};
   const int64_t quads = matrix.quads(), end_row = first_row + rows, end_column = first_column + columns;
   for (int64_t group = first_row / group_rows; group * group_rows < end_row; ++group) {
-    // The group's rows that the box has, counted in the group.
+    // The rows of the group that are in the box, relative to the group.
     const int64_t offset = group * group_rows;
     const int64_t begin = first_row > offset ? first_row - offset : 0;
     const int64_t end = end_row - offset < group_rows ? end_row - offset : group_rows;

@@ -31,7 +31,7 @@ void Pool::SetThreads(int64_t count) {
   released_signal_.notify_all();
 }
 
-// Waits for what an atomic tells: watching it for a moment, then sleeping until the signal.
+// Waits for a condition on an atomic: polls for a moment, then sleeps until the signal.
 template <class Condition>
 void Pool::WaitFor(std::condition_variable& signal, const Condition& condition) {
   const auto end = std::chrono::steady_clock::now() + kWatch;
@@ -60,7 +60,7 @@ void Pool::Run(int64_t count, const void* body, void (*call)(const void*, int64_
   if (shared) posted_signal_.notify_all();
   Work(*job);
   if (!shared) return;
-  // Helpers that have not begun find nothing left; those that have are waited for.
+  // Helpers that start now find no work; wait for those that already work.
   WaitFor(done_signal_, [&] { return job->done.load() == count; });
   std::lock_guard<std::mutex> lock(mutex_);
   jobs_.erase(std::find(jobs_.begin(), jobs_.end(), job));

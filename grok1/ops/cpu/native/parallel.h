@@ -1,4 +1,4 @@
-// Threads that the kernels share.
+// The thread pool of the kernels.
 
 #pragma once
 
@@ -11,16 +11,16 @@
 
 namespace grok1 {
 
-// A pool of threads for one process, over all of its devices. A thread without work watches for more for a moment, as a
-// step is a sequence of short calls and waking a thread takes as long as one of them; then it sleeps.
+// A pool of threads for all devices of a process. An idle thread polls for work for a moment before it sleeps, because
+// a step is a sequence of short calls and waking a thread takes as long as one of them.
 class Pool {
  public:
-  static Pool& OfProcess();  // is never destroyed: its threads end with the process
+  static Pool& OfProcess();  // never destroyed: its threads end with the process
 
-  // How many threads work at a time from now on, those that call among them; at least 1.
+  // Sets the number of threads that compute at a time, including callers; at least 1.
   void SetThreads(int64_t count);
 
-  // Calls `body(i)` for each i below `count`, in this thread and others, and returns when all are done.
+  // Calls `body(i)` for each i below `count`, in this thread and others, and returns when all calls are done.
   template <class Body>
   void ForEach(int64_t count, const Body& body) {
     if (count < 1) return;
@@ -46,10 +46,10 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable posted_signal_, done_signal_, released_signal_;
   std::vector<std::shared_ptr<Job>> jobs_;
-  std::atomic<uint64_t> posted_{0};  // how many jobs there have been
+  std::atomic<uint64_t> posted_{0};  // number of jobs so far
   int64_t threads_ = 1;
-  int64_t helpers_ = 0;  // threads that were started
-  int64_t working_ = 0;  // threads that compute: with several devices more may call than are to work
+  int64_t helpers_ = 0;  // threads started
+  int64_t working_ = 0;  // threads that compute; with several devices, there may be more callers than `threads_`
 };
 
 }  // namespace grok1

@@ -1,19 +1,19 @@
-// Activations in three signed bytes each. Included by kernels that multiply integers, in a namespace of their own,
+// Activations as three signed bytes each. Kernels that multiply integers include this file in their own namespace,
 // after `scales-inl.h`.
 //
-// A row is rounded to 24 bits, as many as a float has, so that a product is three integer dot products. Integer sums
-// are exact: all of these kernels give the same bits.
+// A row is rounded to 24 bits, the precision of a float, and a product is three integer dot products. Integer sums are
+// exact, so that all these kernels give the same bits.
 
 constexpr int kPlanes = 3;
-constexpr int64_t kPlanePadding = 64;   // keeps rows from lying a power of two apart, and lets a whole vector be read
-constexpr float kLargest = 8355700.0f;  // that three balanced bytes hold, with a margin for the rounding of a division
+constexpr int64_t kPlanePadding = 64;   // avoids row distances of a power of two, and allows reading entire vectors
+constexpr float kLargest = 8355700.0f;  // largest value in three balanced bytes, minus a margin for rounding
 
 inline int64_t PlaneBytes(const Matrix& shape) { return shape.groups * shape.quads() * kQuadRows + kPlanePadding; }
 
 inline int64_t PlanesRowBytes(const Matrix& shape) { return kPlanes * PlaneBytes(shape); }
 
-// Writes the planes of a row, upper bytes first, and for each group 128 times the sum of its integers: what the
-// kernels' sums have too much, as a packed matrix has 128 added to its values.
+// Writes the planes of a row, upper bytes first, and for each group 128 times the sum of its integers. The kernels
+// subtract this, because 128 is added to the values of a packed matrix.
 template <bool kBiased>
 void PreparePlanes(const float* x, const Matrix& shape, uint8_t* data, float* step, double* bias) {
   const int64_t inner = shape.inner(), plane = PlaneBytes(shape), padded = shape.quads() * kQuadRows;
@@ -33,7 +33,7 @@ void PreparePlanes(const float* x, const Matrix& shape, uint8_t* data, float* st
   int8_t* middle = high + plane;
   int8_t* low = middle + plane;
   __builtin_memset(data, 0, kPlanes * plane);
-  if (!(inverse < __builtin_inff())) *step = 0.0f;  // a row of values too small to matter: zeros
+  if (!(inverse < __builtin_inff())) *step = 0.0f;  // all values are too small: zeros
   for (int64_t group = 0; group < shape.groups; ++group) {
     int64_t sum = 0;
     if (finite && inverse < __builtin_inff()) {
@@ -53,7 +53,7 @@ void PreparePlanes(const float* x, const Matrix& shape, uint8_t* data, float* st
   }
 }
 
-// Adds one group's products to a row's: the sums of the three planes of 16 columns, made whole and scaled.
+// Combines the sums of the three planes of one group, scales them, and adds them to a row of 16 columns.
 inline void AddGroup(const int32_t* high, const int32_t* middle, const int32_t* low, double bias, double step,
                      const ColumnScales& scales, bool first, float* out) {
   float values[kPanelColumns];

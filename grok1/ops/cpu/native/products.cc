@@ -19,7 +19,7 @@ namespace ffi = xla::ffi;
 namespace grok1 {
 namespace {
 
-constexpr int64_t kMostTaskRows = 128;
+constexpr int64_t kMaxTaskRows = 128;
 constexpr int64_t kTaskRowBytes = 768 << 10;    // of prepared rows, which stay in the second-level cache
 constexpr int64_t kTaskPanelBytes = 256 << 10;  // of weights
 constexpr int64_t kTaskPanels = 16;
@@ -41,7 +41,7 @@ struct Stack {
 
   static ffi::ErrorOr<Stack> Of(const Panels& panels, const Scales& scales, int64_t group_rows) {
     const auto packed = panels.dimensions(), scaled = scales.dimensions();
-    if (packed.size() < 3 || scaled.size() < 2 || group_rows < 1 || group_rows > kMostGroupRows)
+    if (packed.size() < 3 || scaled.size() < 2 || group_rows < 1 || group_rows > kMaxGroupRows)
       return ffi::Unexpected(ffi::Error::InvalidArgument("not a stack of packed matrices"));
     Stack stack;
     stack.shape = {nullptr, nullptr, scaled[scaled.size() - 1], scaled[scaled.size() - 2], group_rows};
@@ -175,7 +175,7 @@ std::vector<Task> MakeTasks(const Matrix& shape, const std::vector<Group>& group
   const int64_t fitting = kTaskPanelBytes / shape.panel_bytes() / kStepPanels * kStepPanels;
   const int64_t task_panels = std::clamp(fitting, kStepPanels, kTaskPanels);
   const int64_t group_bytes = row_bytes / shape.groups;
-  const int64_t task_rows = std::clamp<int64_t>(kTaskRowBytes / group_bytes / 32 * 32, 32, kMostTaskRows);
+  const int64_t task_rows = std::clamp<int64_t>(kTaskRowBytes / group_bytes / 32 * 32, 32, kMaxTaskRows);
   std::vector<Task> tasks;
   for (const Group& group : groups) {
     const int64_t count = static_cast<int64_t>(group.rows.size());

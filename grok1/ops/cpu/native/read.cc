@@ -1,4 +1,4 @@
-// Reading memory as fast as it goes, to know what the kernels could reach.
+// Measures the memory bandwidth available to the kernels.
 
 #include <cstdint>
 #include <cstring>
@@ -28,7 +28,7 @@ Words OrOf(const uint8_t* from, int64_t count) {
 
 #pragma GCC visibility push(default)
 
-// Reads `count` bytes, a multiple of 256, with all threads; gives something that depends on each of them.
+// Reads `count` bytes, a multiple of 256, with all threads; the result depends on every byte.
 extern "C" uint64_t Grok1Read(const uint8_t* from, int64_t count) {
   using namespace grok1;
   std::atomic<uint64_t> all{0};

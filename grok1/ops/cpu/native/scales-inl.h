@@ -1,4 +1,4 @@
-// Scales in bfloat16, and whatever else is. Included by each set of kernels, in a namespace of its own.
+// Conversion from bfloat16, and scales. Each set of kernels includes this file in its own namespace.
 
 inline float FromBfloat16(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
