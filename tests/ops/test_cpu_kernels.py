@@ -88,7 +88,7 @@ def test_boxes_of_any_size_are_packed(shape):
 
 @pytest.mark.parametrize(("row", "column"), [(-1, 0), (1, 0), (0, -1), (0, 16)])
 def test_a_box_outside_of_the_matrix_is_refused(row, column):
-    with pytest.raises(ValueError, match="does not go into panels"):
+    with pytest.raises(ValueError, match="does not fit panels"):
         cpu.pack_box(np.zeros((8, 16), np.int8), np.zeros((1, 2, 64), np.uint8), row, column, 1, 8)
 
 
