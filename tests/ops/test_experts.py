@@ -75,12 +75,12 @@ def test_packed_and_other_weights_do_not_mix(rows):
     gate, value, project = random_weight(rng, 8, 16, 1), random_weight(rng, 8, 16, 1), random_weight(rng, 16, 8, 8)
     x, experts, factors = jnp.zeros((rows, 8)), jnp.zeros((rows, 2), int), jnp.ones((rows, 2))
     for kernels in (XLA, CPU, GPU, TPU):
-        with pytest.raises(TypeError, match="kernels need (un)?packed matrices"):
+        with pytest.raises(TypeError, match=r"kernels need (un)?packed matrices"):
             kernels.gated_experts(x, pack(gate), value, project, 0, experts, factors)
 
 
 @pytest.mark.parametrize("kernels", [XLA, CPU, GPU, TPU], ids=lambda kernels: kernels.backend)
 def test_products_refuse_the_other_layout(kernels):
     weight = random_weight(np.random.default_rng(0), 8, 16, 1)
-    with pytest.raises(TypeError, match="kernels need (un)?packed matrices"):
+    with pytest.raises(TypeError, match=r"kernels need (un)?packed matrices"):
         kernels.matmul(jnp.zeros((1, 8)), weight if kernels.packs_weights else pack(weight), (0, 0))
