@@ -273,7 +273,7 @@ def gpu_mesh(kind: str, config: ModelConfig, shape: tuple[int, int]) -> Mesh:
             f"{count} GPUs are no whole hosts of {_GPUS_OF_HOST}: use --count with a multiple of {_GPUS_OF_HOST}"
         )
     if not gpu_compiler_is_installed():
-        raise CompileError("the compiler for GPUs is not installed: pip install '.[cuda]'")
+        raise CompileError("the compiler for GPUs is not installed: pip install '.[cuda12]'")
     hosts = max(1, count // _GPUS_OF_HOST)
     options = {"target_config": _target_config(kind), "topology": f"1x{hosts}x{count // hosts}"}
     refusal = f"GPUs refuses {count} x {kind}", "install another version of JAX with its plugin for CUDA"
