@@ -1,5 +1,6 @@
 """The kernels for processors against products in float64."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from built import require_kernels
 
+from grok1.host.threads import num_threads
 from grok1.ops.cpu import library as cpu
 from grok1.params.weights import Panels, QuantizedMatrix, panels_shape
 
@@ -116,6 +118,23 @@ def test_kernels_that_multiply_integers_give_the_same_bits():
     x = rng.standard_normal((37, 1200)).astype(np.float32)
     index = rng.integers(0, 2, 37)
     results = [np.asarray(multiply(x, weight, index, kernels=k)) for k in cpu.kernel_names() if k in INTEGER_KERNELS]
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])
+
+
+def test_all_threads_treat_denormals_alike(kernels):
+    weight, _, _ = random_weight(100, 1030, 4, 1)
+    weight = dataclasses.replace(weight, scales=weight.scales * 1e-7)
+    x = np.float32(1e-31) * np.random.default_rng(0).standard_normal((64, 100)).astype(np.float32)
+    index = np.zeros(64, np.int32)
+    try:
+        results = []
+        for threads in (1, 4, 4, 4):
+            cpu.set_threads(threads)
+            results.append(np.asarray(multiply(x, weight, index, kernels=kernels)))
+    finally:
+        cpu.set_threads(num_threads())
+    assert np.count_nonzero(results[0])
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
 

@@ -26,11 +26,12 @@ _TARGETS = {
 
 
 @functools.cache
-def _load() -> ctypes.CDLL | str:
-    """Load the compiled kernels and register them with XLA; return the reason if that is impossible."""
+def _library() -> ctypes.CDLL | None:
+    """Load the compiled kernels; None if they were not built or cannot be loaded."""
     try:
         library = ctypes.CDLL(str(LIBRARY))
-        handlers = {target: getattr(library, symbol) for target, symbol in _TARGETS.items()}
+        for symbol in _TARGETS.values():
+            getattr(library, symbol)
         library.Grok1KernelsName.argtypes = [ctypes.c_int64]
         library.Grok1KernelsName.restype = ctypes.c_char_p
         size = ctypes.c_int64
@@ -41,59 +42,67 @@ def _load() -> ctypes.CDLL | str:
         library.Grok1SetThreads.argtypes = [size]
         library.Grok1SetThreads.restype = None
     except (OSError, AttributeError):
-        return "no kernels for this processor were built (install a C++ compiler such as g++ and install grok1 again)"
-    try:
-        for target, handler in handlers.items():
-            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
-    except jax.errors.JaxRuntimeError:  # raised for the first target, so that none is registered
-        version = importlib.metadata.version("jaxlib")
-        return f"the kernels were built for another version of jaxlib than {version} (install grok1 again)"
+        return None
     return library
 
 
-def why_not() -> str | None:
-    """Return why the kernels cannot be used, or None if they can."""
-    library = _load()
-    return library if isinstance(library, str) else None
-
-
-def _library() -> ctypes.CDLL:
-    library = _load()
-    if isinstance(library, str):
-        raise RuntimeError(library)
+def _required_library() -> ctypes.CDLL:
+    library = _library()
+    if library is None:
+        raise RuntimeError("the kernels were not built")
     return library
 
 
 @functools.cache
+def why_not() -> str | None:
+    """Register the kernels with XLA; return why they cannot be used, or None if they can."""
+    library = _library()
+    if library is None:
+        return "no kernels for this processor were built (install a C++ compiler such as g++ and install grok1 again)"
+    jax.devices("cpu")  # without a backend, JAX would defer the registration, and a failure would prevent the backend
+    try:
+        for target, symbol in _TARGETS.items():
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
+    except jax.errors.JaxRuntimeError as error:
+        if "API version" not in str(error):
+            raise
+        version = importlib.metadata.version("jaxlib")
+        return f"the kernels were built for another version of jaxlib than {version} (install grok1 again)"
+    return None
+
+
+@functools.cache
 def kernel_names() -> tuple[str, ...]:
-    """Return the names of the kernels that this processor can run, fastest first; empty if they cannot be used."""
-    if why_not() is not None:
-        return ()
+    """Return the names of the kernels that this processor can run, fastest first; empty if none were built."""
+    library = _library()
     names: list[str] = []
-    while (name := _library().Grok1KernelsName(len(names))) is not None:
+    while library is not None and (name := library.Grok1KernelsName(len(names))) is not None:
         names.append(name.decode())
     return tuple(names)
 
 
 def kernel_name() -> str | None:
-    """Return the name of the kernels used by default on this processor, or None if they cannot be used."""
+    """Return the name of the kernels used by default on this processor, or None if none were built."""
     return kernel_names()[0] if kernel_names() else None
 
 
 def _kernel(target: str, result: jax.ShapeDtypeStruct) -> Callable[..., jax.Array]:
-    _library()
+    reason = why_not()
+    if reason is not None:
+        raise RuntimeError(reason)
     return jax.ffi.ffi_call(target, result)
 
 
 def set_threads(count: int) -> None:
     """Set the number of threads of the kernels, for all devices of the process."""
-    if why_not() is None:
-        _library().Grok1SetThreads(count)
+    library = _library()
+    if library is not None:
+        library.Grok1SetThreads(count)
 
 
 def read(memory: np.ndarray) -> int:
     """Read an array of a multiple of 256 bytes with all threads, to measure memory bandwidth."""
-    library = _library()
+    library = _required_library()
     if not memory.flags.c_contiguous or memory.nbytes % 256:
         raise ValueError(f"cannot read an array of {memory.nbytes:,} bytes, expected contiguous multiples of 256")
     return int(library.Grok1Read(memory.ctypes.data, memory.nbytes))
@@ -112,7 +121,7 @@ def pack_box(
         groups: number of scale groups of the matrix.
         group_rows: rows per group.
     """
-    library = _library()
+    library = _required_library()
     rows, columns = box.shape
     most_columns = packed.shape[0] * PANEL_COLUMNS
     inside = 0 <= first_row <= groups * group_rows - rows and 0 <= first_column <= most_columns - columns

@@ -34,7 +34,7 @@ inline void LoadWeights(const uint8_t* from, Floats* to) {
   __builtin_memcpy(to, &floats, sizeof floats);
 }
 
-constexpr int kMaxRows = kWidth >= 8 ? 3 : 2;         // whose sums registers have room for
+constexpr int kMaxRows = kWidth >= 8 ? 3 : 2;          // whose sums registers have room for
 constexpr int kHalfVectors = kQuadBytes / 2 / kWidth;  // vectors of half a quad, so that sums stay in registers
 
 template <int kRows>

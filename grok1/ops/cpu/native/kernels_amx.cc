@@ -21,7 +21,7 @@ constexpr int kWidth = 16;
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileBytes = 64;                      // bytes per row of a tile
 constexpr int64_t kTileQuads = kTileBytes / kQuadRows;  // quads of a panel per tile
-constexpr int64_t kMaxRows = 128;                      // rows whose sums are kept at a time
+constexpr int64_t kMaxRows = 128;                       // rows whose sums are kept at a time
 constexpr int64_t kSumColumns = 4 * kPanelColumns;
 
 bool Available() {

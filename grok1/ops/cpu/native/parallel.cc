@@ -50,6 +50,7 @@ void Pool::Run(int64_t count, const void* body, void (*call)(const void*, int64_
   job->count = count;
   job->body = body;
   job->call = call;
+  std::fegetenv(&job->environment);
   const bool shared = count > 1 && [&] {
     std::lock_guard<std::mutex> lock(mutex_);
     if (threads_ == 1) return false;
@@ -95,9 +96,10 @@ std::shared_ptr<Pool::Job> Pool::FindJob() {
 void Pool::ServeJobs() {
   for (;;) {
     const uint64_t seen = posted_.load();
-    if (const auto job = FindJob())
+    if (const auto job = FindJob()) {
+      std::fesetenv(&job->environment);
       Work(*job);
-    else
+    } else
       WaitFor(posted_signal_, [&] { return posted_.load() != seen; });
   }
 }

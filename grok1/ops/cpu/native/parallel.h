@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <cfenv>
 #include <condition_variable>
 #include <cstdint>
 #include <memory>
@@ -32,6 +33,7 @@ class Pool {
     int64_t count;
     const void* body;
     void (*call)(const void* body, int64_t i);
+    std::fenv_t environment;  // of the caller: XLA's threads flush denormals to zero, and so must all others
     std::atomic<int64_t> next{0};
     std::atomic<int64_t> done{0};
   };
