@@ -1,7 +1,7 @@
-# Sourced by the other scripts: makes .venv beside this repository's pyproject.toml and puts it on the PATH.
+# Create the virtual environment .venv in the repository root and add it to PATH. Sourced by the other scripts.
 #
-# The versions come from requirements.lock, with their hashes. PYTHON names the interpreter (3.11 or later) to start
-# from; VENV names another folder than .venv.
+# Packages are pinned by version and hash in requirements.lock. PYTHON selects the interpreter (3.11 or later), VENV the
+# folder of the environment (default: .venv).
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 VENV=${VENV:-.venv}
@@ -15,7 +15,7 @@ find_python() {
             return 0
         fi
     done
-    echo "scripts: no Python 3.11 or later with venv was found: install one, or name it with PYTHON=..." >&2
+    echo "error: no Python 3.11 or later with the venv module found; install one or set PYTHON to its path" >&2
     return 1
 }
 
@@ -26,7 +26,7 @@ ensure_environment() {
         return 0
     fi
     python=$(find_python) || return 1
-    echo "setting up $VENV (a minute or two the first time)" >&2
+    echo "installing into $VENV (takes a minute or two)" >&2
     rm -f "$stamp"
     "$python" -m venv "$VENV" || return 1
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock || return 1

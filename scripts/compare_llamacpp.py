@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Compares grok1 with llama.cpp on the same random weights, by turns, and prints the ratios.
+"""Compare the speed of grok1 and llama.cpp on the same random weights.
 
-It makes what it needs under --folder the first time: a virtual environment in which llama.cpp is compiled (minutes), a
-checkpoint in the release's format, and the same as GGUF with Q8_0 weights.
+The two programs run alternately; medians and ratios are printed. The first run compiles llama.cpp, which takes minutes,
+and creates a checkpoint in the release's format and its GGUF conversion (Q8_0), all in --folder.
 """
 
 from __future__ import annotations
@@ -24,22 +24,33 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "scripts" / "llamacpp"
-CASES = [(64, 1), (512, 1), (64, 8)]  # prompt and batch
+CASES = [(64, 1), (512, 1), (64, 8)]  # (prompt length, batch size)
 DECODE = 32
-PRESET = "bench-3b"  # the one whose shapes and context the cases need, and that has a tokenizer
+PRESET = "bench-3b"  # has a tokenizer, and a context long enough for all cases
 PROMPT = "The answer to life is the answer to"
-BUSY = 0.1  # cores: what others use beyond this shows in the figures
-OTHERS = "cores that others used"
+BUSY = 0.1  # cores; a higher load by other programs distorts the results
+OTHERS = "CPU load of other programs, cores"
 
 
 def main() -> None:
-    """Makes what is missing, measures, prints."""
+    """Run the comparison and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "llamacpp", help="where to keep everything")
-    parser.add_argument("--threads", type=int, default=_threads(), help="of both programs")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each is measured, by turns")
-    parser.add_argument("--python", type=Path, help="an interpreter that has llama_cpp already")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=ROOT / "build" / "llamacpp",
+        help="folder for the environment and the models (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=_threads(), help="CPU threads of each program (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="number of measurements of each program (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--python", type=Path, help="interpreter with llama_cpp and gguf installed, instead of a new environment"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements to FILE")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     python = options.python or _environment(options.folder / "venv")
@@ -56,22 +67,26 @@ def main() -> None:
         for prompt, batch in CASES:
             _say(f"round {number + 1} of {options.rounds}: {batch} x {prompt} tokens")
             size = ["--prompt", prompt, "--batch", batch, "--decode", DECODE, "--threads", options.threads]
-            with _others(partial(note, OTHERS, "llama.cpp")):
+            with _measure_other_load(partial(note, OTHERS, "llama.cpp")):
                 theirs = _json([python, TOOLS / "measure.py", model, *size, *buffers])
             bench = ["bench", "-c", checkpoint, "--mesh", "1,1", *size, "--json"]
-            with _others(partial(note, OTHERS, "grok1")):
+            with _measure_other_load(partial(note, OTHERS, "grok1")):
                 ours = _json([sys.executable, "-m", "grok1", *bench])
             for program, found in (("grok1", ours), ("llama.cpp", theirs)):
                 note(f"decode, {batch} x {prompt} tokens, tokens/s", program, found["decode_tokens_per_second"])
                 if (prompt, batch) == (512, 1):
                     note("prefill, 512 tokens, tokens/s", program, found["prefill_tokens_per_second"])
-                    note("peak resident memory, GB (less is better)", program, found["peak_memory_bytes"] / 1e9)
-            note("memory that can be read, GB/s", "grok1", ours["read_gigabytes_per_second"])
-        _say(f"round {number + 1} of {options.rounds}: from command to first token")
+                    note("peak resident memory, GB (lower is better)", program, found["peak_memory_bytes"] / 1e9)
+            note("memory read bandwidth, GB/s", "grok1", ours["read_gigabytes_per_second"])
+        _say(f"round {number + 1} of {options.rounds}: time to first token")
         run = ["run", "-c", checkpoint, "--mesh", "1,1", "--greedy", "-n", "1", "--threads", options.threads, PROMPT]
-        note("command to first token, s (less is better)", "grok1", _seconds([sys.executable, "-m", "grok1", *run]))
+        note(
+            "time to first token from launch, s (lower is better)",
+            "grok1",
+            _seconds([sys.executable, "-m", "grok1", *run]),
+        )
         first = [python, TOOLS / "first_token.py", model, options.threads, tokens, *buffers]
-        note("command to first token, s (less is better)", "llama.cpp", _seconds(first))
+        note("time to first token from launch, s (lower is better)", "llama.cpp", _seconds(first))
     _print(figures)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
@@ -86,7 +101,7 @@ def _threads() -> int:
 def _environment(folder: Path) -> Path:
     python = folder / "bin" / "python"
     if not (folder / "ready").exists():
-        _say("compiling llama.cpp, which takes minutes")
+        _say("compiling llama.cpp (takes minutes)")
         venv.create(folder, with_pip=True)
         _run([python, "-m", "pip", "install", "--quiet", "-r", TOOLS / "requirements.txt"])
         (folder / "ready").touch()
@@ -98,7 +113,7 @@ def _models(folder: Path, python: Path) -> tuple[Path, Path]:
     if not checkpoint.exists():
         _run([sys.executable, "-m", "grok1", "init", checkpoint, "--preset", PRESET])
     if not model.exists():
-        _say("writing the weights as GGUF")
+        _say("converting the weights to GGUF")
         unfinished = model.with_suffix(".unfinished")
         _run([python, TOOLS / "convert.py", checkpoint, unfinished])
         unfinished.rename(model)
@@ -106,27 +121,27 @@ def _models(folder: Path, python: Path) -> tuple[Path, Path]:
 
 
 def _buffers(python: Path, model: Path, threads: int, tokens: int) -> list[str]:
-    """Nothing, or what llama.cpp must leave out because it crashes with it on this processor."""
+    """Return the option that disables llama.cpp's repacked weights if llama.cpp crashes on this CPU with them."""
     first = [python, TOOLS / "first_token.py", model, threads, tokens]
     if _run(first, check=False, capture_output=True).returncode == 0:
         return []
-    _say("llama.cpp crashes on this processor with its own layouts of weights (AMX): it runs without them")
+    _say("llama.cpp crashes on this CPU with repacked weights (AMX); repacking is disabled")
     return ["--plain-buffers"]
 
 
 @contextlib.contextmanager
-def _others(tell: Callable[[float], None]) -> Iterator[None]:
-    """Tells how many cores other programs used meanwhile, on average; nothing where the system does not say."""
+def _measure_other_load(report: Callable[[float], None]) -> Iterator[None]:
+    """Report the average number of cores that other programs use in the block, where /proc/stat is available."""
     start, busy, own = time.perf_counter(), _busy_seconds(), _own_seconds()
     yield
     after = _busy_seconds()
     if busy is not None and after is not None:
         seconds = after - busy - (_own_seconds() - own)
-        tell(max(0.0, seconds / (time.perf_counter() - start)))
+        report(max(0.0, seconds / (time.perf_counter() - start)))
 
 
 def _busy_seconds() -> float | None:
-    """Seconds for which all cores together have worked, those that a virtual machine's host took away included."""
+    """Return the CPU time of all cores in seconds, including time stolen by a hypervisor."""
     try:
         user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9])
     except (OSError, ValueError):
@@ -135,7 +150,7 @@ def _busy_seconds() -> float | None:
 
 
 def _own_seconds() -> float:
-    """Of these, what this program and those that it has started used."""
+    """Return the CPU time of this process and its finished children in seconds."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
@@ -153,8 +168,8 @@ def _print(figures: dict[str, dict[str, list[float]]]) -> None:
     most = max((found for values in figures.get(OTHERS, {}).values() for found in values), default=0.0)
     if most > BUSY:
         _say(
-            f"other programs used up to {most:.1f} cores meanwhile: the ratios mean little, as the two programs bear "
-            "that very differently; run it again on a quiet machine"
+            f"warning: other programs used up to {most:.1f} cores, which makes the ratios unreliable; "
+            "repeat on an idle machine"
         )
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Draw docs/session.svg: run the commands below in a terminal and draw what it shows.
+"""Generate docs/session.svg from a terminal session that runs the commands below.
 
-Run it with the project installed, after a change to what these commands print.
+Run this with grok1 installed after changing the output of these commands.
 """
 
 import io
@@ -26,7 +26,7 @@ COMMANDS = [
 
 
 def run_in_terminal(command: str, folder: str) -> bytes:
-    """Run a command with a pseudo-terminal as its standard streams and return everything that it prints."""
+    """Run a command in a pseudo-terminal and return its output."""
     process, terminal = pty.fork()
     if process == 0:
         os.chdir(folder)
@@ -36,7 +36,7 @@ def run_in_terminal(command: str, folder: str) -> bytes:
     while True:
         try:
             data = os.read(terminal, 65536)
-        except OSError:  # the last process has closed its end
+        except OSError:  # raised on Linux once the last process closes the terminal
             break
         if not data:
             break
@@ -48,9 +48,9 @@ def run_in_terminal(command: str, folder: str) -> bytes:
 
 
 def final_screen(output: bytes) -> list[str]:
-    """The lines that remain once progress bars have erased themselves, with their colours.
+    """Return the lines that remain on the screen, without erased progress bars, with colour codes.
 
-    Understands what rich prints: carriage returns, "cursor up" and "erase line".
+    Interprets the control codes that rich uses: carriage return, cursor up and erase line.
     """
     lines, row = [""], 0
     for token in re.split(r"(\r|\n|\x1b\[1A|\x1b\[2K|\x1b\[\?25[lh])", output.decode()):
@@ -68,7 +68,7 @@ def final_screen(output: bytes) -> list[str]:
 
 
 def main() -> None:
-    """Run the commands in an empty folder and write the picture."""
+    """Run the commands in an empty folder and write the SVG."""
     console = Console(record=True, width=WIDTH, force_terminal=True, color_system="truecolor", file=io.StringIO())
     folder = tempfile.mkdtemp()
     try:
@@ -80,7 +80,7 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     picture = console.export_svg(title="grok1", unique_id="session")
-    picture = re.sub(r"\s*@font-face \{.*?\}", "", picture, flags=re.DOTALL)  # they would be downloaded
+    picture = re.sub(r"\s*@font-face \{.*?\}", "", picture, flags=re.DOTALL)  # web fonts
     TARGET.write_text(picture, encoding="utf-8")
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Checks each operation on an accelerator against float32, and measures what it reaches of the device's limits.
+"""Check the model's operations on an accelerator against float32 references and measure their efficiency.
 
-Writes a table in Markdown and all figures in JSON. On one GPU of 80 GB it takes a few minutes. No network and no
-checkpoint are needed: weights are random and made on the device.
+Writes the results as Markdown tables and as JSON. Takes a few minutes on one 80 GB GPU. Needs no network and no
+checkpoint: random weights are generated on the device.
 """
 
 import argparse
@@ -34,19 +34,19 @@ from grok1.ops.xla.kernels import XLA, Kernels
 from grok1.params.weights import QuantizedMatrix
 from grok1.request import SamplingOptions
 
-BFLOAT16_ERROR = 0.02  # of the largest value
+BFLOAT16_ERROR = 0.02  # relative to the largest expected value
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What the device reaches: bytes a second read and written in copying, bfloat16 operations a second."""
+    """Measured limits of the device: copy bandwidth (bytes read and written per second) and bfloat16 FLOP/s."""
 
     copy: float
     matrix: float
 
 
 def seconds(work: Callable[[], jax.Array], runs: int = 20) -> float:
-    """Median seconds of a jitted function, dispatched in fours so that the host does not count."""
+    """Return the median time of a jitted function in seconds, called four times in a row to hide host overhead."""
     jax.block_until_ready(work())
     found = []
     for _ in range(max(1, runs // 4)):
@@ -59,21 +59,21 @@ def seconds(work: Callable[[], jax.Array], runs: int = 20) -> float:
 
 
 class Report:
-    """The figures, and the Markdown that shows them."""
+    """Collected measurements and their Markdown report."""
 
     def __init__(self, facts: dict):
         self.data = {**facts, "operations": [], "decode": [], "prefill": [], "failures": []}
 
     def add(self, kind: str, **fields) -> None:
-        """Adds one measurement and prints it."""
+        """Add a measurement and print it."""
         self.data[kind].append(fields)
         shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in fields.items())
         print(f"{kind}: {shown}", file=sys.stderr, flush=True)
 
     def markdown(self) -> str:
-        """All of it."""
+        """Return the report as Markdown."""
         facts = {key: value for key, value in self.data.items() if not isinstance(value, list)}
-        text = ["# What the accelerator reaches", "", *_table(["fact", ""], [[k, v] for k, v in facts.items()])]
+        text = ["# Accelerator check", "", *_table(["fact", ""], [[k, v] for k, v in facts.items()])]
         for kind in ("operations", "decode", "prefill"):
             rows = self.data[kind]
             if rows:
@@ -98,14 +98,14 @@ def _table(head: list, rows: list[list]) -> list[str]:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def random_stack(key: jax.Array, shape: tuple[int, ...], groups: int) -> QuantizedMatrix:
-    """A stack of int8 matrices with scales that keep products near 1."""
+    """Return a stack of random int8 matrices, scaled to preserve the variance of activations."""
     weight = jax.random.randint(key, shape, -127, 128, jnp.int8)
     scales = jnp.full((*shape[:-2], groups, shape[-1]), 1 / 73 / shape[-2] ** 0.5, jnp.bfloat16)
     return QuantizedMatrix(weight, scales)
 
 
 def check_operations(report: Report, config: ModelConfig, native: Kernels, rows: list[int], limits: Limits) -> None:
-    """Every operation at the model's widths, one layer, by the kernels and by XLA."""
+    """Check and measure each operation of one layer with the native kernels and with XLA."""
     tried = (XLA,) if native.packs_weights else tuple(dict.fromkeys((native, XLA)))
     check_products(report, config, tried, rows, limits)
     check_experts(report, config, tried, rows, limits)
@@ -115,7 +115,7 @@ def check_operations(report: Report, config: ModelConfig, native: Kernels, rows:
 def check_products(
     report: Report, config: ModelConfig, tried: tuple[Kernels, ...], counts: list[int], limits: Limits
 ) -> None:
-    """Rows times the matrix that makes queries."""
+    """Check the product of activations and the query matrix."""
     weight = random_stack(jax.random.key(0), (1, config.emb_size, config.q_size), 1)
     amount = config.emb_size * config.q_size
     for rows in counts:
@@ -129,7 +129,7 @@ def check_products(
 def check_experts(
     report: Report, config: ModelConfig, tried: tuple[Kernels, ...], counts: list[int], limits: Limits
 ) -> None:
-    """Rows through the experts that they choose evenly."""
+    """Check the experts on rows whose experts are drawn uniformly."""
     emb, ffn, experts = config.emb_size, config.ffn_size, config.num_experts
     shapes = ((emb, ffn, 1), (emb, ffn, 1), (ffn, emb, 8))
     stacks = [
@@ -150,7 +150,7 @@ def check_experts(
 
 
 def check_attention(report: Report, config: ModelConfig, tried: tuple[Kernels, ...], limits: Limits) -> None:
-    """The last queries of full contexts."""
+    """Check attention of the last queries of a full context."""
     heads, kv_heads, size, capacity = config.num_q_heads, config.num_kv_heads, config.key_size, config.sequence_len
     options = {"multiplier": config.attn_output_multiplier, "cap": config.attn_logit_cap}
     exact = jax.jit(reference_attention, static_argnames=("multiplier", "cap"))
@@ -175,7 +175,7 @@ def by_rows(
     sent: jax.Array,
     factors: jax.Array,
 ) -> jax.Array:
-    """The experts in float32, matrix after matrix, so that few are dequantised at a time."""
+    """Compute the experts in float32, one expert at a time to limit the memory for dequantized matrices."""
 
     def matrix(stack: QuantizedMatrix, expert: jax.Array) -> jax.Array:
         return stack[0, expert].dequantize()
@@ -201,16 +201,19 @@ def compare(
     expected: jax.Array,
     work: Callable[[], jax.Array],
 ) -> None:
-    """Runs an operation, compares what it gives with what is expected, and measures it."""
+    """Run an operation, compare its result with the expected one, and measure its time."""
     try:
         error = float(jnp.max(jnp.abs(work() - expected)) / jnp.max(jnp.abs(expected)))
         took = seconds(work)
-    except Exception as failure:  # what a compiler or a device may raise is not known
+    except Exception as failure:  # compilers and devices raise many types
         reason = (str(failure).splitlines() or [type(failure).__name__])[0][:300]
         report.data["failures"].append(f"{operation} of {rows} by {kernels.backend}: {reason}")
         return
     if not error <= BFLOAT16_ERROR:
-        report.data["failures"].append(f"{operation} of {rows} by {kernels.backend} is wrong by {error:.3g}")
+        report.data["failures"].append(
+            f"{operation} of {rows} by {kernels.backend} has a relative error of {error:.3g}, "
+            f"expected at most {BFLOAT16_ERROR}"
+        )
     report.add(
         "operations",
         operation=operation,
@@ -224,7 +227,7 @@ def compare(
 
 
 def decode_seconds(model: Model, batch: int, context: int, steps: int) -> float:
-    """Seconds of a step of decoding, of different tokens at the end of contexts that mean nothing."""
+    """Return the time of a decode step in seconds, with random tokens at the end of the context."""
     engine = model.engine
     state = engine.new_batch(batch)
     rng = np.random.default_rng(0)
@@ -240,14 +243,14 @@ def decode_seconds(model: Model, batch: int, context: int, steps: int) -> float:
     before = None
     for _ in range(steps):
         state, sampled = engine.decode(state, active)
-        jax.block_until_ready(before)  # as the engine does: one step ahead
+        jax.block_until_ready(before)  # one step ahead, as the scheduler does
         before = sampled.tokens
     jax.block_until_ready(before)
     return (time.perf_counter() - start) / steps
 
 
 def prefill_seconds(model: Model, length: int) -> float:
-    """Seconds of reading one prompt, with its programs compiled."""
+    """Return the time to prefill one prompt in seconds, excluding compilation."""
     engine = model.engine
     tokens = np.random.default_rng(1).integers(0, model.config.vocab_size, length).astype(np.int32)
     state, found = engine.new_batch(engine.data_rows), []
@@ -265,7 +268,7 @@ def prefill_seconds(model: Model, length: int) -> float:
 def measure_model(
     report: Report, config: ModelConfig, kernels: str, arguments: argparse.Namespace, limits: Limits
 ) -> None:
-    """Decode of a layer, as the difference of two models that differ by their layers, and prefill."""
+    """Measure decode time per layer, as the difference of two models with different depths, and prefill time."""
     fewer = max(1, config.num_layers // 2)
     more = config.num_layers if config.num_layers > fewer else fewer + 1
     steps: dict[int, dict[tuple[int, int], float]] = {}
@@ -293,7 +296,7 @@ def measure_model(
         if layers == fewer:
             read_fewer = {case: bytes_of(*case) for case in steps[layers]}
             del model, bytes_of
-            gc.collect()  # its engine and its programs know each other
+            gc.collect()  # frees the weights: the engine and its programs form a reference cycle
             continue
         for case, took in steps[more].items():
             if case not in steps[fewer]:
@@ -316,7 +319,7 @@ def measure_model(
 
 
 def launch_seconds(config: ModelConfig, kernels: str) -> float:
-    """Seconds of a step of as many layers with next to nothing to read or compute: what starting its kernels costs."""
+    """Return the time of a decode step of a model with tiny matrices in seconds: the cost of launching its kernels."""
     small = dataclasses.replace(
         config, emb_size=128, key_size=16, num_q_heads=8, num_kv_heads=8, widening_factor=6, vocab_size=1024
     )
@@ -325,36 +328,44 @@ def launch_seconds(config: ModelConfig, kernels: str) -> float:
 
 
 def numbers(text: str) -> list[int]:
-    """Whole numbers with commas between."""
+    """Parse integers separated by commas."""
     return [int(part) for part in text.split(",")]
 
 
 def main() -> int:
-    """Measures, and writes what was found."""
+    """Run all checks and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="grok-1-slice", help="whose widths to measure (default: %(default)s)")
-    parser.add_argument("--layers", type=int, help="how many layers; by default as many as fit, 20 at most")
-    parser.add_argument("--rows", type=numbers, default=[1, 2, 8, 16, 32, 128, 1024], metavar="N,...")
-    parser.add_argument("--batch", type=numbers, default=[1, 2, 4, 8, 16, 32], metavar="N,...")
-    parser.add_argument("--context", type=numbers, default=[128, 2048, 8192], metavar="N,...")
-    parser.add_argument("--prefill", type=numbers, default=[512, 2048, 8192], metavar="N,...")
-    parser.add_argument("--steps", type=int, default=20, help="of decoding, each time (default: %(default)s)")
-    parser.add_argument("--kernels", default="native,xla", help="which to measure (default: %(default)s)")
     parser.add_argument(
-        "--out", type=Path, default=Path("gpu-check"), help="folder of the tables (default: %(default)s)"
+        "--preset", default="grok-1-slice", help="preset with the widths to measure (default: %(default)s)"
     )
+    parser.add_argument("--layers", type=int, help="number of layers (default: as many as fit, at most 20)")
+    parser.add_argument(
+        "--rows", type=numbers, default=[1, 2, 8, 16, 32, 128, 1024], metavar="N,...", help="rows of activations"
+    )
+    parser.add_argument(
+        "--batch", type=numbers, default=[1, 2, 4, 8, 16, 32], metavar="N,...", help="decode batch sizes"
+    )
+    parser.add_argument(
+        "--context", type=numbers, default=[128, 2048, 8192], metavar="N,...", help="decode context lengths"
+    )
+    parser.add_argument("--prefill", type=numbers, default=[512, 2048, 8192], metavar="N,...", help="prompt lengths")
+    parser.add_argument("--steps", type=int, default=20, help="decode steps per measurement (default: %(default)s)")
+    parser.add_argument(
+        "--kernels", default="native,xla", help="kernel implementations to measure (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="output folder (default: %(default)s)")
     arguments = parser.parse_args()
     config = preset(arguments.preset, arguments.layers)
     device = jax.devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if arguments.layers is None and limit is not None:
         layer = 3 * config.num_experts * config.emb_size * config.ffn_size + 2 * config.emb_size * config.q_size
-        cache = 4 * config.kv_size * config.sequence_len * 8  # of 8 sequences
+        cache = 4 * config.kv_size * config.sequence_len * 8  # for 8 sequences
         most = int((0.85 * limit - 4 * config.vocab_size * config.emb_size) / (layer + cache))
         config = dataclasses.replace(config, num_layers=max(2, min(20, most)))
     too_long = [n for n in (*arguments.context, *arguments.prefill) if n > config.sequence_len]
     if too_long:
-        parser.error(f"{too_long[0]} tokens do not fit the context of {config.sequence_len}")
+        parser.error(f"{too_long[0]} tokens exceed the context length of {config.sequence_len}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     chosen = kernels_in_use(device)
     limits = Limits(device_copy_rate(device), matrix_rate(device, np.dtype(jnp.bfloat16)))
@@ -384,7 +395,7 @@ def main() -> int:
 
 
 def write(report: Report, folder: Path) -> None:
-    """Writes what there is so far."""
+    """Write the results so far."""
     for name, text in (
         ("gpu-check.md", report.markdown()),
         ("gpu-check.json", json.dumps(report.data, indent=1) + "\n"),

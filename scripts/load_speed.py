@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Measures loading a checkpoint against reading its files once into fresh memory, in turn, each in a new process.
+"""Compare the speed of loading a checkpoint with that of reading its files once into newly allocated memory.
 
-Run it with the project installed, on a checkpoint that fits in memory twice; the first round, which warms the page
-cache, does not count.
+Both run alternately, each in a new process. The checkpoint must fit in memory twice. The first round only warms the
+page cache. grok1 must be installed.
 """
 
 import argparse
@@ -18,7 +18,7 @@ THREADS = 4
 
 
 def read_once(folder: Path) -> None:
-    """Reads every file into memory of its own."""
+    """Read every file into a newly allocated buffer."""
     import numpy as np
 
     paths = sorted((folder / "ckpt-0").iterdir(), key=lambda path: -path.stat().st_size)
@@ -36,7 +36,7 @@ def read_once(folder: Path) -> None:
 
 
 def load(folder: Path, mesh: tuple[int, int]) -> None:
-    """Loads the checkpoint."""
+    """Load the checkpoint onto a mesh."""
     from grok1.checkpoint.load import load_parameters
     from grok1.checkpoint.reader import Checkpoint
     from grok1.params.sharding import make_mesh
@@ -46,7 +46,7 @@ def load(folder: Path, mesh: tuple[int, int]) -> None:
 
 
 def measure_here(what: str, folder: Path, mesh: tuple[int, int]) -> dict[str, float]:
-    """Seconds, JAX's start not counted, and the process's peak resident memory."""
+    """Return the time in seconds, excluding the start of JAX, and the peak resident memory of this process."""
     import jax
 
     from grok1.host.memory import peak_resident_bytes
@@ -60,9 +60,10 @@ def measure_here(what: str, folder: Path, mesh: tuple[int, int]) -> dict[str, fl
 
 
 def measure(what: str, arguments: argparse.Namespace) -> dict[str, float]:
-    """The same in a new process, after one that reads, so that each finds memory in the same state.
+    """Run `measure_here` in a new process.
 
-    A virtual machine's host may have taken back what has been free for long; touching that is several times slower.
+    A process that reads the files runs first, so that memory is in the same state for each measurement: the host of a
+    virtual machine may reclaim memory that has been free for long, and using it again is several times slower.
     """
     results = []
     for each in ("read", what):
@@ -72,9 +73,9 @@ def measure(what: str, arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints one line a round, and the ratio of the speeds."""
+    """Print one line per round and the ratio of the median speeds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="holds ckpt-0")
+    parser.add_argument("folder", type=Path, help="checkpoint folder, which contains ckpt-0")
     parser.add_argument("--mesh", default="1,1", metavar="DATA,MODEL")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=["load", "read"], help=argparse.SUPPRESS)
@@ -95,7 +96,7 @@ def main() -> None:
                 f"peak of load: files + {(loaded['peak_bytes'] - size) / 1e6:.0f} MB",
                 flush=True,
             )
-    print(f"load / read once: {statistics.median(reads) / statistics.median(loads):.2f} of the medians")
+    print(f"load / read once: {statistics.median(reads) / statistics.median(loads):.2f} (ratio of median speeds)")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Trains `bard`, the small model that ships with grok1, with a separate implementation of the architecture."""
+"""Training of `bard`, the bundled model, with an independent implementation of the architecture."""

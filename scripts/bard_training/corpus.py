@@ -1,4 +1,4 @@
-"""The text that `bard` is trained on: its split, its tokenizer, and batches of token ids."""
+"""Training data of `bard`: reading and splitting the text, the tokenizer, and batches."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ DEV_PIECE_CHARACTERS = 16_000
 
 
 def split_text(text: str) -> tuple[str, str]:
-    """Splits off a development set: evenly spaced pieces of the text, cut at blank lines.
+    """Split a text at blank lines into a training set and a development set of evenly spaced pieces.
 
     Returns:
-        the text to train on, and the development set.
+        The training set and the development set.
     """
     train, dev, end = [], [], 0
     for number in range(DEV_PIECES):
@@ -38,12 +38,12 @@ def _after_blank_line(text: str, position: int) -> int:
 
 
 def train_tokenizer(text: str, vocab_size: int) -> bytes:
-    """Trains a SentencePiece unigram model that encodes and decodes every text without loss.
+    """Train a lossless SentencePiece unigram tokenizer.
 
-    One and two line ends are single tokens; characters that do not occur in the text are encoded as bytes.
+    A newline and a blank line are single tokens. Characters that do not occur in the text are encoded as bytes.
 
     Returns:
-        the content of a `tokenizer.model`.
+        The content of a `tokenizer.model` file.
     """
     return train_sentencepiece(
         text.splitlines(),
@@ -57,17 +57,17 @@ def train_tokenizer(text: str, vocab_size: int) -> bytes:
 
 
 def encode(tokenizer: bytes, text: str) -> np.ndarray:
-    """Token ids of a text, int32 `[tokens]`."""
+    """Return the token ids of a text, int32 `[tokens]`."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
     return np.asarray(processor.encode(text), np.int32)
 
 
 def batches(tokens: np.ndarray, batch: int, length: int, seed: int) -> Iterator[np.ndarray]:
-    """Endless batches, int32 `[batch, length + 1]`, of consecutive windows of a text in random order.
+    """Yield batches of windows of a text, int32 `[batch, length + 1]`, without end.
 
-    Each epoch covers the text once. It has its own order, and its windows start at its own random offset.
+    Each epoch covers the text once, with windows in random order that start at a random offset.
     """
-    count = (len(tokens) - 1) // length - 1  # the offset may take up to one window
+    count = (len(tokens) - 1) // length - 1  # the offset skips up to one window
     epoch, starts = 0, np.empty(0, np.int64)
     while True:
         while len(starts) < batch:
@@ -79,16 +79,14 @@ def batches(tokens: np.ndarray, batch: int, length: int, seed: int) -> Iterator[
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file.
+    """Read a UTF-8 file.
 
     Raises:
-        click.ClickException: if it cannot be read as text.
+        click.ClickException: if the file cannot be read or is not valid UTF-8.
     """
     try:
         return path.read_bytes().decode("utf-8")
     except OSError as error:
         raise click.ClickException(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise click.ClickException(
-            f"{path} has a byte that is not UTF-8 at offset {error.start}: convert it to UTF-8"
-        ) from None
+        raise click.ClickException(f"{path} is not valid UTF-8 at offset {error.start}; convert it to UTF-8") from None

@@ -1,6 +1,6 @@
-"""Measures a model on a text with the trainer's own forward pass.
+"""Evaluation of a model on a text with the trainer's forward pass.
 
-Run as a program, it prints what typical mistakes in an implementation do to a checkpoint's perplexity and logits:
+Run as a program, it shows how typical implementation mistakes change a checkpoint's perplexity and logits:
 
     PYTHONPATH=scripts python -m bard_training.evaluate CHECKPOINT TEXT
 """
@@ -42,7 +42,7 @@ def _squares(
 
 
 def _batches(tokens: np.ndarray, context: int) -> Iterator[tuple[jax.Array, int]]:
-    """The windows of a text, a batch at a time: int32 `[batch, context + 1]`, and how many of them are not padding."""
+    """Yield batches of windows of a text, int32 `[batch, context + 1]`, with the number of windows before padding."""
     stride = context // 2
     count = max(0, math.ceil((len(tokens) - 1 - context) / stride)) + 1
     padded = np.zeros((count - 1) * stride + context + 1, np.int32)
@@ -56,10 +56,10 @@ def _batches(tokens: np.ndarray, context: int) -> Iterator[tuple[jax.Array, int]
 def token_logprobs(
     config: ModelConfig, params: Params, tokens: np.ndarray, context: int, variant: Variant = FAITHFUL
 ) -> np.ndarray:
-    """Log-probability of each token but the first, in nats, float64 `[tokens - 1]`.
+    """Return the log-probability of each token except the first, in nats, float64 `[tokens - 1]`.
 
-    The text is read in windows of `context` tokens (an even number), each half a context after the previous one. A
-    token is scored in the first window that contains it, so all after the first window have at least half a context.
+    The text is evaluated in windows of `context` tokens (an even number) that start half a context apart. Each token is
+    scored in the first window that contains it, so tokens after the first window have at least half a context.
     """
     parts = [
         np.asarray(_logprobs(config, params, windows, variant), np.float64)[:count]
@@ -72,7 +72,7 @@ def token_logprobs(
 def logit_distance(
     config: ModelConfig, params: Params, tokens: np.ndarray, context: int, mistaken: Params, variant: Variant
 ) -> float:
-    """Relative error that a mistake causes in the logits of a text: norm of the difference over norm of the logits."""
+    """Return the relative error of the logits caused by a mistake: norm of the difference over norm of the logits."""
     difference, norm = 0.0, 0.0
     for windows, _ in _batches(tokens, context):
         sums = _squares(config, params, windows, variant, mistaken)
@@ -81,12 +81,12 @@ def logit_distance(
 
 
 def bits_per_byte(logprobs: np.ndarray, num_bytes: int) -> float:
-    """Negative log-probability of the scored tokens, in bits per byte of the text."""
+    """Return the negative log-probability of the scored tokens, in bits per byte of the text."""
     return float(-np.sum(logprobs) / math.log(2) / num_bytes)
 
 
 def mistakes(params: Params, num_layers: int) -> Iterator[tuple[str, Params, Variant]]:
-    """Typical implementation mistakes: a name, the parameters after the mistake, and the forward pass with it."""
+    """Yield typical implementation mistakes as (name, changed parameters, forward pass variant)."""
 
     def reordered(order: list[int]) -> Params:
         return {path: array[jnp.asarray(order)] if path.startswith(LAYER) else array for path, array in params.items()}
@@ -114,7 +114,7 @@ def mistakes(params: Params, num_layers: int) -> Iterator[tuple[str, Params, Var
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("text", type=click.Path(path_type=Path))
 def main(checkpoint: Path, text: Path) -> None:
-    """Print a table of what typical mistakes do to the perplexity and the logits of CHECKPOINT on TEXT."""
+    """Print the effect of typical mistakes on the perplexity and the logits of CHECKPOINT on TEXT."""
     config, params = read(checkpoint)
     content = corpus.read_text(text)
     tokenizer = (checkpoint / "tokenizer.model").read_bytes()

@@ -1,4 +1,4 @@
-"""Writes parameters as a checkpoint in the release's format, with 8-bit weights."""
+"""Conversion between trained parameters and checkpoints in the release's format, with 8-bit weights."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ BFLOAT16 = ml_dtypes.bfloat16
 
 
 def quantize(matrix: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
-    """Quantises matrices to 8 bits as the release does: symmetric, one scale per column and group of rows.
+    """Quantize matrices to 8 bits as in the release: symmetric, with one scale per column and group of rows.
 
     Args:
         matrix: float32 `[..., K, N]`, with K a multiple of `groups`.
-        groups: groups of rows, G.
+        groups: number of groups of rows, G.
 
     Returns:
-        int8 values `[..., K, N]` from -127 to 127, and bfloat16 scales `[..., G, N]`. The values are quantised with the
+        int8 values `[..., K, N]` from -127 to 127, and bfloat16 scales `[..., G, N]`. The values are computed with the
         rounded scales.
     """
     *lead, rows, columns = matrix.shape
@@ -39,17 +39,17 @@ def quantize(matrix: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def dequantize(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Inverse of `quantize`, up to rounding: float32 `[..., K, N]`."""
+    """Invert `quantize` up to rounding; return float32 `[..., K, N]`."""
     rows = values.shape[-2] // scales.shape[-2]
     return values.astype(np.float32) * np.repeat(scales.astype(np.float32), rows, axis=-2)
 
 
 def positive_norms(params: Params) -> Params:
-    """An equal model without negative scales in the norms after attention and after the experts.
+    """Return an equivalent model without negative scales in the norms after attention and after the experts.
 
-    Training moves some of these small scales across 0. RMSNorm is odd in each element, so that a scale's sign can be
-    moved to the column of the matrix that computes the element. In the release no scale is negative, and
-    `grok1 verify --content` warns of those that are.
+    Training makes some of these small scales negative. Their sign can be moved to the column of the matrix that
+    computes the normalized element, because RMSNorm is odd in each element. The release has no negative scales, and
+    `grok1 verify --content` warns about them.
     """
     changed = dict(params)
     for norm, matrix in ((1, "multi_head_attention/linear/w"), (3, "moe/linear_1/w")):
@@ -62,10 +62,10 @@ def positive_norms(params: Params) -> Params:
 
 
 def write(directory: Path, config: ModelConfig, params: Params, tokenizer: bytes) -> None:
-    """Writes a checkpoint, replacing one that is there.
+    """Write a checkpoint, replacing an existing one.
 
-    Embeddings are rounded to bfloat16 although their file holds float32: the archive becomes a tenth smaller, and
-    devices that keep embeddings in bfloat16 compute the same model.
+    Embeddings are stored as float32 but rounded to bfloat16: the archive becomes a tenth smaller, and devices that keep
+    embeddings in bfloat16 compute the same model.
     """
     params = positive_norms(params)
 
@@ -81,7 +81,7 @@ def write(directory: Path, config: ModelConfig, params: Params, tokenizer: bytes
 
 
 def read(directory: Path) -> tuple[ModelConfig, Params]:
-    """Reads a checkpoint's config and its dequantised parameters."""
+    """Read the config and the dequantized parameters of a checkpoint."""
     checkpoint = Checkpoint.open(directory)
     params: dict[str, np.ndarray] = {}
     for spec in checkpoint.table:
@@ -98,10 +98,10 @@ def read(directory: Path) -> tuple[ModelConfig, Params]:
 
 
 def pack(directory: Path, archive: Path) -> None:
-    """Packs a checkpoint into a zip file; equal checkpoints give equal archives."""
+    """Pack a checkpoint into a zip file. Equal checkpoints give identical archives."""
     files = [directory / "config.json", directory / "tokenizer.model", *sorted((directory / CHECKPOINT_DIR).iterdir())]
     with zipfile.ZipFile(archive, "w") as packed:
         for path in files:
-            entry = zipfile.ZipInfo(path.relative_to(directory).as_posix())  # with a fixed date
+            entry = zipfile.ZipInfo(path.relative_to(directory).as_posix())  # has a fixed date
             entry.external_attr = 0o644 << 16
             packed.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED, compresslevel=9)

@@ -1,8 +1,8 @@
 """Grok-1's architecture in plain, differentiable float32 JAX, for training `bard`.
 
-This is a second implementation, written from the architecture. It shares no code with `grok1.network`, so agreement
-between the two is evidence for both. Parameters are a flat dict from the release's parameter paths, without the layer's
-number (`decoder_layer/moe/linear/w`), to float32 arrays; those of layers have a leading axis `[layers, ...]`.
+This implementation shares no code with `grok1.network`, so agreement between the two is evidence that both are correct.
+Parameters are a flat dict from the release's parameter paths, without layer numbers (`decoder_layer/moe/linear/w`), to
+float32 arrays. Layer parameters are stacked: `[layers, ...]`.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ FINAL_NORM = "language_model/rms_norm/scale"
 LAYER = "decoder_layer/"
 
 QUERY_BLOCK = 64
-"""Queries per attention block. A block sees only keys up to its last query, so most masked logits are not computed."""
+"""Queries per attention block. A block uses only the keys up to its last query, which skips most masked logits."""
 
 Params = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """Deviations of a forward pass from the architecture, to show the effect of typical mistakes.
+    """Forward pass with deviations from the architecture, to show the effect of typical mistakes.
 
     Attributes:
-        gate: "gelu", or "silu" in its place.
-        norms: which of a layer's four norms are applied; the scale of the others is not used either.
+        gate: activation function of the experts, "gelu" or "silu".
+        norms: whether each of a layer's four norms, scale included, is applied.
         cap: whether attention logits are capped.
-        output_multiplier: factor on the output multiplier of the config.
+        output_multiplier: factor applied to the output multiplier of the config.
         interleaved: whether the rotary embedding pairs neighbours instead of halves.
     """
 
@@ -50,11 +50,11 @@ FAITHFUL = Variant()
 
 
 class RouterStatistics(NamedTuple):
-    """Router statistics over the tokens of a forward pass.
+    """Router statistics of a forward pass.
 
     Attributes:
         shares: fraction of the selections that went to each expert, float32 `[layers, experts]`.
-        balance_loss: load-balancing loss of Switch Transformers (Fedus et al., 2021), averaged over layers; 1 if even.
+        balance_loss: load-balancing loss of Switch Transformers (Fedus et al., 2021), mean over layers; 1 if balanced.
         z_loss: mean squared log-partition of the routers (ST-MoE; Zoph et al., 2022).
     """
 
@@ -64,7 +64,7 @@ class RouterStatistics(NamedTuple):
 
 
 def init_params(config: ModelConfig, seed: int) -> Params:
-    """Random initial parameters: unit-variance activations, and small residual branches."""
+    """Return random initial parameters, scaled for unit-variance activations and small residual branches."""
     rng = np.random.default_rng(seed)
     layers, emb, experts, ffn = config.num_layers, config.emb_size, config.num_experts, config.ffn_size
 
@@ -92,7 +92,10 @@ def init_params(config: ModelConfig, seed: int) -> Params:
 
 
 def norm_name(number: int) -> str:
-    """Path in its layer of a norm's scale: before (0) and after (1) attention, before (2) and after (3) the experts."""
+    """Return the path of a norm's scale in its layer.
+
+    The norms are numbered: before (0) and after (1) attention, before (2) and after (3) the experts.
+    """
     return "rms_norm/scale" if number == 0 else f"rms_norm_{number}/scale"
 
 
@@ -104,18 +107,18 @@ def forward(
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, RouterStatistics]:
-    """Logits for the token after each token.
+    """Compute the logits of the next token at each position.
 
     Args:
         config: the model's config.
         params: float32 arrays, as `init_params` returns them.
         tokens: int32 `[batch, seq]`.
         variant: a deviation from the architecture.
-        dropout_rate: for training, fraction of the embeddings and of each residual branch's output that is set to 0.
-        dropout_key: seed of the dropout; required if the rate is not 0.
+        dropout_rate: dropout rate of the embeddings and of the output of each residual branch.
+        dropout_key: random key for dropout; without one, nothing is dropped.
 
     Returns:
-        float32 logits `[batch, seq, vocab]`, and router statistics.
+        Float32 logits `[batch, seq, vocab]` and router statistics.
     """
     eps = config.rms_norm_eps
     cos, sin = rotary_angles(tokens.shape[1], config.key_size, config.rotary_base)
@@ -143,15 +146,15 @@ def forward(
 
 
 def layer_params(params: Params) -> list[Params]:
-    """The parameters of each layer, by their path in the layer."""
+    """Return the parameters of each layer, keyed by their path in the layer."""
     stacks = {path.removeprefix(LAYER): jnp.unstack(stack) for path, stack in params.items() if path.startswith(LAYER)}
     return [dict(zip(stacks, arrays, strict=True)) for arrays in zip(*stacks.values(), strict=True)]
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-    """Sets a random fraction of the values to 0 and scales the others to keep the mean (Srivastava et al., 2014).
+    """Set a random fraction of the values to 0 and scale the others to keep the mean (Srivastava et al., 2014).
 
-    The fraction is rounded to a multiple of 1/256, as a byte is drawn for each value.
+    The rate is rounded to a multiple of 1/256, because one random byte is drawn per value.
     """
     threshold = round(rate * 256)
     kept = jax.random.bits(key, x.shape, jnp.uint8) >= threshold
@@ -159,21 +162,21 @@ def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm over the last axis (Zhang & Sennrich, 2019)."""
+    """Apply RMSNorm over the last axis (Zhang & Sennrich, 2019)."""
     return scale * x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
 def rotary_angles(length: int, key_size: int, base: float) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of the rotary embedding's angles, `[length, 1, key_size / 2]` each."""
+    """Return cosine and sine of the rotary embedding's angles, each `[length, 1, key_size / 2]`."""
     frequencies = base ** -(np.arange(0, key_size, 2) / key_size)
     angles = np.outer(np.arange(length), frequencies)[:, None]
     return jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool) -> jax.Array:
-    """Rotary position embedding (Su et al., 2021) of `[batch, seq, heads, key]`.
+    """Apply the rotary position embedding (Su et al., 2021) to `[batch, seq, heads, key]`.
 
-    Each value of the first half makes a pair with that of the second half; if `interleaved`, neighbours do.
+    Values of the first half are paired with those of the second half or, if `interleaved`, with their neighbours.
     """
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -182,7 +185,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool) -> j
 def attention(
     config: ModelConfig, weights: Params, x: jax.Array, cos: jax.Array, sin: jax.Array, variant: Variant
 ) -> jax.Array:
-    """Causal grouped-query attention with capped logits; `[batch, seq, emb]` in and out."""
+    """Compute causal grouped-query attention with capped logits; input and output are `[batch, seq, emb]`."""
     batch, seq, _ = x.shape
     kv_heads, key_size = config.num_kv_heads, config.key_size
 
@@ -190,7 +193,7 @@ def attention(
         return (x @ weights[f"multi_head_attention/{name}/w"]).reshape(batch, seq, -1, key_size)
 
     query = rotate(heads("query"), cos, sin, variant.interleaved).reshape(batch, seq, kv_heads, -1, key_size)
-    query = query.transpose(0, 2, 3, 1, 4)  # [batch, kv_heads, group, seq, key]; a group's heads share their keys
+    query = query.transpose(0, 2, 3, 1, 4)  # [batch, kv_heads, group, seq, key]
     key = rotate(heads("key"), cos, sin, variant.interleaved).transpose(0, 2, 3, 1)  # [batch, kv_heads, key, seq]
     value = heads("value").transpose(0, 2, 1, 3)  # [batch, kv_heads, seq, key]
 
@@ -213,10 +216,19 @@ def attention(
 def mixture_of_experts(
     config: ModelConfig, weights: Params, x: jax.Array, variant: Variant
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    """The mixture of experts, `[rows, emb]` in and out, and its part of `RouterStatistics`.
+    """Compute the mixture of experts.
 
-    Every expert computes every row and the selected ones are weighted by their probabilities, the others by 0. For
-    matrices this small, that is as fast as sorting the rows by expert, and no row is ever dropped.
+    Every expert processes every row; experts that were not selected have weight 0. For matrices this small, this is as
+    fast as sorting the rows by expert, and no row is dropped.
+
+    Args:
+        config: the model's config.
+        weights: parameters of the layer.
+        x: float32 `[rows, emb]`.
+        variant: a deviation from the architecture.
+
+    Returns:
+        The output `[rows, emb]`, and the fields of `RouterStatistics` for this layer.
     """
     num_experts, emb, ffn = config.num_experts, config.emb_size, config.ffn_size
     router_logits = x @ weights["router/w"]  # [rows, experts]
@@ -240,12 +252,12 @@ def mixture_of_experts(
 
 
 def expert_shares(config: ModelConfig, params: Params, tokens: np.ndarray) -> np.ndarray:
-    """Fraction of the router's selections that each expert receives on a text, float64 `[layers, experts]`.
+    """Return the fraction of router selections that each expert receives on a text, float64 `[layers, experts]`.
 
     Args:
         config: the model's config.
         params: its parameters.
-        tokens: int32 `[tokens]`; tokens after the last full context are ignored.
+        tokens: int32 `[tokens]`; an incomplete last context is ignored.
     """
     statistics = jax.jit(lambda batch: forward(config, params, batch)[1].shares)
     count = max(1, len(tokens) // config.sequence_len)

@@ -1,4 +1,4 @@
-"""A training run: the optimizer, the loss, and a loop that can be interrupted and resumed."""
+"""Training: the optimizer, the loss, and a loop that can be interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ State = tuple[Params, optax.OptState]
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything that determines the trained parameters, apart from the text.
+    """Settings that, together with the text, determine the trained parameters.
 
     Attributes:
         config: the model.
         steps: number of optimizer steps.
         seed: seed of the initial parameters, the order of the text and the dropout.
         dropout: dropout rate.
-        batch_tokens: tokens of an optimizer step.
-        phases: pairs of a fraction of the steps and the sequence length used in it. Training on short sequences first
-            is faster and costs little quality.
+        batch_tokens: tokens per optimizer step.
+        phases: (fraction of the steps, sequence length) pairs, in order. Starting with short sequences is faster and
+            costs little quality.
     """
 
     config: ModelConfig
@@ -57,7 +57,7 @@ class Recipe:
     phases: tuple[tuple[float, int], ...] = ((0.4, 128), (0.4, 256), (0.2, 512))
 
     def batch_shapes(self) -> list[tuple[int, int]]:
-        """Shape (sequences, tokens per sequence) of each step's batch."""
+        """Return the batch shape (sequences, tokens per sequence) of each step."""
         boundaries = itertools.accumulate(fraction for fraction, _ in self.phases)
         ends = [round(boundary * self.steps) for boundary in boundaries]
         counts = [end - start for start, end in itertools.pairwise([0, *ends])]
@@ -69,7 +69,7 @@ class Recipe:
 
 
 def optimizer(steps: int) -> optax.GradientTransformation:
-    """Muon for the matrices, each expert's by itself; AdamW for embeddings and routers, Adam for norms."""
+    """Return the optimizer: Muon for matrices (per expert), AdamW for embeddings and routers, Adam for norms."""
 
     def rate(peak: float) -> optax.Schedule:
         warm_up = max(1, steps * 3 // 100)
@@ -99,17 +99,17 @@ def optimizer(steps: int) -> optax.GradientTransformation:
 def loss(
     config: ModelConfig, params: Params, tokens: jax.Array, dropout_rate: float, dropout_key: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, RouterStatistics]]:
-    """Training loss: cross-entropy in nats per token plus the auxiliary router losses.
+    """Compute the training loss: cross-entropy in nats per token plus the auxiliary router losses.
 
     Args:
-        config: the model.
+        config: the model's config.
         params: its parameters.
         tokens: int32 `[batch, seq + 1]`.
         dropout_rate: as for `forward`.
         dropout_key: as for `forward`.
 
     Returns:
-        the loss, and the cross-entropy alone with the router statistics.
+        The loss, and a pair of the cross-entropy and the router statistics.
     """
     logits, routers = forward(config, params, tokens[:, :-1], FAITHFUL, dropout_rate, dropout_key)
     predicted = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
@@ -119,7 +119,7 @@ def loss(
 
 @functools.cache
 def train_step(recipe: Recipe) -> Callable[[State, jax.Array, int], tuple[State, tuple[jax.Array, RouterStatistics]]]:
-    """The compiled optimizer step: donates the state; takes a batch of tokens and the number of the step."""
+    """Return the compiled optimizer step, a function of the state (donated), a batch of tokens and the step number."""
     transformation = optimizer(recipe.steps)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -127,37 +127,37 @@ def train_step(recipe: Recipe) -> Callable[[State, jax.Array, int], tuple[State,
         params, optimizer_state = state
         key = jax.random.fold_in(jax.random.key(recipe.seed), number)
         gradient = jax.grad(loss, argnums=1, has_aux=True)
-        gradients, told = gradient(recipe.config, params, tokens, recipe.dropout, key)
+        gradients, statistics = gradient(recipe.config, params, tokens, recipe.dropout, key)
         updates, optimizer_state = transformation.update(gradients, optimizer_state, params)
-        return (optax.apply_updates(params, updates), optimizer_state), told
+        return (optax.apply_updates(params, updates), optimizer_state), statistics
 
     return step
 
 
 class ResumeError(Exception):
-    """A saved state that is damaged or belongs to another run."""
+    """Raised when a saved state is damaged or belongs to another run."""
 
 
 class DivergedError(Exception):
-    """A loss that is not finite."""
+    """Raised when the loss is not finite."""
 
 
 class Run:
     """A training run that saves its state in a folder and resumes from it.
 
     Args:
-        folder: an existing folder, which gets `state.npz` and `log.jsonl`.
-        recipe: what determines the result, with `tokens`.
+        folder: an existing folder for `state.npz` and `log.jsonl`.
+        recipe: settings of the run.
         tokens: the training text, int32 `[tokens]`.
-        measured: texts to measure along the way, by name: their tokens and the number of their bytes.
+        measured: texts to evaluate during training: (tokens, number of bytes) by name.
 
     Attributes:
-        done: steps taken.
-        seconds: total training time, interrupted runs included.
-        log: the measurements, in order.
+        done: number of completed steps.
+        seconds: total training time, including interrupted runs.
+        log: measurements, oldest first.
 
     Raises:
-        ResumeError: if the folder's state is damaged, or of another recipe or text.
+        ResumeError: if the saved state is damaged, or belongs to another recipe or text.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class Run:
 
     @property
     def params(self) -> Params:
-        """The current parameters."""
+        """Current parameters."""
         return self.state[0]
 
     @property
@@ -193,19 +193,19 @@ class Run:
         report: Callable[[Run], None] | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> bool:
-        """Runs the remaining steps, or until `stop` returns true, and saves the state.
+        """Run the remaining steps, or until `stop` returns true, and save the state.
 
         Args:
-            save_every: steps between two states that are saved.
-            measure_every: steps between two measurements.
+            save_every: steps between saves.
+            measure_every: steps between measurements.
             report: called after each step.
             stop: called after each step; true stops the run.
 
         Returns:
-            whether all steps are done.
+            Whether all steps are complete.
 
         Raises:
-            DivergedError: if a loss is not finite; the last saved state is kept.
+            DivergedError: if the loss is not finite; the last saved state is kept.
             ValueError: if the text is shorter than two of the longest sequences.
         """
         step = train_step(self.recipe)
@@ -219,7 +219,7 @@ class Run:
             self.state, (cross_entropy, routers) = step(self.state, jnp.asarray(batch), number)
             self._losses.append(float(cross_entropy))
             if not math.isfinite(self._losses[-1]):
-                raise DivergedError(f"the loss of step {number} is {self._losses[-1]}")
+                raise DivergedError(f"the loss at step {number} is {self._losses[-1]}")
             self.done, self.seconds = number, time.monotonic() - start
             last = number == len(shapes)
             if number % measure_every == 0 or last:

@@ -1,4 +1,4 @@
-"""Trains `bard` and writes it as a checkpoint in the release's format: `scripts/train_bard`."""
+"""Command that trains `bard` and writes it as a checkpoint in the release's format; run by `scripts/train_bard`."""
 
 from __future__ import annotations
 
@@ -38,35 +38,37 @@ EXCERPT_LOGITS = 16
     default=Path("bard"),
     show_default=True,
     metavar="DIR",
-    help="Write the checkpoint to DIR, replacing any there, and the state, log, curve and report to DIR/training.",
+    help="Write the checkpoint to DIR, replacing an existing one, and state, log, curve and report to DIR/training.",
 )
 @click.option(
     "--heldout",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Text to measure on, which is not trained on.  [default: heldout.txt beside TEXT, if it exists]",
+    help="Held-out text for evaluation.  [default: heldout.txt in the folder of TEXT, if it exists]",
 )
-@click.option("--steps", type=click.IntRange(min=1), default=Recipe.steps, show_default=True, help="Optimizer steps.")
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=Recipe.steps, show_default=True, help="Number of optimizer steps."
+)
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**32 - 1),
     default=Recipe.seed,
     show_default=True,
-    help="Seed of the initial weights, the order of the text and the dropout.",
+    help="Seed of the initial weights, the text order and dropout.",
 )
 @click.option("--restart", is_flag=True, help="Discard the saved state and start over.")
 def main(text: Path | None, output: Path, heldout: Path | None, steps: int, seed: int, restart: bool) -> None:
     """Train bard on TEXT and write it as a checkpoint.
 
-    TEXT is a UTF-8 file (default: shared/corpus/shakespeare.txt in the folder that contains the repository).
+    TEXT is a UTF-8 file (default: ../shared/corpus/shakespeare.txt, relative to the repository).
 
-    An interrupted run is resumed by the same command and ends with the same weights.
+    To resume an interrupted run, repeat the command. The resulting weights are the same as without the interruption.
     """
     try:
         _train_and_export(text, output, heldout, steps, seed, restart)
     except OSError as error:
         raise click.ClickException(
-            f"cannot write {error.filename or output}: {error.strerror or error}; make room or choose another --output"
+            f"cannot write {error.filename or output}: {error.strerror or error}; free space or choose another --output"
         ) from None
     except Grok1Error as error:
         raise click.ClickException(str(error)) from None
@@ -78,7 +80,7 @@ def _train_and_export(
     if text is None:
         text = CORPUS / "shakespeare.txt"
         if not text.is_file():
-            raise click.ClickException(f"no TEXT was given, and {text} does not exist: name a text to train on")
+            raise click.ClickException(f"no TEXT given and {text} does not exist; pass a text to train on")
     if heldout is None and (beside := text.parent / "heldout.txt").is_file():
         heldout = beside
     console, folder = Console(stderr=True), output / "training"
@@ -89,21 +91,21 @@ def _train_and_export(
     with console.status("training the tokenizer"):
         try:
             tokenizer = corpus.train_tokenizer(training, config.vocab_size)
-        except RuntimeError:  # its text names settings of the tokenizer's trainer that this command does not have
+        except RuntimeError:  # its message refers to SentencePiece options that this command lacks
             raise click.ClickException(
-                f"{text} is too short for a tokenizer of {config.vocab_size} pieces: choose a longer text"
+                f"{text} is too short for a vocabulary of {config.vocab_size} pieces; use a longer text"
             ) from None
         tokens = corpus.encode(tokenizer, training)
     needed = 3 * config.sequence_len
     measured = {name: (corpus.encode(tokenizer, part), len(part.encode())) for name, part in measured_texts.items()}
     if len(tokens) < needed:
         raise click.ClickException(
-            f"{text} has {len(tokens)} tokens to train on, expected at least {needed}: choose a longer text"
+            f"{text} has {len(tokens)} training tokens, expected at least {needed}; use a longer text"
         )
     for name, (found, _) in measured.items():
         if len(found) < 2:
             source = heldout if name == "heldout" else f"the development set of {text}"
-            raise click.ClickException(f"{source} has {len(found)} tokens, expected at least 2: choose a longer text")
+            raise click.ClickException(f"{source} has {len(found)} tokens, expected at least 2; use a longer text")
     folder.mkdir(parents=True, exist_ok=True)
     if restart:
         state.unlink(missing_ok=True)
@@ -112,18 +114,18 @@ def _train_and_export(
         finished = _train(run, console)
     except ResumeError as error:
         raise click.ClickException(
-            f"{error}: repeat that run's text and options, choose another --output, or start over with --restart"
+            f"{error}; use the same text and options as before, choose another --output, or start over with --restart"
         ) from None
     except DivergedError as error:
-        raise click.ClickException(f"{error}: start over with --restart and another --seed") from None
+        raise click.ClickException(f"{error}; start over with --restart and another --seed") from None
     if not finished:
-        click.echo(f"stopped after step {run.done} of {steps}; run the same command to resume", err=True)
+        click.echo(f"stopped after step {run.done} of {steps}; repeat the command to resume", err=True)
         raise SystemExit(130)
     with console.status("writing the checkpoint"):
         export.write(output, config, run.params, tokenizer)
         export.pack(output, folder / "bard.zip")
         _plot(run.log, list(measured), folder / "curve.png")
-    with console.status("measuring"):
+    with console.status("evaluating"):
         report = _report(run, output, measured)
         name = "heldout" if heldout is not None else "dev"
         _write_excerpt(folder / "excerpt.npz", output, measured[name][0][:EXCERPT_TOKENS])
@@ -133,7 +135,7 @@ def _train_and_export(
 
 
 def _train(run: Run, console: Console) -> bool:
-    """Runs the remaining steps, with a progress bar on a terminal; SIGINT or SIGTERM stops after the current step."""
+    """Run the remaining steps with a progress bar on terminals; SIGINT and SIGTERM stop it after the current step."""
     stopping = False
 
     def stop(signum: int, frame: FrameType | None) -> None:
@@ -164,7 +166,7 @@ def _line(entry: dict[str, Any]) -> str:
 
 
 def _report(run: Run, checkpoint: Path, measured: dict[str, tuple[np.ndarray, int]]) -> dict[str, Any]:
-    """Figures of the finished run, for the float32 weights and for the checkpoint's."""
+    """Evaluate the finished run with its float32 weights and with the quantized weights of the checkpoint."""
     config, quantized = export.read(checkpoint)
     archive = run.folder / "bard.zip"
     report: dict[str, Any] = {
@@ -188,7 +190,7 @@ def _report(run: Run, checkpoint: Path, measured: dict[str, tuple[np.ndarray, in
 
 
 def _write_excerpt(path: Path, checkpoint: Path, tokens: np.ndarray) -> None:
-    """Stores log-probabilities and some logits of the checkpoint's weights, for tests of other implementations."""
+    """Write log-probabilities and some logits of the checkpoint as expected values for tests."""
     config, params = export.read(checkpoint)
     logits = np.asarray(_logits(config, params, tokens), np.float64)
     shifted = logits[:-1] - logits[:-1].max(axis=-1, keepdims=True)
@@ -207,7 +209,7 @@ def _logits(config: ModelConfig, params: Params, tokens: np.ndarray) -> jax.Arra
 
 
 def _plot(log: list[dict[str, Any]], names: list[str], path: Path) -> None:
-    """Draws the learning curve."""
+    """Plot the learning curve."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -217,7 +219,7 @@ def _plot(log: list[dict[str, Any]], names: list[str], path: Path) -> None:
     tokens = [entry["tokens"] / 1e6 for entry in log]
     for name in names:
         axes.plot(tokens, [entry[f"{name}_bits_per_byte"] for entry in log], label=name, marker=".")
-    axes.set(xlabel="million tokens trained on", ylabel="bits per byte", title="Learning curve of bard")
+    axes.set(xlabel="million training tokens", ylabel="bits per byte", title="Learning curve of bard")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

@@ -1,7 +1,7 @@
-"""Writes a checkpoint in the release's format as GGUF with Q8_0 weights, for llama.cpp: CHECKPOINT OUT.gguf.
+"""Convert a checkpoint in the release's format to GGUF with Q8_0 weights: convert.py CHECKPOINT OUT.gguf.
 
-The vocabulary is left out, so that llama.cpp takes token ids only. The model must have as many query heads times their
-size as its width, and matrices with rows of a multiple of 32 values.
+The GGUF file has no vocabulary, so llama.cpp accepts token ids only. `num_q_heads * key_size` must equal `emb_size`,
+and the rows of all matrices must have a multiple of 32 values.
 """
 
 import sys
@@ -13,7 +13,7 @@ import numpy as np
 from grok1.checkpoint.reader import Checkpoint
 
 KIND = gguf.GGMLQuantizationType.Q8_0
-NAMES = {  # the end of a parameter's path, and llama.cpp's name
+NAMES = {  # suffix of the parameter's path: llama.cpp's name
     "moe/linear": "ffn_gate_exps",
     "moe/linear_1": "ffn_down_exps",
     "moe/linear_v": "ffn_up_exps",
@@ -30,7 +30,7 @@ NAMES = {  # the end of a parameter's path, and llama.cpp's name
 
 
 def tensor_name(module: str, layer: int | None) -> str:
-    """llama.cpp's name for a parameter of the release."""
+    """Return llama.cpp's name for a parameter of the release."""
     if layer is None:
         return "token_embd.weight" if module.endswith("in_out_embed") else "output_norm.weight"
     end = next(end for end in sorted(NAMES, key=len, reverse=True) if module.endswith(f"/{end}"))
@@ -38,7 +38,7 @@ def tensor_name(module: str, layer: int | None) -> str:
 
 
 def values(checkpoint: Checkpoint, index: int) -> np.ndarray:
-    """A parameter in float32."""
+    """Return a parameter, dequantized to float32."""
     weight, scales = checkpoint.weight_view(index), checkpoint.scales_view(index)
     if scales is None:
         return np.asarray(weight, np.float32)
@@ -49,7 +49,7 @@ def values(checkpoint: Checkpoint, index: int) -> np.ndarray:
 
 
 def main(folder: str, out: str) -> None:
-    """Converts."""
+    """Convert the checkpoint in `folder` to the GGUF file `out`."""
     checkpoint = Checkpoint.open(Path(folder))
     config = checkpoint.config
     writer = gguf.GGUFWriter(out, "grok")
@@ -74,7 +74,7 @@ def main(folder: str, out: str) -> None:
     for spec in checkpoint.table:
         name, array = tensor_name(spec.module, spec.layer), values(checkpoint, spec.index)
         if spec.scales_shape is not None:
-            array = array.swapaxes(-1, -2)  # llama.cpp's rows are outputs
+            array = array.swapaxes(-1, -2)  # llama.cpp stores one row per output
         elif name.endswith("ffn_gate_inp.weight"):
             array = array.T
         array = np.ascontiguousarray(array)

@@ -1,6 +1,6 @@
-"""Loads a GGUF file and computes the logits after a short prompt, as a program does that was just started.
+"""Load a GGUF file and compute the logits after a prompt, to measure the time to first token from launch.
 
-MODEL THREADS TOKENS [--plain-buffers]
+Usage: first_token.py MODEL THREADS TOKENS [--plain-buffers]
 """
 
 import sys
@@ -12,6 +12,6 @@ path, threads, count, plain = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), s
 _, context = open_model(path, threads, plain, n_ctx=1024)
 tokens = (llama_cpp.llama_token * count)(*range(10, 10 + count))
 if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, count)):
-    sys.exit("llama.cpp could not decode")
+    sys.exit("llama.cpp failed to decode the prompt")
 logits = llama_cpp.llama_get_logits_ith(context, -1)
 print(max(range(100), key=lambda i: logits[i]))

@@ -1,4 +1,4 @@
-"""Measures llama.cpp on a GGUF file and prints one line of JSON: MODEL --prompt P --batch B --decode N --threads T."""
+"""Benchmark llama.cpp on a GGUF file and print the results as one line of JSON."""
 
 import argparse
 import json
@@ -11,16 +11,14 @@ from session import open_model
 
 
 def main() -> None:
-    """Reads a prompt into each sequence, then decodes all of them together."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--decode", type=int, default=32)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument(
-        "--plain-buffers", action="store_true", help="leave out llama.cpp's own weight layouts, AMX's too"
-    )
+    """Prefill each sequence, then decode all sequences as one batch."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="GGUF file")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens per prompt")
+    parser.add_argument("--batch", type=int, default=1, help="number of sequences")
+    parser.add_argument("--decode", type=int, default=32, help="decode steps to measure")
+    parser.add_argument("--threads", type=int, required=True, help="CPU threads")
+    parser.add_argument("--plain-buffers", action="store_true", help="disable repacked weights, including AMX's")
     options = parser.parse_args()
 
     model, context = open_model(
@@ -38,7 +36,7 @@ def main() -> None:
     batch = llama_cpp.llama_batch_init(512, 0, 1)
 
     def run(tokens: list[tuple[int, int, int]]) -> None:
-        """Computes (token, position, sequence) together, with logits for the last of each sequence."""
+        """Decode (token, position, sequence) triples as one batch, with logits for the last token of each sequence."""
         batch.n_tokens = len(tokens)
         last = {sequence: i for i, (_, _, sequence) in enumerate(tokens)}
         for i, (token, position, sequence) in enumerate(tokens):
@@ -46,10 +44,10 @@ def main() -> None:
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
             batch.logits[i] = last[sequence] == i
         if llama_cpp.llama_decode(context, batch):
-            raise SystemExit("llama.cpp could not decode")
+            raise SystemExit("llama.cpp failed to decode a batch")
 
-    def read_prompts() -> float:
-        """Reads all prompts, one after the other; when the first had its logits."""
+    def prefill_prompts() -> float:
+        """Prefill the prompts one by one and return the time at which the first one was complete."""
         first = 0.0
         for sequence, prompt in enumerate(prompts.tolist()):
             for start in range(0, len(prompt), 512):
@@ -57,10 +55,10 @@ def main() -> None:
             first = first or time.perf_counter()
         return first
 
-    read_prompts()
+    prefill_prompts()
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
     start = time.perf_counter()
-    first = read_prompts() - start
+    first = prefill_prompts() - start
     prefill = time.perf_counter() - start
     for step in range(options.decode + 2):
         if step == 2:

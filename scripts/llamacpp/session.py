@@ -1,4 +1,4 @@
-"""Opening a GGUF file with llama.cpp."""
+"""Loads GGUF files with llama.cpp."""
 
 from typing import Any
 
@@ -8,13 +8,16 @@ _silent = llama_cpp.llama_log_callback(lambda *_: None)
 
 
 def open_model(path: str, threads: int, plain_buffers: bool, **options: int) -> tuple[Any, Any]:
-    """A model and a context for it, without llama.cpp's messages.
+    """Load a model and create a context for it, with llama.cpp's log output suppressed.
 
     Args:
-        path: of the file.
-        threads: that compute.
-        plain_buffers: whether to leave out llama.cpp's own layouts of weights, AMX's too.
+        path: path of the GGUF file.
+        threads: number of CPU threads.
+        plain_buffers: whether to disable repacked weights, including AMX's.
         **options: fields of `llama_context_params`.
+
+    Raises:
+        SystemExit: if llama.cpp cannot load the model.
     """
     llama_cpp.llama_backend_init()
     llama_cpp.llama_log_set(_silent, None)
@@ -26,5 +29,5 @@ def open_model(path: str, threads: int, plain_buffers: bool, **options: int) -> 
         setattr(context_options, name, value)
     context = llama_cpp.llama_init_from_model(model, context_options) if model else None
     if not context:
-        raise SystemExit(f"llama.cpp cannot run {path}")
+        raise SystemExit(f"llama.cpp cannot load {path}")
     return model, context

@@ -1,4 +1,4 @@
-"""The trained model that comes with the package, against what its trainer computed with the same weights."""
+"""Tests of the bundled model against values that its trainer computed with the same weights."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from grok1.params.table import tensor_table
 from grok1.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
-FLOAT32_ERROR = 1e-4  # norm of the difference over norm; 1e-6 is usual
+FLOAT32_ERROR = 1e-4  # relative error; typically 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def excerpt():
         return dict(stored)
 
 
-def test_the_archive_is_small_and_holds_the_preset(archive, bard):
+def test_archive_is_small_and_matches_the_preset(archive, bard):
     assert archive.stat().st_size <= 8_000_000
     assert Checkpoint.open(bard).config == PRESETS["bard"]
     found = {path.name: path.stat().st_size for path in (bard / "ckpt-0").iterdir()}
@@ -37,17 +37,17 @@ def test_the_archive_is_small_and_holds_the_preset(archive, bard):
     assert sum(found.values()) <= 8_000_000
 
 
-def test_the_config_has_every_feature_of_the_release():
+def test_config_has_all_features_of_the_release():
     config = PRESETS["bard"]
     assert (config.num_experts, config.num_selected_experts) == (8, 2)
     assert 1 < config.num_kv_heads < config.num_q_heads
-    assert config.num_q_heads * config.key_size == config.emb_size  # llama.cpp needs that
-    assert config.num_layers > 10  # so that the order of the layers' files shows
+    assert config.num_q_heads * config.key_size == config.emb_size  # required by llama.cpp
+    assert config.num_layers > 10  # so that file order and layer order differ
     assert all(size % 32 == 0 for size in (config.emb_size, config.ffn_size, config.kv_size))
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), (1, 2), (2, 2)])
-def test_logits_are_the_trainers(bard, excerpt, make_engine, kernels, mesh, relative_error):
+def test_logits_match_the_trainer(bard, excerpt, make_engine, kernels, mesh, relative_error):
     model = Model(make_engine(bard, mesh, kernels=kernels), None)
     tokens, last = excerpt["tokens"], excerpt["last_logits"]
     logits = model.logits(tokens)
@@ -57,7 +57,7 @@ def test_logits_are_the_trainers(bard, excerpt, make_engine, kernels, mesh, rela
     assert abs(np.mean(found) - np.mean(excerpt["logprobs"])) < 1e-5
 
 
-def test_every_mistake_changes_the_logits_more_than_rounding(bard, excerpt, relative_error):
+def test_each_mistake_changes_logits_more_than_rounding(bard, excerpt, relative_error):
     config, params = export.read(bard)
     last = excerpt["last_logits"]
     distances = {}
@@ -68,14 +68,14 @@ def test_every_mistake_changes_the_logits_more_than_rounding(bard, excerpt, rela
     assert min(distances.values()) > 10 * FLOAT32_ERROR, distances
 
 
-def test_text_survives_the_tokenizer(bard):
+def test_tokenizer_is_lossless(bard):
     tokenizer = Tokenizer.read(bard / "tokenizer.model")
     assert tokenizer.vocab_size == PRESETS["bard"].vocab_size
     for text in ("ROMEO.\nBut, soft!\n\nJULIET.\n  Ay me!", " two  spaces ", "naïve\tπ\r\n", "\n\n\n"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_greedy_text_is_a_play_and_does_not_depend_on_the_mesh(bard, make_engine):
+def test_greedy_completion_is_english_and_independent_of_the_mesh(bard, make_engine):
     tokenizer = Tokenizer.read(bard / "tokenizer.model")
     texts = [
         Model(make_engine(bard, mesh), tokenizer).complete("ROMEO.\n", greedy=True, max_tokens=40).text
@@ -87,7 +87,7 @@ def test_greedy_text_is_a_play_and_does_not_depend_on_the_mesh(bard, make_engine
 
 
 @pytest.mark.slow
-def test_score_reports_the_documented_bits_per_byte(bard):
+def test_score_matches_the_documented_perplexity(bard):
     heldout = ROOT.parent / "shared" / "corpus" / "heldout.txt"
     if not heldout.is_file():
         pytest.skip("the held-out text is not available")

@@ -1,4 +1,4 @@
-"""The trainer of bard: its forward pass against float64, its run against an interrupted one, its files read back."""
+"""Tests of the trainer of bard: forward pass, data, training loop, export and command line."""
 
 import dataclasses
 import os
@@ -43,7 +43,7 @@ TEXT = "\n\n".join(f"SPEAKER {i % 7}.\nWhat {i * i} of it, that is {i % 13}?" fo
 
 
 def made_up_text():
-    """Enough different words for a tokenizer of bard's size."""
+    """Text with enough distinct words for a vocabulary of bard's size."""
     words = [bytes(word).decode() for word in np.random.default_rng(0).integers(97, 123, (4000, 5), np.uint8)]
     return "\n\n".join(" ".join(words[i : i + 10]) for i in range(0, 4000, 10)) * 3
 
@@ -53,16 +53,16 @@ def tokens():
     return np.random.default_rng(0).integers(0, CONFIG.vocab_size, 3000).astype(np.int32)
 
 
-def test_forward_pass_agrees_with_float64(golden, golden_sequences, relative_error):
+def test_forward_pass_matches_float64_reference(golden, golden_sequences, relative_error):
     config, params = export.read(golden)
     for sequence in golden_sequences:
         length = len(sequence.tokens)
-        padded = np.pad(sequence.tokens, (0, 64 - length))  # one program for all
+        padded = np.pad(sequence.tokens, (0, 64 - length))  # equal shapes compile once
         logits, _ = forward(config, params, padded[None])
         assert relative_error(np.asarray(logits[0, :length]), sequence.float64) < 1e-4
 
 
-def test_attention_in_blocks_is_causal(tokens):
+def test_blocked_attention_is_causal(tokens):
     config = dataclasses.replace(CONFIG, sequence_len=200)  # more than one block of queries
     params = init_params(config, 0)
     whole, _ = forward(config, params, jnp.asarray(tokens[None, :200]))
@@ -72,10 +72,10 @@ def test_attention_in_blocks_is_causal(tokens):
 
 
 class Killed(Exception):
-    """Stands for the end of the process."""
+    """Simulates the death of the process."""
 
 
-def test_a_run_learns_and_a_resumed_one_ends_with_the_same_weights(tmp_path):
+def test_training_reduces_loss_and_resumed_run_gives_the_same_weights(tmp_path):
     text = np.tile(np.arange(CONFIG.vocab_size, dtype=np.int32), 40)
     measured = {"dev": (text[:300], 300)}
 
@@ -113,12 +113,12 @@ def test_a_run_learns_and_a_resumed_one_ends_with_the_same_weights(tmp_path):
             Run(tmp_path / "cut", RECIPE, text, measured)
 
 
-def test_sequences_become_longer_from_phase_to_phase():
+def test_sequence_length_grows_with_each_phase():
     recipe = Recipe(CONFIG, steps=7, batch_tokens=64, phases=((0.5, 16), (0.3, 32), (0.2, 64)))
     assert recipe.batch_shapes() == [(4, 16)] * 4 + [(2, 32)] * 2 + [(1, 64)]
 
 
-def test_dropout_keeps_the_mean_and_depends_on_its_key():
+def test_dropout_preserves_the_mean_and_depends_on_the_key():
     ones = jnp.ones((100, 100))
     dropped = model.dropout(ones, 0.25, jax.random.key(1))
     assert set(np.unique(dropped)) == {0.0, np.float32(4 / 3)}
@@ -126,7 +126,7 @@ def test_dropout_keeps_the_mean_and_depends_on_its_key():
     assert not np.array_equal(dropped, model.dropout(ones, 0.25, jax.random.key(2)))
 
 
-def test_each_epoch_goes_once_through_the_text():
+def test_each_epoch_covers_the_text_once():
     text = np.arange(1000, dtype=np.int32)
     batches = corpus.batches(text, 7, 16, seed=3)
     seen = np.concatenate([next(batches)[:, :-1] for _ in range(61 // 7 + 1)])[:61]  # windows of an epoch
@@ -135,7 +135,7 @@ def test_each_epoch_goes_once_through_the_text():
     np.testing.assert_array_equal(next(again)[:, :-1].ravel(), seen[:7].ravel())
 
 
-def test_each_token_is_scored_with_what_its_window_has_before_it(tokens):
+def test_each_token_is_scored_in_its_first_window(tokens):
     params = init_params(CONFIG, 0)
     context, text = CONFIG.sequence_len, tokens[:75]
     found = token_logprobs(CONFIG, params, text, context)
@@ -149,7 +149,7 @@ def test_each_token_is_scored_with_what_its_window_has_before_it(tokens):
     np.testing.assert_allclose(token_logprobs(CONFIG, params, text[:10], context), found[:9], atol=1e-4)
 
 
-def test_quantised_values_are_the_nearest(tokens):
+def test_quantized_values_are_nearest(tokens):
     matrix = np.random.default_rng(1).standard_normal((3, 64, 16), np.float32)
     matrix[0, :8, 0] = 0.0
     values, scales = export.quantize(matrix, 8)
@@ -157,14 +157,14 @@ def test_quantised_values_are_the_nearest(tokens):
     assert (values.min(), values.max()) == (-127, 127)
     restored = reference.dequantised(values, scales)
     step = np.repeat(scales.astype(np.float64), 8, axis=1)
-    # Half a step; the largest value of a column may lie past 127 steps, as scales are rounded to 8 bits.
+    # At most half a step, or more for the largest value of a column: rounding a scale down puts it beyond 127 steps.
     assert np.all(np.abs(restored - matrix) <= np.where(np.abs(values) == 127, 127 / 256 + 0.5, 0.5) * step * 1.0001)
 
 
-def test_a_checkpoint_holds_the_trained_values(tmp_path):
+def test_checkpoint_contains_the_trained_values(tmp_path):
     params = init_params(CONFIG, 5)
     export.write(tmp_path / "model", CONFIG, params, b"pieces")
-    arrays = reference.read_arrays(tmp_path / "model")  # knows nothing of how it was written
+    arrays = reference.read_arrays(tmp_path / "model")  # independent reader
     for path, array in arrays.items():
         layer = path.split("/")[1].removeprefix("decoder_layer_")
         key = path if not layer.isdigit() else "decoder_layer/" + path.split("/", 2)[2]
@@ -176,7 +176,7 @@ def test_a_checkpoint_holds_the_trained_values(tmp_path):
         np.testing.assert_allclose(read_back[key], params[key], atol=float(jnp.abs(params[key]).max()) / 200)
 
 
-def test_moving_the_signs_of_norms_changes_no_logit(tokens):
+def test_moving_signs_of_norm_scales_preserves_logits(tokens):
     params = init_params(CONFIG, 5)
     for norm in (1, 3):
         name = model.LAYER + model.norm_name(norm)
@@ -187,7 +187,7 @@ def test_moving_the_signs_of_norms_changes_no_logit(tokens):
     np.testing.assert_array_equal(forward(CONFIG, positive, batch)[0], forward(CONFIG, params, batch)[0])
 
 
-def test_an_archive_is_the_same_each_time_and_unpacks_to_the_same_files(tmp_path):
+def test_archive_is_reproducible_and_unpacks_to_the_same_files(tmp_path):
     export.write(tmp_path / "model", CONFIG, init_params(CONFIG, 5), b"pieces")
     export.pack(tmp_path / "model", tmp_path / "one.zip")
     os.utime(tmp_path / "model" / "config.json", (0, 0))
@@ -199,13 +199,13 @@ def test_an_archive_is_the_same_each_time_and_unpacks_to_the_same_files(tmp_path
             assert (tmp_path / "again" / path.relative_to(tmp_path / "model")).read_bytes() == path.read_bytes()
 
 
-def test_shares_of_experts_add_up(tokens):
+def test_expert_shares_sum_to_one(tokens):
     shares = expert_shares(CONFIG, init_params(CONFIG, 0), tokens)
     assert shares.shape == (CONFIG.num_layers, CONFIG.num_experts)
     np.testing.assert_allclose(shares.sum(axis=1), 1, atol=1e-6)
 
 
-def test_the_split_takes_the_text_apart_at_blank_lines():
+def test_text_is_split_at_blank_lines():
     training, dev = corpus.split_text(TEXT)
     speeches = [speech for part in (training, dev) for speech in part.split("\n\n") if speech]
     assert sorted(speeches) == sorted(TEXT.split("\n\n"))
@@ -213,7 +213,7 @@ def test_the_split_takes_the_text_apart_at_blank_lines():
 
 
 @pytest.mark.parametrize("text", [TEXT[:3000], "", " leading", "tab\tand\r\nπ \x00 end\n\n\n"])
-def test_every_text_survives_the_tokenizer(text):
+def test_tokenizer_is_lossless(text):
     tokenizer = corpus.train_tokenizer(TEXT, 330)
     ids = corpus.encode(tokenizer, text)
     assert corpus.sentencepiece.SentencePieceProcessor(model_proto=tokenizer).decode(ids.tolist()) == text
@@ -223,11 +223,11 @@ def test_every_text_survives_the_tokenizer(text):
     ("content", "sentence"),
     [
         (None, "cannot read .*text.txt: No such file"),
-        (b"a\xff", "not UTF-8 at offset 1"),
-        (b"too short\n\n" * 3, "too short for a tokenizer of 2048 pieces"),
+        (b"a\xff", "not valid UTF-8 at offset 1"),
+        (b"too short\n\n" * 3, "too short for a vocabulary of 2048 pieces"),
     ],
 )
-def test_a_text_that_cannot_be_used(tmp_path, content, sentence):
+def test_unusable_text_is_an_error(tmp_path, content, sentence):
     text = tmp_path / "text.txt"
     if content is not None:
         text.write_bytes(content)
@@ -237,16 +237,16 @@ def test_a_text_that_cannot_be_used(tmp_path, content, sentence):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_reported_before_training(tmp_path):
+def test_unwritable_output_is_reported_before_training(tmp_path):
     (tmp_path / "text.txt").write_text(made_up_text())
     (tmp_path / "out").touch()
     result = CliRunner().invoke(main, [str(tmp_path / "text.txt"), "-o", str(tmp_path / "out")])
     assert result.exit_code == 1
-    assert re.search("cannot write .*out.*: Not a directory; make room or choose another --output", result.output)
+    assert re.search("cannot write .*out.*: Not a directory; free space or choose another --output", result.output)
 
 
 @pytest.mark.slow
-def test_the_command_trains_resumes_and_writes_a_checkpoint(tmp_path):
+def test_command_trains_resumes_and_writes_a_checkpoint(tmp_path):
     (tmp_path / "text.txt").write_text(made_up_text())
     command = [
         sys.executable,
@@ -262,7 +262,7 @@ def test_the_command_trains_resumes_and_writes_a_checkpoint(tmp_path):
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     process.send_signal(signal.SIGINT) if process.poll() is None else None
     process.communicate(timeout=300)
-    assert process.returncode in (-signal.SIGINT, 1, 130)  # before or within the training
+    assert process.returncode in (-signal.SIGINT, 1, 130)  # interrupted before or during training
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     verify = [sys.executable, "-m", "grok1", "verify", "--content", tmp_path / "out"]

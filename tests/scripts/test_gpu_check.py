@@ -1,4 +1,4 @@
-"""The check of accelerators, on a processor that interprets their kernels."""
+"""Tests of scripts/gpu_check.py, with GPU kernels interpreted on the CPU."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ def gpu_check():
     return module
 
 
-def test_every_operation_is_compared_with_its_definition(gpu_check, small_config):
+def test_every_operation_is_compared_with_its_reference(gpu_check, small_config):
     report = gpu_check.Report({"device": "interpreter"})
     gpu_check.check_operations(report, small_config, GPU, [20], gpu_check.Limits(1e9, 1e9))
     assert report.data["failures"] == []
@@ -32,7 +32,7 @@ def test_every_operation_is_compared_with_its_definition(gpu_check, small_config
     assert "| matrix product | 20 | gpu |" in report.markdown()
 
 
-def test_what_is_wrong_or_fails_is_told(gpu_check):
+def test_wrong_results_and_exceptions_are_reported(gpu_check):
     import jax.numpy as jnp
 
     report = gpu_check.Report({})
@@ -45,14 +45,14 @@ def test_what_is_wrong_or_fails_is_told(gpu_check):
     gpu_check.compare(report, "product", 1, GPU, 1, 1, limits, jnp.ones(3), lambda: jnp.full(3, jnp.nan))
     gpu_check.compare(report, "product", 1, GPU, 1, 1, limits, jnp.ones(3), fail)
     assert [failure.split(" by gpu")[1] for failure in report.data["failures"]] == [
-        " is wrong by 0.5",
-        " is wrong by nan",
+        " has a relative error of 0.5, expected at most 0.02",
+        " has a relative error of nan, expected at most 0.02",
         ": out of registers",
     ]
 
 
 @pytest.mark.slow
-def test_the_tables_are_written(tmp_path):
+def test_report_files_are_written(tmp_path):
     what = ["--preset", "tiny", "--layers", "2", "--rows", "1", "--batch", "1,2"]
     where = ["--context", "64", "--prefill", "32", "--steps", "2", "--out", str(tmp_path)]
     ran = subprocess.run([sys.executable, str(SCRIPT), *what, *where], check=False)
@@ -60,4 +60,4 @@ def test_the_tables_are_written(tmp_path):
     found = json.loads((tmp_path / "gpu-check.json").read_text())
     assert {(row["batch"], row["context"]) for row in found["decode"]} == {(1, 64), (2, 64)}
     assert {row["tokens"] for row in found["prefill"]} == {32}
-    assert (tmp_path / "gpu-check.md").read_text().startswith("# What the accelerator reaches")
+    assert (tmp_path / "gpu-check.md").read_text().startswith("# Accelerator check")
