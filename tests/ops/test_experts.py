@@ -48,24 +48,40 @@ def exact(x, weights, layer, experts, factors):
     return out
 
 
+CASES = [  # rows, width, width of an expert, dtype
+    (1, 24, 48, np.float32),
+    (3, 40, 88, ml_dtypes.bfloat16),
+    (16, 128, 1024, np.float32),
+    (50, 16, 136, np.float32),
+    (40, 128, 1024, ml_dtypes.bfloat16),
+]
+
+
 @pytest.mark.parametrize("kernels", [XLA, CPU, GPU, TPU], ids=lambda kernels: kernels.backend)
-@pytest.mark.parametrize(
-    ("rows", "inner", "ffn"), [(1, 24, 48), (3, 40, 88), (16, 128, 1024), (50, 16, 136), (40, 128, 1024)]
-)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (ml_dtypes.bfloat16, 2e-2)])
-def test_each_row_goes_through_its_experts(rows, inner, ffn, dtype, tolerance, kernels):
+@pytest.mark.parametrize(("rows", "inner", "ffn", "dtype"), CASES)
+def test_each_row_goes_through_its_experts(rows, inner, ffn, dtype, kernels):
+    check_gated_experts(rows, inner, ffn, dtype, kernels.gated_experts, kernels.packs_weights)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("rows", "inner", "ffn", "dtype"), [(3, 24, 48, np.float32), (20, 16, 48, ml_dtypes.bfloat16)])
+def test_the_reference_implementation(rows, inner, ffn, dtype, packed):
+    check_gated_experts(rows, inner, ffn, dtype, reference_gated_experts, packed, 1e-5)
+
+
+def check_gated_experts(rows, inner, ffn, dtype, gated_experts, packed, tolerance=None):
+    tolerance = tolerance or (1e-5 if dtype == np.float32 else 2e-2)
     rng = np.random.default_rng(rows)
     weights = [random_weight(rng, inner, ffn, 1), random_weight(rng, inner, ffn, 1), random_weight(rng, ffn, inner, 8)]
     x = rng.standard_normal((rows, inner)).astype(dtype)
     experts = rng.integers(0, EXPERTS, (rows, 2)).astype(np.int32)
     experts[rng.random(rows) < 0.2] = EXPERTS
-    used = [pack(weight) for weight in weights] if kernels.packs_weights else weights
+    used = [pack(weight) for weight in weights] if packed else weights
     factors = rng.uniform(0.1, 1, experts.shape).astype(np.float32)
-    found = jax.jit(kernels.gated_experts)(x, *used, 1, experts, factors)
+    found = jax.jit(gated_experts)(x, *used, 1, experts, factors)
     expected = exact(x, weights, 1, experts, factors)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, atol=tolerance)
-    np.testing.assert_allclose(reference_gated_experts(x, *used, 1, jnp.asarray(experts), factors), expected, atol=1e-5)
     assert not np.asarray(found)[np.all(experts == EXPERTS, axis=1)].any()
 
 

@@ -32,9 +32,9 @@ def check_blocks(expert, num_experts):
     return blocks
 
 
-@pytest.mark.parametrize(("rows", "num_experts"), [(1, 8), (2, 8), (4, 3), (13, 8), (17, 1), (40, 5), (64, 8)])
+@pytest.mark.parametrize(("rows", "num_experts"), [(1, 8), (4, 3), (17, 1), (64, 8)])
 def test_every_row_has_one_place_in_a_block_of_its_expert(rows, num_experts):
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=25, deadline=None)
     @given(st.lists(st.integers(0, num_experts), min_size=rows, max_size=rows))
     def check(experts):
         check_blocks(np.asarray(experts), num_experts)
@@ -58,19 +58,16 @@ def test_many_rows_fill_large_blocks(experts):
 
 
 @pytest.mark.parametrize(
-    ("rows", "inner", "columns", "groups", "num_experts"),
+    ("rows", "inner", "columns", "groups", "num_experts", "dtype"),
     [
-        (1, 40, 7, 1, 8),
-        (2, 344, 9, 8, 8),
-        (6, 48, 5, 8, 3),
-        (16, 300, 8, 1, 8),
-        (40, 72, 17, 8, 5),
-        (150, 24, 6, 8, 2),
-        (70, 256, 128, 2, 3),
-        (9, 4096, 40, 8, 4),
+        (1, 40, 7, 1, 8, np.float32),
+        (2, 344, 9, 8, 8, ml_dtypes.bfloat16),
+        (16, 300, 8, 1, 8, ml_dtypes.bfloat16),
+        (150, 24, 6, 8, 2, np.float32),
+        (70, 256, 128, 2, 3, np.float32),
+        (9, 4096, 40, 8, 4, ml_dtypes.bfloat16),
     ],
 )
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("kernels", [XLA, GPU, TPU], ids=lambda kernels: kernels.backend)
 def test_each_row_is_multiplied_by_the_matrix_of_its_expert(rows, inner, columns, groups, num_experts, dtype, kernels):
     rng = np.random.default_rng(rows)

@@ -1,5 +1,3 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -15,9 +13,11 @@ from grok1.ops.xla.kernels import XLA
 from grok1.params.weights import QuantizedMatrix
 
 
-@functools.partial(jax.jit, static_argnames="kernels")
-def multiply(x, weight, index, kernels=XLA):
-    return kernels.matmul(x, weight, index)
+@pytest.fixture
+def multiply(request):
+    """The product of some kernels, XLA's by default, or the reference implementation."""
+    kernels = getattr(request, "param", XLA)
+    return jax.jit(reference_matmul if kernels == "reference" else kernels.matmul)
 
 
 def random_case(rows, inner, columns, groups, lead, dtype=np.float32, seed=0):
@@ -29,56 +29,61 @@ def random_case(rows, inner, columns, groups, lead, dtype=np.float32, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("rows", "inner", "columns", "groups"),
+    ("rows", "inner", "columns", "groups", "dtype"),
     [
-        (1, 1, 1, 1),
-        (1, 8, 3, 8),
-        (1, 40, 7, 1),  # one block and a rest
-        (1, 344, 33, 8),  # groups of 43 rows
-        (2, 600, 5, 1),
-        (3, 24, 9, 8),
-        (3, 600, 20, 1),  # two blocks and a rest
-        (7, 344, 16, 8),
-        (16, 256, 16, 1),
-        (17, 72, 31, 8),
-        (40, 1000, 6, 8),
-        (40, 1032, 6, 2),
+        (1, 1, 1, 1, np.float32),
+        (1, 8, 3, 8, ml_dtypes.bfloat16),
+        (1, 344, 33, 8, np.float32),  # groups of 43 rows
+        (3, 600, 20, 1, ml_dtypes.bfloat16),  # two blocks and a rest
+        (7, 344, 16, 8, ml_dtypes.bfloat16),
+        (16, 256, 16, 1, np.float32),
+        (40, 1000, 6, 8, np.float32),
+        (40, 1032, 6, 2, ml_dtypes.bfloat16),
     ],
 )
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("kernels", [XLA, GPU], ids=lambda kernels: kernels.backend)
-def test_product_with_a_matrix_of_a_stack(rows, inner, columns, groups, dtype, kernels):
+@pytest.mark.parametrize("multiply", [XLA, GPU, "reference"], indirect=True)
+def test_product_with_a_matrix_of_a_stack(rows, inner, columns, groups, dtype, multiply):
     x, weight, scales = random_case(rows, inner, columns, groups, (3,), dtype)
     quantized = QuantizedMatrix(jnp.asarray(weight), jnp.asarray(scales))
-    found = multiply(jnp.asarray(x), quantized, (1,), kernels=kernels)
+    found = multiply(jnp.asarray(x), quantized, (1,))
     assert found.dtype == jnp.float32
     matrix = reference.dequantised(weight[1], scales[1])
     exact = x.astype(np.float64) @ matrix
     # Rounding of float32 sums is far below this part of the terms' size; a row left out is far above.
     bound = 1e-5 * (np.abs(x.astype(np.float64)) @ np.abs(matrix))
     assert np.all(np.abs(found - exact) <= bound)
-    assert np.all(np.abs(reference_matmul(jnp.asarray(x), quantized, (1,)) - exact) <= bound)
 
 
-@pytest.mark.parametrize(("inner", "groups"), [(128, 1), (1024, 8), (384, 1)])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 128), (17, 384), (300, 256)])
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_product_in_tiles_of_a_tpu(rows, inner, columns, groups, dtype):
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns", "groups", "dtype"),
+    [
+        (1, 128, 128, 1, np.float32),
+        (1, 1024, 256, 8, ml_dtypes.bfloat16),
+        (17, 384, 384, 1, ml_dtypes.bfloat16),
+        (17, 1024, 128, 8, np.float32),
+        (300, 384, 256, 1, np.float32),
+        (300, 128, 384, 1, ml_dtypes.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("multiply", [TPU], indirect=True)
+def test_product_in_tiles_of_a_tpu(rows, inner, columns, groups, dtype, multiply):
     x, weight, scales = random_case(rows, inner, columns, groups, (3,), dtype)
     quantized = QuantizedMatrix(jnp.asarray(weight), jnp.asarray(scales))
     assert can_multiply(quantized)
-    found = multiply(jnp.asarray(x), quantized, (1,), kernels=TPU)
+    found = multiply(jnp.asarray(x), quantized, (1,))
     matrix = reference.dequantised(weight[1], scales[1])
     bound = 1e-5 * (np.abs(x.astype(np.float64)) @ np.abs(matrix))
     assert np.all(np.abs(found - x.astype(np.float64) @ matrix) <= bound)
 
 
-def test_matrices_that_are_no_whole_tiles_of_a_tpu():
+@pytest.mark.parametrize("multiply", [TPU], indirect=True)
+def test_matrices_that_are_no_whole_tiles_of_a_tpu(multiply):
     x, weight, scales = random_case(3, 120, 130, 8, (2,))
     quantized = QuantizedMatrix(jnp.asarray(weight), jnp.asarray(scales))
     assert not can_multiply(quantized)
-    found = multiply(x, quantized, (1,), kernels=TPU)
-    np.testing.assert_allclose(found, reference_matmul(x, quantized, (1,)), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(
+        multiply(x, quantized, (1,)), x @ reference.dequantised(weight[1], scales[1]), rtol=1e-4, atol=1e-2
+    )
 
 
 @pytest.mark.parametrize("kernels", [XLA, GPU, TPU], ids=lambda kernels: kernels.backend)
@@ -92,7 +97,7 @@ def test_several_stacks_at_once(kernels):
         np.testing.assert_allclose(product, x @ reference.dequantised(weight[1], scales[1]), rtol=1e-4, atol=1e-2)
 
 
-def test_index_may_be_traced_and_of_several_axes():
+def test_index_may_be_traced_and_of_several_axes(multiply):
     x, weight, scales = random_case(4, 48, 10, 8, (2, 3))
     quantized = QuantizedMatrix(jnp.asarray(weight), jnp.asarray(scales))
     for layer in range(2):
