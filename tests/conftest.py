@@ -4,13 +4,18 @@ from pathlib import Path
 
 _ROOT = Path(__file__).parents[1]
 
-# Before JAX is imported: 16 devices on any machine, and compiled programs kept from one run to the next.
-_DEVICES = "--xla_force_host_platform_device_count=16"
-if _DEVICES not in os.environ.get("XLA_FLAGS", ""):  # a worker has what the process has set that started it
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+# Before JAX is imported: 16 devices on any machine, and compiled programs kept from one run to the next. Most of the
+# time goes to compiling, which takes half as long without optimization; the programs compute the same.
+_FLAGS = (
+    "--xla_force_host_platform_device_count=16",
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+)
+_given = os.environ.get("XLA_FLAGS", "").split()  # test processes inherit the flags of the process that starts them
+os.environ["XLA_FLAGS"] = " ".join([*_given, *(flag for flag in _FLAGS if flag not in _given)])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".pytest_cache" / "compiled"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
 import dataclasses
@@ -28,6 +33,7 @@ from grok1.checkpoint.writer import write_checkpoint
 from grok1.config import PRESETS, ModelConfig
 from grok1.engine.engine import Engine
 from grok1.model import Model
+from grok1.ops.cpu import library as cpu
 from grok1.ops.gpu.kernels import KERNELS as GPU
 from grok1.ops.kernels import choose_kernels
 from grok1.ops.tpu.kernels import KERNELS as TPU
@@ -94,18 +100,23 @@ def kernels(request):
 @pytest.fixture(scope="session")
 def make_engine():
     """The engine of a checkpoint folder on a mesh; all tests share it and what it has compiled."""
+    accelerators = {"gpu": GPU, "tpu": TPU}
 
     @functools.cache
-    def make_engine(folder, mesh=(1, 1), dtype="float32", kernels="auto", backend=None):
+    def make(folder, mesh, dtype, backend):
         checkpoint = Checkpoint.open(folder)
         device_mesh = make_mesh(checkpoint.config, mesh)
-        kind = np.dtype(dtype)
-        if backend is None:
-            used = choose_kernels(checkpoint.config, device_mesh, kernels).kernels
-        else:  # of an accelerator, interpreted
-            used = dataclasses.replace({"gpu": GPU, "tpu": TPU}[backend], **CPU_LIMITS)
-        params = load_parameters(checkpoint, device_mesh, kind, pack=used.pack_box)
-        return Engine(checkpoint.config, params, device_mesh, kind, kernels=used)
+        if backend in accelerators:  # interpreted
+            used = dataclasses.replace(accelerators[backend], **CPU_LIMITS)
+        else:
+            used = choose_kernels(checkpoint.config, device_mesh, backend).kernels
+        params = load_parameters(checkpoint, device_mesh, np.dtype(dtype), pack=used.pack_box)
+        return Engine(checkpoint.config, params, device_mesh, np.dtype(dtype), kernels=used)
+
+    def make_engine(folder, mesh=(1, 1), dtype="float32", kernels="auto"):
+        if kernels == "auto":
+            kernels = "xla" if cpu.why_not() else "native"
+        return make(folder, mesh, dtype, kernels)
 
     return make_engine
 
@@ -116,7 +127,9 @@ def make_reference():
 
     @functools.cache
     def make_reference(folder):
-        return functools.partial(reference.logits, reference.read_config(folder), reference.read_arrays(folder))
+        config, arrays = reference.read_config(folder), reference.read_arrays(folder)
+        logits = functools.cache(lambda tokens: reference.logits(config, arrays, np.asarray(tokens)))
+        return lambda tokens: logits(tuple(int(token) for token in tokens))
 
     return make_reference
 

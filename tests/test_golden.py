@@ -24,18 +24,17 @@ def test_reference_agrees_with_published_float64_logits(golden, golden_sequences
         np.testing.assert_allclose(found, sequence.float64, rtol=1e-7, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("mesh", "kernels"),
+    [
+        *(((1, 1), "xla"), ((1, 8), "xla"), ((2, 4), "xla")),
+        *(((1, 1), "native"), ((1, 2), "native"), ((1, 8), "native"), ((2, 8), "native"), ((8, 1), "native")),
+    ],
+    indirect=["kernels"],
+)
 def test_logits_are_closer_to_float64_than_the_releases_code(
-    kernels, golden, golden_sequences, make_engine, relative_error
+    mesh, kernels, golden, golden_sequences, make_engine, relative_error
 ):
-    model = Model(make_engine(golden, (1, 1), kernels=kernels), None)
-    for sequence in golden_sequences:
-        error = relative_error(model.logits(sequence.tokens), sequence.float64)
-        assert error <= relative_error(sequence.upstream, sequence.float64)
-        assert error < FLOAT32_ERROR
-
-
-@pytest.mark.parametrize("mesh", [(1, 2), (1, 4), (1, 8), (2, 4), (4, 2), (8, 1), (2, 8)])
-def test_logits_do_not_depend_on_the_mesh(mesh, kernels, golden, golden_sequences, make_engine, relative_error):
     model = Model(make_engine(golden, mesh, kernels=kernels), None)
     for sequence in golden_sequences:
         # One length for all: what follows a token has no part in its logits.
@@ -46,7 +45,7 @@ def test_logits_do_not_depend_on_the_mesh(mesh, kernels, golden, golden_sequence
         assert error < FLOAT32_ERROR
 
 
-@pytest.mark.parametrize("mesh", [(1, 2), (1, 4), (1, 8), (2, 4), (4, 2), (8, 1), (2, 8)])
+@pytest.mark.parametrize("mesh", [(1, 8), (2, 4)])
 def test_greedy_text_does_not_depend_on_the_mesh(mesh, golden, golden_sequences, make_engine):
     prompt = golden_sequences[1].tokens.tolist()
     texts = [
@@ -56,9 +55,8 @@ def test_greedy_text_does_not_depend_on_the_mesh(mesh, golden, golden_sequences,
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("backend", ["gpu", "tpu"])
-def test_interpreted_kernels_of_accelerators(backend, golden, golden_sequences, make_engine, relative_error):
-    model = Model(make_engine(golden, (1, 2), backend=backend), None)
+def test_interpreted_kernels_of_a_gpu(golden, golden_sequences, make_engine, relative_error):
+    model = Model(make_engine(golden, (1, 2), kernels="gpu"), None)
     sequence = golden_sequences[0]
     assert relative_error(model.logits(sequence.tokens), sequence.float64) < FLOAT32_ERROR
 
@@ -130,10 +128,9 @@ def test_a_mesh_of_16_is_refused_with_one_that_works(golden):
     assert make_mesh(config).devices.shape == (1, 8)
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), (1, 8)])
-def test_bfloat16_stays_near_float64(mesh, golden, golden_sequences, make_engine, relative_error):
+def test_bfloat16_stays_near_float64(golden, golden_sequences, make_engine, relative_error):
     # Measured 1 to 7 %: about what the release's code has, whose activations are bfloat16 too.
-    model = Model(make_engine(golden, mesh, "bfloat16"), None)
+    model = Model(make_engine(golden, (1, 8), "bfloat16"), None)
     for sequence in golden_sequences[-2:]:
         error = relative_error(model.logits(sequence.tokens), sequence.float64)
         assert FLOAT32_ERROR < error < 0.1

@@ -17,6 +17,6 @@ def test_greedy_texts_are_those_of_plain_jax(backend, mesh, make_checkpoint, mak
     requests = [Request(prompt=[3 + i, 9, 27], options=options) for i in range(3)]
     found, expected = (
         {done.request_index: done.tokens for done in Model(engine, None).complete_many(requests, batch_size=4)}
-        for engine in (make_engine(folder, mesh, backend=backend), make_engine(folder, mesh, kernels="xla"))
+        for engine in (make_engine(folder, mesh, kernels=backend), make_engine(folder, mesh, kernels="xla"))
     )
     assert found == expected

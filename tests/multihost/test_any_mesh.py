@@ -11,7 +11,8 @@ from grok1.model import Model
 from grok1.params.sharding import MESH_AXES
 from grok1.params.tree import parameter_arrays
 
-MESHES = [(1, 1), (1, 2), (1, 4), (1, 8), (2, 4), (4, 2), (8, 1), (2, 8)]
+DEVICES = 4  # of all processes together
+MESHES = [(1, 2), (1, 4), (2, 2)]  # on one process of two, on both, and with a data row on each
 FLOAT32_ERROR = 1e-4
 
 WORKER = """
@@ -58,7 +59,7 @@ def test_logits_and_greedy_text_do_not_depend_on_processes(
 ):
     out = tmp_path / "found.npz"
     arguments = (count, port, golden, json.dumps(MESHES), out)
-    processes = [spawn("-c", WORKER, i, *arguments, devices=16 // count) for i in range(count)]
+    processes = [spawn("-c", WORKER, i, *arguments, devices=DEVICES // count) for i in range(count)]
     for process in processes:
         errors = process.communicate(timeout=300)[1]
         assert process.returncode == 0, errors
@@ -73,14 +74,14 @@ def test_logits_and_greedy_text_do_not_depend_on_processes(
     for mesh in MESHES:
         here = told["{},{}".format(*mesh)]
         assert here["text"] == expected.tokens
-        assert here["idle"] == 16 - mesh[0] * mesh[1]
+        assert here["idle"] == DEVICES - mesh[0] * mesh[1]
         check_bytes_read(checkpoint, mesh, count, [load["bytes_read"] for load in here["loads"]])
 
 
 def check_bytes_read(checkpoint, mesh, count, found):
     """Each process has read what its own model shards hold, once, whatever the number of its data rows."""
     data, shards = mesh
-    per_process = 16 // count
+    per_process = DEVICES // count
     for process in range(count):
         places = range(process * per_process, (process + 1) * per_process)
         held = {place % shards for place in places if place < data * shards}
