@@ -22,6 +22,7 @@ import dataclasses
 import functools
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 import reference
@@ -39,6 +40,25 @@ from grok1.ops.kernels import choose_kernels
 from grok1.ops.tpu.kernels import KERNELS as TPU
 from grok1.ops.xla.kernels import CPU_LIMITS
 from grok1.params.sharding import make_mesh
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compile_once():
+    """Share compiled programs among the engines of equal models on equal meshes, as each command makes its own."""
+    programs = {}
+    compile_program = Engine.compile
+
+    def compile_once(engine, key):
+        leaves, structure = jax.tree.flatten(engine.params)
+        params = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
+        place = (engine.config, engine.dtype, engine.kernels, engine.mesh, structure, params, key)
+        if place not in programs:
+            programs[place] = compile_program(engine, key)
+        return programs[place]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "compile", compile_once)
+        yield
 
 
 @pytest.fixture(scope="session")
