@@ -20,6 +20,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
 import dataclasses
 import functools
+import io
+import json
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -28,9 +31,11 @@ import pytest
 import reference
 from built import require_kernels
 
+from grok1 import cli
 from grok1.checkpoint.load import load_parameters
 from grok1.checkpoint.reader import Checkpoint
 from grok1.checkpoint.writer import write_checkpoint
+from grok1.cli.terminal import Terminal
 from grok1.config import PRESETS, ModelConfig
 from grok1.engine.engine import Engine
 from grok1.model import Model
@@ -174,6 +179,50 @@ def clear_sequences(make_reference):
         raise AssertionError("hardly a sequence has clear margins")
 
     return clear_sequences
+
+
+@dataclasses.dataclass
+class Result:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self):
+        """The JSON objects on stdout."""
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+class Stream(io.TextIOWrapper):
+    """A standard stream in memory."""
+
+    def __init__(self, content=b""):
+        super().__init__(io.BytesIO(content), encoding="utf-8", errors="surrogateescape", newline="\n")
+
+    def text(self):
+        self.flush()
+        return self.buffer.getvalue().decode()
+
+
+@pytest.fixture
+def grok1(monkeypatch):
+    """Runs a command in this process."""
+    for name in ("GROK1_CHECKPOINT", "GROK1_TOKENIZER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NPROC", "1")  # so that what a command sets is taken back
+    monkeypatch.delenv("NPROC")
+
+    def run(*arguments, stdin=b""):
+        with monkeypatch.context() as patch:
+            streams = {"stdin": Stream(stdin), "stdout": Stream(), "stderr": Stream()}
+            for name, stream in streams.items():
+                patch.setattr(sys, name, stream)
+            code = cli.execute([str(argument) for argument in arguments], Terminal())
+            return Result(code, streams["stdout"].text(), streams["stderr"].text())
+
+    return run
 
 
 @pytest.fixture(scope="session")

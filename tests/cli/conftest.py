@@ -1,6 +1,4 @@
 import dataclasses
-import io
-import json
 import os
 import pty
 import select
@@ -12,7 +10,6 @@ import pytest
 
 from grok1 import cli
 from grok1.checkpoint.writer import write_checkpoint
-from grok1.cli.terminal import Terminal
 from grok1.config import ModelConfig
 from grok1.text.train_tokenizer import train_small_tokenizer
 
@@ -28,50 +25,6 @@ CONFIG = ModelConfig(
     sequence_len=64,
     attn_output_multiplier=0.35,
 )
-
-
-@dataclasses.dataclass
-class Result:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def lines(self):
-        """The JSON objects on stdout."""
-        return [json.loads(line) for line in self.out.splitlines()]
-
-
-class Stream(io.TextIOWrapper):
-    """A standard stream in memory."""
-
-    def __init__(self, content=b""):
-        super().__init__(io.BytesIO(content), encoding="utf-8", errors="surrogateescape", newline="\n")
-
-    def text(self):
-        self.flush()
-        return self.buffer.getvalue().decode()
-
-
-@pytest.fixture
-def grok1(monkeypatch):
-    """Runs a command in this process."""
-    for name in ("GROK1_CHECKPOINT", "GROK1_TOKENIZER"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NPROC", "1")  # so that what a command sets is taken back
-    monkeypatch.delenv("NPROC")
-
-    def run(*arguments, stdin=b""):
-        with monkeypatch.context() as patch:
-            streams = {"stdin": Stream(stdin), "stdout": Stream(), "stderr": Stream()}
-            for name, stream in streams.items():
-                patch.setattr(sys, name, stream)
-            code = cli.execute([str(argument) for argument in arguments], Terminal())
-            return Result(code, streams["stdout"].text(), streams["stderr"].text())
-
-    return run
 
 
 @pytest.fixture(scope="session")

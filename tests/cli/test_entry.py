@@ -21,7 +21,7 @@ def imported(code):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], ["run", "--help"], ["score", "--help"], ["smoke", "--help"], ["inspect", "--help"]],
+    [["--help"], ["--version"], ["run", "--help"], ["score", "--help"], ["plan", "--help"], ["inspect", "--help"]],
 )
 def test_help_imports_nothing_heavy(arguments):
     assert imported(f"from grok1.cli import Terminal, execute\nassert execute({arguments}, Terminal()) == 0") == set()
@@ -209,9 +209,11 @@ def test_init_follows_a_given_tokenizer(grok1, tmp_path, checkpoint):
     assert (tmp_path / "new" / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
 
 
-def test_init_of_the_release_has_no_tokenizer_of_ours(grok1):
-    config = init.PRESETS["grok-1"]
-    assert init._tokenizer(None, config, None) == (config, None)
+def test_init_of_the_release_has_no_tokenizer_of_ours(grok1, tmp_path):
+    folder = tmp_path / "release"
+    (told,) = grok1("init", folder, "--preset", "grok-1", "--hollow", "--layers", 1, "--json").lines
+    assert told["vocab_size"] == 131072
+    assert not (folder / "tokenizer.model").exists()
 
 
 def test_init_refuses_unknown_presets_and_bad_tokenizers(grok1, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -142,7 +143,7 @@ def test_what_stands_alone_and_what_is_too_long(model, tokenizer):
 
 def test_what_a_task_cannot_ask_for(model):
     with pytest.raises(RequestError, match="num_beams"):
-        Grok1LM(model=model)._request("x", {"num_beams": 4})
+        Grok1LM(model=model).generate_until([SimpleNamespace(args=("x", {"num_beams": 4}))])
 
 
 def test_the_harness_loads_a_checkpoint(make_checkpoint, small_config, tokenizer):

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from grok1.multihost import jax_private
 from grok1.multihost.cluster import given_cluster
 from grok1.multihost.runtime import Runtime
 
@@ -33,14 +34,32 @@ class Store:
                 del self.values[key]
 
 
+class SilentLink:
+    """A connection to a coordinator that says nothing."""
+
+    def send(self, message):
+        pass
+
+    def receive(self, timeout):
+        threading.Event().wait(timeout)
+
+
 @pytest.fixture
-def processes():
-    """Three processes, connected to one store."""
+def store(monkeypatch):
+    """The store that processes connect to when they start."""
     store = Store()
+    monkeypatch.setattr(jax_private, "connect", lambda *_: store)
+    monkeypatch.setattr(jax_private, "use_gloo", lambda *_: None)
+    return store
+
+
+@pytest.fixture
+def processes(store):
+    """Three processes, connected to one store."""
     machines = [("a", "1", "10.0.0.1"), ("b", "2", "10.0.0.2"), ("a", "1", "10.0.0.1")]
-    found = [Runtime(given_cluster(":1", 3, process, None, 1), None, machines, False) for process in range(3)]
+    found = [Runtime(given_cluster(":1", 3, process, None, 1), SilentLink(), machines, False) for process in range(3)]
     for runtime in found:
-        runtime._client = store
+        runtime.start(lambda sentence, code: None)
     return found
 
 
@@ -70,13 +89,13 @@ def test_everybody_learns_what_everybody_tells_each_time(processes):
         assert in_threads(works) == [[[0, number], [1, number], [2, number]]] * 3
 
 
-def test_messages_come_in_order_and_are_not_kept_for_ever(processes):
+def test_messages_come_in_order_and_are_not_kept_for_ever(processes, store):
     count = 2600
 
     def send():
         for i in range(count):
             processes[0].send(str(i).encode())
-            kept.append(len(processes[0]._client.values))
+            kept.append(len(store.values))
 
     kept = []
     receive = [lambda r=runtime: [int(r.receive()) for _ in range(count)] for runtime in processes[1:]]

@@ -149,10 +149,6 @@ def test_virtual_devices_are_made_when_jax_has_not_started():
     assert ran.stdout == "24\n"
 
 
-def test_plan_is_imported_without_jax():
-    subprocess.run([sys.executable, "-c", "import sys, grok1.plan; assert 'jax' not in sys.modules"], check=True)
-
-
 @pytest.mark.parametrize(("kind", "count", "name"), [("v5e", 32, "4x8"), ("v5p", 16, "2x2x4"), ("v6e", 1, "1x1")])
 def test_topology_names(kind, count, name):
     assert topology_name(kind, count) == name
