@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-from grok1 import cli
 from grok1.checkpoint.writer import write_checkpoint
 from grok1.config import ModelConfig
 from grok1.text.train_tokenizer import train_small_tokenizer

@@ -8,6 +8,7 @@ import zlib
 
 import pytest
 
+from grok1.model import Model
 from grok1.text.tokenizer import Tokenizer
 
 ROWS = [
@@ -34,15 +35,13 @@ def score(grok1, checkpoint):
     return run
 
 
-@pytest.fixture
-def one(grok1, checkpoint):
-    """The log-probabilities of a text or of ids alone; the first has none."""
+@pytest.fixture(scope="module")
+def one(make_engine, checkpoint):
+    """The log-probabilities of ids alone; the first has none."""
+    model = Model(make_engine(checkpoint), None)
 
-    def run(ids, *arguments):
-        listed = json.dumps(ids).encode()
-        arguments = ("score", "-c", checkpoint, "--mesh", "1,1", "--ids", "--json", *arguments)
-        (told,) = grok1(*arguments, stdin=listed).lines
-        return told["logprobs"]
+    def run(ids):
+        return [None, *(entry.logprob for entry in model.score(ids).logprobs)]
 
     return run
 
@@ -197,7 +196,8 @@ def test_strides(score, one, tokenizer, rows_file, tmp_path):
     file.write_text(json.dumps({"token_ids": ids}) + "\n")
     row, _ = score(file, "--stride", 10, "--per-token").lines
     assert row["logprobs"] == pytest.approx(expected[1:], abs=1e-3)
-    assert one(ids, "--stride", 10)[1:] == pytest.approx(expected[1:], abs=1e-3)
+    (told,) = score("--ids", "--json", "--stride", 10, stdin=json.dumps(ids).encode()).lines
+    assert told["logprobs"][1:] == pytest.approx(expected[1:], abs=1e-3)
     refused = score(rows_file, "--stride", 65)
     assert refused.code == 1
     assert "context of 64" in refused.err
