@@ -1,4 +1,4 @@
-"""grok1: run the released Grok-1 checkpoint, on any JAX mesh.
+"""Run the released Grok-1 checkpoint on any JAX mesh.
 
     import grok1
 
@@ -6,14 +6,14 @@
     for piece in model.stream("The answer to life, the universe and everything is"):
         print(piece, end="", flush=True)
 
-`import grok1` alone imports nothing: the names below are imported when they are first used.
+Names are imported on first use, so `import grok1` is fast and does not import JAX.
 """
 
 from __future__ import annotations
 
 import importlib
 
-TYPE_CHECKING = False  # not from `typing`: nothing is imported before `__main__` handles Ctrl-C
+TYPE_CHECKING = False  # not imported from `typing`, because nothing is imported before `__main__` handles Ctrl-C
 if TYPE_CHECKING:
     from grok1.config import PRESETS, ModelConfig
     from grok1.config import VERSION as __version__

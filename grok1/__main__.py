@@ -1,4 +1,4 @@
-"""The program `grok1`, also `python -m grok1`."""
+"""Entry point of `grok1` and `python -m grok1`."""
 
 import os
 import signal
@@ -6,8 +6,8 @@ import sys
 
 
 def main() -> int:
-    """Runs the command line and returns its exit code; Ctrl-C while it is imported ends the process quietly."""
-    handled = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # it is ignored in background jobs
+    """Run the command line and return its exit code; Ctrl-C during imports ends the process without a traceback."""
+    handled = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # SIGINT is ignored in background jobs
     if handled:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     from grok1 import cli

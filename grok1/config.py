@@ -1,6 +1,6 @@
-"""The configuration of a model, and the presets.
+"""Model configurations and presets.
 
-A checkpoint has a `config.json` beside `ckpt-0`, except for the release, which is the preset `grok-1`. Importing this
+A checkpoint has a `config.json` next to `ckpt-0`, except for the release, which uses the preset `grok-1`. This module
 does not import JAX.
 """
 
@@ -12,32 +12,32 @@ import math
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from grok1.errors import ConfigError
+from grok1.errors import ConfigError, json_value
 
 VERSION = "0.1.0"
 """Version of grok1."""
 
 SCALE_GROUPS = 8
-"""Scale groups of a matrix whose input dimension the release split over its 8 devices."""
+"""Number of scale groups of a matrix whose input dimension the release split across its 8 devices."""
 
 DTypeName = Literal["float32", "bfloat16"]
 """Dtypes of activations and of the KV cache."""
 
 KernelsName = Literal["auto", "native", "xla"]
-"""Choices of kernels: hand-written for the platform, or XLA's."""
+"""Kernel implementations: "native" is hand-written for the platform, "xla" is compiled by XLA."""
 
-_MAX_SIZE = 2**31 - 1  # every index into an axis is an int32 on the device
+_MAX_SIZE = 2**31 - 1  # indices are int32 on the device
 _MAX_LAYERS = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The architecture of a Grok-1 model; the defaults are the release's.
+    """Architecture of a Grok-1 model; the defaults are those of the release.
 
     Field names are those of the release's config classes and the keys of `config.json`.
 
     Raises:
-        ConfigError: on construction, if no model can have these numbers.
+        ConfigError: on construction, if a value is invalid.
     """
 
     vocab_size: int = 131072
@@ -79,36 +79,36 @@ class ModelConfig:
             )
         if self.key_size % 2:
             raise ConfigError(
-                f"key_size is {self.key_size}, expected an even number: rotary embedding turns it in two halves"
+                f"key_size is {self.key_size}, expected an even number, because rotary embedding rotates pairs"
             )
         if self.num_q_heads % self.num_kv_heads:
             raise ConfigError(
-                f"num_q_heads is {self.num_q_heads}, expected a multiple of num_kv_heads ({self.num_kv_heads})"
+                f"num_q_heads is {self.num_q_heads}, expected a multiple of num_kv_heads, which is {self.num_kv_heads}"
             )
         if self.num_selected_experts > self.num_experts:
             raise ConfigError(
                 f"num_selected_experts is {self.num_selected_experts}, "
-                f"expected no more than num_experts ({self.num_experts})"
+                f"expected at most num_experts, which is {self.num_experts}"
             )
         if self.q_size % SCALE_GROUPS:
             raise ConfigError(
                 f"num_q_heads * key_size is {self.q_size}, expected a multiple of {SCALE_GROUPS}, "
-                "the scale groups of the attention output"
+                "the number of scale groups of the attention output"
             )
         if not SCALE_GROUPS <= self.ffn_size <= _MAX_SIZE:
             raise ConfigError(
-                f"widening_factor {self.widening_factor} makes experts {self.ffn_size} wide, "
-                f"expected {SCALE_GROUPS} to {_MAX_SIZE}"
+                f"widening_factor is {self.widening_factor}, which makes experts {self.ffn_size} wide, "
+                f"expected a width of {SCALE_GROUPS} to {_MAX_SIZE}"
             )
 
     @property
     def q_size(self) -> int:
-        """Total width of the query heads."""
+        """Total width of all query heads."""
         return self.num_q_heads * self.key_size
 
     @property
     def kv_size(self) -> int:
-        """Total width of the key heads, and of the value heads."""
+        """Total width of all key heads, equal to that of all value heads."""
         return self.num_kv_heads * self.key_size
 
     @property
@@ -118,7 +118,7 @@ class ModelConfig:
         return size + -size % 8
 
     def to_json(self) -> str:
-        """The text of a `config.json`."""
+        """Return the text of a `config.json`."""
         return json.dumps(dataclasses.asdict(self)) + "\n"
 
     @classmethod
@@ -126,21 +126,21 @@ class ModelConfig:
         """Parse the text of a `config.json`, named `source` in errors.
 
         Raises:
-            ConfigError: if it is not a JSON object with exactly the fields of this class, or the config is impossible.
+            ConfigError: if it is not a JSON object with exactly the fields of this class, or a value is invalid.
         """
         try:
             values: Any = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{source} is not JSON ({error}): write it anew or restore it") from None
+            raise ConfigError(f"{source} is not valid JSON ({error}): correct or restore it") from None
         if not isinstance(values, dict):
-            raise ConfigError(f"{source} holds a JSON {type(values).__name__}, expected an object of settings")
+            raise ConfigError(f"{source} is not a JSON object: correct or restore it")
         names = [field.name for field in dataclasses.fields(cls)]
         missing = [name for name in names if name not in values]
         unknown = [name for name in values if name not in names]
         if missing:
-            raise ConfigError(f"{source} lacks {', '.join(missing)}: expected the keys {', '.join(names)}")
+            raise ConfigError(f"{source} lacks the keys {', '.join(missing)}: add them or restore the file")
         if unknown:
-            raise ConfigError(f"{source} has the unknown key {unknown[0]!r}: expected only the keys {', '.join(names)}")
+            raise ConfigError(f'{source}: unknown key "{unknown[0]}", expected only {", ".join(names)}')
         try:
             return cls(**values)
         except ConfigError as error:
@@ -157,22 +157,22 @@ class ModelConfig:
             with path.open("rb") as file:
                 text = file.read(1 << 20)
         except OSError as error:
-            raise ConfigError(f"cannot read {path} ({error.strerror}): check its permissions") from None
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from None
         return cls.from_json(text, str(path))
 
 
 def _check_integer(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name} is {value!r}, expected a whole number")
+        raise ConfigError(f"{name} is {json_value(value)}, expected an integer")
     if not 1 <= value <= _MAX_SIZE:
         raise ConfigError(f"{name} is {value}, expected 1 to {_MAX_SIZE}")
 
 
 def _check_positive_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{name} is {value!r}, expected a number")
+        raise ConfigError(f"{name} is {json_value(value)}, expected a number")
     if not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{name} is {value}, expected a finite number above 0")
+        raise ConfigError(f"{name} is {value}, expected a finite number greater than 0")
 
 
 PRESETS: dict[str, ModelConfig] = {
@@ -184,7 +184,7 @@ PRESETS: dict[str, ModelConfig] = {
         key_size=8,
         num_q_heads=16,
         num_kv_heads=8,
-        num_layers=12,  # more than ten, which tests the order of the files
+        num_layers=12,  # more than ten, to test the order of the files
         widening_factor=6,
         sequence_len=512,
         attn_output_multiplier=8**-0.5,
@@ -213,23 +213,23 @@ PRESETS: dict[str, ModelConfig] = {
         sequence_len=1024,
     ),
 }
-"""The configs that `--preset` accepts: the release, some of its layers, two random models, and a small trained one."""
+"""Configs by the names that `--preset` accepts."""
 
 TRAINED = {"bard": "checkpoint/bard.zip"}
-"""Presets with trained weights: the path of the checkpoint's archive in the package."""
+"""Presets with trained weights, each with the path of the checkpoint's archive in the package."""
 
 
 def default_dtype(platform: str) -> DTypeName:
-    """The default dtype of activations on a platform: bfloat16 on accelerators, float32 on CPUs."""
+    """Return the default dtype of activations on a platform: bfloat16 on accelerators, float32 on CPUs."""
     return "float32" if platform == "cpu" else "bfloat16"
 
 
 def preset(name: str, layers: int | None = None) -> ModelConfig:
-    """A preset, with another number of layers if given.
+    """Return the config of a preset, with `layers` instead of its own number of layers if given.
 
     Raises:
-        ConfigError: if there is no such preset, or there cannot be so many layers.
+        ConfigError: if the name is unknown or `layers` is invalid.
     """
     if name not in PRESETS:
-        raise ConfigError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
+        raise ConfigError(f'unknown preset "{name}", expected one of {", ".join(PRESETS)}')
     return PRESETS[name] if layers is None else dataclasses.replace(PRESETS[name], num_layers=layers)

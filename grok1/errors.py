@@ -1,12 +1,21 @@
-"""The errors that a user can cause.
+"""Errors caused by user input or the environment.
 
-Their messages are one sentence: what was found, what was expected, and how to fix it. They are raised where the cause
-is known and caught once, in `grok1.cli`.
+Each message is one sentence that says what was found, what was expected, and how to fix it. Errors are raised where the
+cause is known and caught once, in `grok1.cli`.
 """
+
+from __future__ import annotations
+
+import json
+
+
+def json_value(value: object) -> str:
+    """Return a value in JSON notation, in which messages show values."""
+    return json.dumps(value, default=str, ensure_ascii=False)
 
 
 class Grok1Error(Exception):
-    """Base class; `str(error)` is the sentence that the user reads."""
+    """Base class; `str(error)` is the message for the user."""
 
 
 class ConfigError(Grok1Error):
@@ -18,7 +27,7 @@ class CheckpointError(Grok1Error):
 
 
 class TokenizerError(Grok1Error):
-    """A tokenizer that is missing, cannot be read, or has another vocabulary than the model."""
+    """A tokenizer that is missing, cannot be read, or does not match the model's vocabulary."""
 
 
 class MeshError(Grok1Error):
@@ -26,7 +35,7 @@ class MeshError(Grok1Error):
 
 
 class DeviceKindError(Grok1Error):
-    """A kind of device that is unknown, or whose memory is."""
+    """A device whose kind or memory size is unknown."""
 
 
 class TooSmallError(Grok1Error):
@@ -38,7 +47,7 @@ class KernelsError(Grok1Error):
 
 
 class CompileError(Grok1Error):
-    """A program that cannot be compiled for a device, or a compiler that is not installed."""
+    """A program that cannot be compiled for a device, or a missing compiler."""
 
 
 class RequestError(Grok1Error, ValueError):
@@ -46,8 +55,8 @@ class RequestError(Grok1Error, ValueError):
 
 
 class JobError(Grok1Error):
-    """A file of rows that cannot be processed, or results that cannot be written."""
+    """An input file that cannot be processed, or results that cannot be written."""
 
 
 class MultihostError(Grok1Error):
-    """Processes that cannot run together, or of which one has died."""
+    """Cooperating processes that cannot connect or disagree, or of which one has died."""

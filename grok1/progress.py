@@ -1,4 +1,4 @@
-"""Progress reports of long operations."""
+"""Progress of long operations."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a long operation is doing.
+    """The current state of a long operation.
 
     Attributes:
         stage: "checking" files, "loading" weights, "compiling" a program, "running" it for the first time, or "reading"
             a long prompt.
-        detail: the checkpoint, the program, or when several processes load, the slowest one, whose bytes are counted.
+        detail: the checkpoint; the program; or, while several processes load, the slowest of them, whose bytes are
+            counted.
         done: bytes loaded or tokens read; 0 if unknown.
         total: bytes to load or tokens to read; 0 if unknown.
     """

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Required, TypedDict, Unpack
 
-from grok1.errors import RequestError
+from grok1.errors import RequestError, json_value
 
 FinishReason = Literal["eos", "stop", "max_tokens", "context"]
 """Why a completion ended: end-of-text token, stop text, `max_tokens`, or a full context."""
@@ -18,28 +18,29 @@ MAX_SEED = 2**63 - 1
 
 
 class _OptionMetadata(TypedDict, total=False):
-    """What is known about a sampling option besides its type and default."""
+    """Properties of a sampling option besides its type and default."""
 
-    help: Required[str]  # on the command line
+    help: Required[str]  # for the command line
     names: tuple[str, ...]  # on the command line; by default the field's name with dashes
     metavar: str
-    valid: Callable[[Any], bool]  # whether a value is in range; without it every value is
+    show_default: str  # description of the default in help, if it is not the value
+    valid: Callable[[Any], bool]  # whether a value is in range; by default every value is
     expected: str  # the range, for messages
-    dtype: str  # of its array on the device, if it is applied there: see `grok1.engine.sampling`
-    neutral: float  # the value that has no effect there
+    dtype: str  # of its array on the device, if it is applied there; see `grok1.engine.sampling`
+    neutral: float  # the value that has no effect
 
 
 def sampling_option(default: Any, **metadata: Unpack[_OptionMetadata]) -> Any:
-    """A field of `SamplingOptions`; the command line's option and the field of a batch's rows derive from it."""
+    """Define a field of `SamplingOptions`, from which the command-line option and the field of rows are derived."""
     return dataclasses.field(default=default, metadata=dict(metadata))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How to continue a prompt; the `help` of each option describes it.
+    """Options for completing a prompt, described by the `help` of each field.
 
-    Logits are divided by the temperature; then top-k, top-p and min-p apply, in this order. A seed of None draws one.
-    Sample i of several uses `seed + i`. Log-probabilities are reported unless `logprobs` is None.
+    Logits are divided by the temperature; then top-k, top-p and min-p are applied, in this order. If `seed` is None, a
+    random seed is used. Sample i of several uses `seed + i`. Log-probabilities are reported unless `logprobs` is None.
 
     Raises:
         RequestError: on construction, if a value is out of range.
@@ -49,7 +50,7 @@ class SamplingOptions:
         128,
         names=("-n", "--max-tokens"),
         metavar="N",
-        help="Generate at most this many tokens.",
+        help="Maximum number of tokens to generate.",
         valid=lambda value: value >= 1,
         expected="at least 1",
     )
@@ -57,8 +58,8 @@ class SamplingOptions:
         0.7,
         names=("-t", "--temperature", "--temp"),
         metavar="T",
-        help="Divide the logits by this before sampling: 0 always takes the likeliest token, 1 draws from the model's "
-        "own distribution, more is more varied.",
+        help="Sampling temperature. 0 always chooses the most likely token, 1 samples from the model's own "
+        "distribution, and higher values give more varied text.",
         valid=lambda value: 0 <= value < math.inf,
         expected="0 or more",
         dtype="float32",
@@ -67,17 +68,17 @@ class SamplingOptions:
     top_k: int = sampling_option(
         0,
         metavar="K",
-        help="Draw from the K likeliest tokens; 0 is off.",
+        help="Sample only from the K most likely tokens; 0 turns this off.",
         valid=lambda value: 0 <= value < 2**31,
-        expected="0 (off) or more",
+        expected="0 or more",
         dtype="int32",
         neutral=0,
     )
     top_p: float = sampling_option(
         0.95,
         metavar="P",
-        help="Draw from the smallest set of likeliest tokens whose probability reaches P, above 0 and at most 1; "
-        "1 is off.",
+        help="Sample only from the smallest set of most likely tokens whose total probability is at least P, with "
+        "0 < P <= 1; 1 turns this off.",
         valid=lambda value: 0 < value <= 1,
         expected="above 0 and at most 1",
         dtype="float32",
@@ -86,7 +87,8 @@ class SamplingOptions:
     min_p: float = sampling_option(
         0.0,
         metavar="P",
-        help="Draw from tokens that are at least P times as likely as the likeliest, 0 to 1; 0 is off.",
+        help="Sample only from tokens at least P times as likely as the most likely one, with 0 <= P <= 1; 0 turns "
+        "this off.",
         valid=lambda value: 0 <= value <= 1,
         expected="0 to 1",
         dtype="float32",
@@ -95,23 +97,24 @@ class SamplingOptions:
     seed: int | None = sampling_option(
         None,
         metavar="N",
-        help="Start the random stream here, to repeat a completion.  [default: a fresh one, which is reported]",
+        show_default="random, and reported",
+        help="Random seed. The same seed gives the same completion.",
         valid=lambda value: value is None or 0 <= value <= MAX_SEED,
         expected=f"0 to {MAX_SEED}",
     )
     stop: tuple[str, ...] = sampling_option(
         (),
         metavar="TEXT",
-        help="End a completion before this text; give the option again for more texts.",
+        help="End the completion before TEXT. May be given several times.",
         valid=all,
-        expected="texts that are not empty",
+        expected="non-empty texts",
     )
-    ignore_eos: bool = sampling_option(False, help="Go on after the model's end-of-text token.")
+    ignore_eos: bool = sampling_option(False, help="Continue after the end-of-text token.")
     logprobs: int | None = sampling_option(
         None,
         metavar="K",
-        help="Report, in JSON, the log-probability of each token and of the K likeliest in its place, 0 to "
-        f"{MAX_LOGPROBS}.",
+        help="Add to the JSON output the log-probabilities of each token and of the K most likely tokens at its "
+        f"position, 0 to {MAX_LOGPROBS}.",
         valid=lambda value: value is None or 0 <= value <= MAX_LOGPROBS,
         expected=f"0 to {MAX_LOGPROBS}",
     )
@@ -121,11 +124,11 @@ class SamplingOptions:
         for field in dataclasses.fields(self):
             value, valid = getattr(self, field.name), field.metadata.get("valid")
             if valid is not None and not valid(value):
-                raise RequestError(f"{field.name} is {value!r}, expected {field.metadata['expected']}")
+                raise RequestError(f"{field.name} is {json_value(value)}, expected {field.metadata['expected']}")
 
 
 def fresh_seed() -> int:
-    """A random seed of 32 bits, for requests without one."""
+    """Return a random 32-bit seed."""
     return secrets.randbelow(2**32)
 
 
@@ -135,9 +138,9 @@ class Request:
 
     Attributes:
         prompt: text or token ids.
-        options: how to continue it.
+        options: the sampling options.
         num_samples: number of completions; sample i uses the seed `seed + i`.
-        truncate: whether to drop the beginning of a prompt that is too long instead of raising an error.
+        truncate: whether to drop the beginning of a prompt that is too long, instead of raising an error.
 
     Raises:
         RequestError: on construction, if `num_samples` is less than 1.
@@ -160,7 +163,7 @@ class Request:
 
         Args:
             request: a request, or a prompt as text or token ids.
-            greedy: the same as `temperature=0`.
+            greedy: same as `temperature=0`.
             truncate: see `Request`.
             **options: fields of `SamplingOptions`.
 
@@ -170,7 +173,7 @@ class Request:
         """
         if isinstance(request, Request):
             if greedy or truncate or options:
-                raise TypeError("a Request has its own options: pass a prompt, or no options")
+                raise TypeError("options cannot be passed with a Request: set them in the Request")
             return request
         if greedy:
             options["temperature"] = 0.0
@@ -179,7 +182,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodedRequest(Request):
-    """A request with its prompt encoded and checked: see `grok1.text.prompt.encode_request`.
+    """A request with an encoded and validated prompt; see `grok1.text.prompt.encode_request`.
 
     Attributes:
         tokens: the prompt's token ids, after truncation; 1 to `sequence_len - 1` of them.
@@ -190,11 +193,11 @@ class EncodedRequest(Request):
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities at one position of a text, natural logarithms.
+    """Log-probabilities (natural logarithms) at one position of a text.
 
     Attributes:
-        logprob: of the token at that position.
-        top: the likeliest tokens with their log-probabilities, likeliest first.
+        logprob: log-probability of the token at that position.
+        top: (token id, log-probability) of the most likely tokens, most likely first.
     """
 
     logprob: float
@@ -202,7 +205,7 @@ class TokenLogprobs:
 
 
 def perplexity(total: float, count: int) -> float:
-    """`exp` of the mean negative log-probability of `count` tokens with the sum `total`."""
+    """Return the perplexity of `count` tokens whose log-probabilities sum to `total`; infinity on overflow."""
     try:
         return math.exp(-total / count)
     except OverflowError:
@@ -210,5 +213,5 @@ def perplexity(total: float, count: int) -> float:
 
 
 def bits_per_byte(total: float, num_bytes: int | None) -> float | None:
-    """Negative log-probability in bits per UTF-8 byte; None without a tokenizer or if there are no bytes."""
+    """Convert a total log-probability to bits per UTF-8 byte; None if the number of bytes is None or 0."""
     return -total / math.log(2) / num_bytes if num_bytes else None

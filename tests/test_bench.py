@@ -31,7 +31,7 @@ def model(request):
     return random_model(CONFIG, mesh=request.param)
 
 
-def test_figures_fit_together(model):
+def test_measurements_are_consistent(model):
     found = bench.measure(model, 20, 4, 5)
     assert (found.prompt_tokens, found.batch, found.decode_steps) == (20, 4, 5)
     assert found.prefill_tokens_per_second == pytest.approx(80 / found.prefill_seconds)
@@ -40,7 +40,7 @@ def test_figures_fit_together(model):
     assert 0 < found.time_to_first_token_seconds <= found.prefill_seconds
 
 
-def test_bytes_of_a_step_are_those_of_the_files(model):
+def test_bytes_per_step_match_the_files(model):
     """One sequence reads everything but the experts that it does not select, and what it sees of the cache."""
     data, shards = model.mesh_shape
     found = bench.measure(model, 16, data, 4)
@@ -54,7 +54,7 @@ def test_bytes_of_a_step_are_those_of_the_files(model):
     assert found.decode_bytes_per_step == pytest.approx(weights + cache, rel=0.01)
 
 
-def test_a_prompt_of_several_chunks(monkeypatch):
+def test_prompt_of_several_chunks(monkeypatch):
     monkeypatch.setattr(Engine, "max_chunk", 16)
     found = bench.measure(random_model(CONFIG, mesh=(1, 1)), 40, 2, 2)
     assert found.prefill_seconds > 0
@@ -64,7 +64,7 @@ def test_a_prompt_of_several_chunks(monkeypatch):
     ("prompt", "batch", "decode", "match"),
     [(60, 2, 8, "lower --prompt"), (8, 3, 1, "multiple"), (8, 1 << 40, 1, "lower --batch")],
 )
-def test_what_cannot_be_measured(prompt, batch, decode, match):
+def test_impossible_measurements(prompt, batch, decode, match):
     model = random_model(CONFIG, mesh=(2, 1))
     with pytest.raises(RequestError, match=match):
         bench.measure(model, prompt, batch, decode)

@@ -9,7 +9,7 @@ from grok1.errors import ConfigError
 from grok1.params.table import num_parameters
 
 
-def test_the_default_is_the_release():
+def test_default_config_is_the_release():
     config = ModelConfig()
     assert config == PRESETS["grok-1"] == preset("grok-1")
     assert (config.num_layers, config.emb_size, config.vocab_size, config.sequence_len) == (64, 6144, 131072, 8192)
@@ -27,18 +27,18 @@ def test_the_default_is_the_release():
     ("emb_size", "widening_factor", "ffn_size"),
     [(6144, 8, 32768), (128, 4, 344), (128, 6, 512), (48, 2.75, 88), (60, 25, 1000), (2048, 6, 8192), (16, 1, 16)],
 )
-def test_the_width_of_an_expert(emb_size, widening_factor, ffn_size):
+def test_expert_width(emb_size, widening_factor, ffn_size):
     assert ModelConfig(emb_size=emb_size, widening_factor=widening_factor).ffn_size == ffn_size
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_config_survives_json(name):
+def test_config_json_round_trip(name):
     config = preset(name)
     assert ModelConfig.from_json(config.to_json()) == config
     assert config.to_json().endswith("}\n")
 
 
-def test_presets_are_sizes_one_can_try():
+def test_preset_sizes():
     assert 15e6 < num_parameters(preset("tiny")) < 30e6
     assert 3.0e9 < num_parameters(preset("bench-3b")) < 3.6e9
     assert preset("tiny").num_layers > 10  # where the order of the files shows
@@ -46,7 +46,7 @@ def test_presets_are_sizes_one_can_try():
         preset("grok-2")
 
 
-def test_the_sample_config_is_read(golden):
+def test_sample_config(golden):
     config = ModelConfig.read(golden / "config.json")
     assert dataclasses.asdict(config) == json.loads((golden / "config.json").read_text())
 
@@ -75,7 +75,7 @@ def test_the_sample_config_is_read(golden):
         ("num_selected_experts", 9),
     ],
 )
-def test_an_impossible_config_is_refused_by_name(name, value):
+def test_invalid_value_error_names_the_key(name, value):
     with pytest.raises(ConfigError, match=name):
         ModelConfig(**{name: value})
     stated = {**dataclasses.asdict(ModelConfig()), name: value}
@@ -83,7 +83,7 @@ def test_an_impossible_config_is_refused_by_name(name, value):
         ModelConfig.from_json(json.dumps(stated), "model/config.json")
 
 
-def test_query_heads_must_fill_the_scale_groups():
+def test_query_width_must_be_a_multiple_of_the_scale_groups():
     with pytest.raises(ConfigError, match="multiple of 8"):
         ModelConfig(num_q_heads=6, num_kv_heads=2, key_size=2)
     assert ModelConfig(num_q_heads=4, num_kv_heads=2, key_size=2).q_size == 8
@@ -96,7 +96,7 @@ def test_query_heads_must_fill_the_scale_groups():
         (lambda values: values.update(quantized=True), "unknown key 'quantized'"),
     ],
 )
-def test_keys_are_exactly_those_of_the_config(change, message):
+def test_keys_must_match_the_config(change, message):
     values = dataclasses.asdict(ModelConfig())
     change(values)
     with pytest.raises(ConfigError, match=message):
@@ -104,11 +104,11 @@ def test_keys_are_exactly_those_of_the_config(change, message):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "7", b"\xff\xfe{}", "[" * 100000])
-def test_text_that_is_no_config(text):
+def test_invalid_config_text(text):
     with pytest.raises(ConfigError, match=r"config\.json"):
         ModelConfig.from_json(text)
 
 
-def test_a_config_that_cannot_be_read(tmp_path):
+def test_unreadable_config(tmp_path):
     with pytest.raises(ConfigError, match=r"config\.json"):
         ModelConfig.read(tmp_path / "config.json")

@@ -1,7 +1,7 @@
-"""The command line: `execute` runs a command and turns any error into one sentence and an exit code.
+"""The command line: `execute` runs a command and converts errors into a message and an exit code.
 
-Commands are imported when they are used, and import JAX, NumPy, rich and prompt_toolkit when they run, so that help
-is immediate.
+To keep help and shell completion fast, commands are imported on use, and import JAX, NumPy, rich and prompt_toolkit
+when they run.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from grok1.errors import Grok1Error
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 
+_COMPLETION = "_GROK1_COMPLETE"
+
 _COMMANDS = (
     "run",
     "batch",
@@ -34,11 +36,11 @@ _COMMANDS = (
     "detokenize",
     "smoke",
 )
-"""Each is the object `command` of the module of that name in this package."""
+"""Command names; each is also a module in this package, which defines `command`."""
 
 
 class _LazyGroup(click.Group):
-    """A group that imports a command's module when the command is used."""
+    """A group that imports a command's module on use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -53,44 +55,53 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION, prog_name="grok1", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Run the released Grok-1 model from the command line.
+    """Run the Grok-1 language model from its released checkpoint.
 
-    Results go to standard output. Progress and statistics go to standard error, and only if that is a terminal.
-
-    Exit codes: 0 done, 1 failed with one line that says why, 2 wrong usage, 130 interrupted.
+    To try grok1 without the 318 GB of weights, use a small model trained on Shakespeare:
 
     \b
-    To try it without the release's weights, on a small model trained on Shakespeare:
       grok1 init bard --preset bard
       grok1 run -c bard "ROMEO."
+
+    Results are written to standard output. Progress and statistics are shown on standard error if it is a terminal.
+
+    Exit status: 0 on success, 1 on failure (with an error message), 2 on a usage error, 130 if interrupted.
     """
 
 
 def main() -> int:
-    """Runs the command of this process's arguments and returns its exit code."""
-    if sys.stderr is None:  # closed: click would print errors on stdout
+    """Run the command given by this process's arguments and return its exit code.
+
+    If the variable `_GROK1_COMPLETE` is set, print a completion script or completions for a shell instead, as described
+    in click's documentation.
+    """
+    if instruction := os.environ.get(_COMPLETION):
+        from click.shell_completion import shell_complete
+
+        return shell_complete(cli, {}, "grok1", _COMPLETION, instruction)
+    if sys.stderr is None:  # closed; click would print errors on stdout
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
     terminal = Terminal()
     code = execute(sys.argv[1:], terminal, terminal.end_soon)
     if terminal.interrupted:
-        # XLA may still be compiling in another thread, and crashes when the interpreter is finalized. And after some
-        # interrupts, of `eval` and `exec`, Python ends itself with SIGINT instead of this code.
+        # XLA may still be compiling in another thread, and crashes when the interpreter is finalized. After an
+        # interrupt in `eval` or `exec`, Python exits with SIGINT instead of this code.
         os._exit(code)
     return code
 
 
 def execute(arguments: Sequence[str], terminal: Terminal, on_interrupt: Callable[[], None] | None = None) -> int:
-    """Runs one command and returns its exit code.
+    """Run one command and return its exit code.
 
     Args:
-        arguments: of the command line, without the program's name.
-        terminal: where to print.
+        arguments: command-line arguments without the program's name.
+        terminal: the output streams.
         on_interrupt: called as soon as an interrupt ends the command.
     """
     if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
     try:
-        # Not `cli.main`, which handles interrupts and broken pipes in another way.
+        # Not `cli.main`, which handles interrupts and broken pipes differently.
         with cli.make_context("grok1", list(arguments), obj=terminal) as context:
             cli.invoke(context)
         terminal.flush()
@@ -99,7 +110,7 @@ def execute(arguments: Sequence[str], terminal: Terminal, on_interrupt: Callable
         terminal.flush()
         return exit_request.exit_code
     except BrokenPipeError:
-        _abandon_stdout()  # the reader of the results has seen enough
+        _abandon_stdout()  # the reader has closed the pipe
         return DONE
     except (KeyboardInterrupt, click.Abort):
         terminal.interrupted = True
@@ -117,34 +128,30 @@ def execute(arguments: Sequence[str], terminal: Terminal, on_interrupt: Callable
         if terminal.verbose:
             traceback.print_exc()
         terminal.error(sentence_of(error))
-        _abandon_stdout()  # it may be what failed
+        _abandon_stdout()  # writing to it may have failed
         return FAILED
     finally:
         terminal.clear()
 
 
 def sentence_of(error: Exception) -> str:
-    """The sentence that the user reads about an error."""
+    """Return the message for an error."""
     if isinstance(error, Grok1Error):
         return str(error)
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
-        found = text[:200] or "the system gave no more"
-        return (
-            f"out of memory ({found}): use more devices with --mesh, fewer "
-            "samples or sequences at a time, or --dtype bfloat16"
-        )
+        found = f" ({text[:200]})" if text else ""
+        return f"out of memory{found}: use more devices, a smaller --batch-size or --num-samples, or --dtype bfloat16"
     if isinstance(error, OSError) and error.strerror:
-        name = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror}{name}: make room, or check names and permissions"
-    return f"internal error: {type(error).__name__}: {text} (run again with --verbose for the traceback)"
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return f"internal error: {type(error).__name__}: {text}; run again with --verbose for the traceback"
 
 
 def _abandon_stdout() -> None:
-    """Prevents errors about unwritten output when the interpreter flushes stdout at its end."""
+    """Prevent errors about unwritten output when the interpreter flushes stdout at exit."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
     except (OSError, AttributeError, ValueError):
-        pass  # stdout is closed or not a file
+        pass  # stdout is closed or has no file descriptor

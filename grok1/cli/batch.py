@@ -1,4 +1,4 @@
-"""`grok1 batch`: completes a file of prompts."""
+"""`grok1 batch`: complete a file of prompts."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from grok1.cli.text_input import stdin_is_terminal
 from grok1.request import SamplingOptions, fresh_seed
 
 
-@click.command("batch", short_help="Complete a file of prompts, resumably.")
+@click.command("batch", short_help="Complete a file of prompts; interrupted jobs can be resumed.")
 @click.argument("input_file", metavar="INPUT", type=click.Path(path_type=Path))
 @job_options
-@click.option("--unescape", is_flag=True, help="Read \\n, \\t, \\r and \\\\ in a line of .txt as what they stand for.")
-@click.option("--no-prompt", is_flag=True, help="Leave the prompts out of the results.")
-@click.option("--echo", is_flag=True, help="Begin each completion's text with its prompt.")
+@click.option("--unescape", is_flag=True, help="Interpret the escapes \\n, \\t, \\r and \\\\ in .txt lines.")
+@click.option("--no-prompt", is_flag=True, help="Omit the prompts from the results.")
+@click.option("--echo", is_flag=True, help="Start the text of each completion with its prompt.")
 @truncate_option
 @batch_size_option
-@click.option("--json", "summarise", is_flag=True, help="Print a summary as JSON at the end; needs -o.")
+@click.option("--json", "summarise", is_flag=True, help="Print a summary of the job as JSON; requires -o.")
 @sampling_options
 @model_options
 @terminal_options
@@ -52,31 +52,34 @@ def command(
     sampling: SamplingOptions,
     num_samples: int,
 ) -> None:
-    """Complete every prompt of INPUT and write a line of JSON for each, in the order of INPUT.
+    """Complete each prompt in INPUT and write one line of JSON per prompt, in the same order.
 
-    INPUT is .txt, a prompt a line, or .jsonl, an object a line; either may be compressed (.txt.gz, .jsonl.gz), and "-"
-    is standard input. An object has "prompt" or "prompt_token_ids", and may have an "id" and options of its own:
-    max_tokens, temperature, top_p, top_k, min_p, seed, stop, n, logprobs, echo, ignore_eos, truncate. Lines of OpenAI's
-    batch files ("custom_id" and "body") will do as well. The options below are for rows that say nothing else.
+    INPUT is a .txt file with one prompt per line, or a .jsonl file with one JSON object per line, optionally compressed
+    with gzip (.txt.gz, .jsonl.gz). If INPUT is "-", rows are read from standard input.
 
-    All rows are checked before the model is loaded. With -o, a job that was interrupted, killed or out of disk goes on
-    where it was when the same command is run again, and the file is the same to the byte. Rows without a seed have one
-    of their own, made from --seed and their place in INPUT.
+    An object contains "prompt" or "prompt_token_ids", optionally an "id", and any of max_tokens, temperature, top_p,
+    top_k, min_p, seed, stop, n, logprobs, echo, ignore_eos and truncate, which override the options of the command.
+    Lines of OpenAI batch files, with "custom_id" and "body", are also accepted.
 
-    The first Ctrl-C lets the rows that have begun finish; the second stops at once.
+    All rows are validated before the model is loaded. With -o, running the same command again resumes a job that was
+    interrupted; the output is identical to that of an uninterrupted run. Rows without a seed use one derived from
+    --seed and their position in INPUT.
+
+    Press Ctrl-C once to finish the rows in progress and stop, and twice to stop immediately.
 
     \b
-    grok1 batch prompts.txt -o completions.jsonl -n 64 --greedy
-    gunzip -c prompts.jsonl.gz | grok1 batch - | jq -r .completions[].text
+    Examples:
+      grok1 batch prompts.txt -o completions.jsonl -n 64 --greedy
+      gunzip -c prompts.jsonl.gz | grok1 batch - | jq -r '.completions[].text'
     """
     if summarise and output is None:
-        raise click.UsageError("--json needs -o: without it the rows themselves go to standard output, as JSON.")
+        raise click.UsageError("--json requires -o, because otherwise the results are written to standard output.")
     from grok1.cli.jobs import opened_files
     from grok1.jobs.batch import CompletionJob
     from grok1.jobs.rows import RowDefaults
 
     if str(input_file) == "-" and stdin_is_terminal():
-        terminal.note("reading rows from the terminal; Ctrl-D at the beginning of a line ends them")
+        terminal.note("Reading rows from the terminal; press Ctrl-D on an empty line to end.")
     with opened_files(terminal, choice, input_file, row_format, output, restart) as files:
         if sampling.seed is None:
             begun = files.begun.get("seed")

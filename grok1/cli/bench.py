@@ -1,4 +1,4 @@
-"""`grok1 bench`: measures the speed of a model on the devices of this machine."""
+"""`grok1 bench`: measure the speed of a model on the devices of this machine."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from grok1.diagnose.bench import Limits, Measurement
     from grok1.model import Model
 
-_PROMPT = 512  # tokens, by default
+_PROMPT = 512  # default number of tokens
 
-# Options that have no effect with --devices.
-_OF_MEASURING = (
+# Parameters that have no effect with --devices.
+_MEASUREMENT_PARAMETERS = (
     *("checkpoint", "tokenizer", "mesh", "dtype", "load_memory"),
     *("preset_name", "layers", "prompt", "batch", "decode", "plot"),
 )
@@ -37,38 +37,45 @@ def _plot_file(ctx: click.Context, param: click.Parameter, value: Path | None) -
     if value is None:
         return None
     if value.suffix.lower() not in (".png", ".svg"):
-        raise click.BadParameter(f"{str(value)!r} ends neither in .png nor in .svg")
+        raise click.BadParameter(f'"{value}", expected a name that ends in .png or .svg.')
     if not value.parent.is_dir():
-        raise click.BadParameter(f"there is no folder {str(value.parent)!r}")
+        raise click.BadParameter(f'folder "{value.parent}" does not exist.')
     return value
 
 
-@click.command("bench", short_help="Measure prefill and decode speed against what memory allows.")
+@click.command("bench", short_help="Measure the prefill and decode speed of a model.")
 @click.option(
     "--preset",
     "preset_name",
     type=click.Choice(list(PRESETS)),
-    help="Measure this model with random weights, made in memory, instead of a checkpoint.",
+    help="Measure a model with random weights, created in memory, instead of a checkpoint.",
 )
 @layers_option
 @click.option(
     "--prompt",
     type=Numbers(),
-    help="Tokens of the prompts to read.  [default: 512, or as many as the context has room for]",
+    show_default=f"{_PROMPT}, or less if the context is shorter",
+    help="Prompt lengths in tokens.",
 )
-@click.option("--batch", type=Numbers(), default="1", show_default=True, help="Sequences that go on together.")
 @click.option(
-    "--decode", type=click.IntRange(1), default=32, show_default=True, metavar="N", help="Steps of decoding to measure."
+    "--batch",
+    type=Numbers(),
+    default="1",
+    show_default=True,
+    help="Batch sizes: numbers of sequences decoded together.",
+)
+@click.option(
+    "--decode", type=click.IntRange(1), default=32, show_default=True, metavar="N", help="Number of decode steps."
 )
 @click.option(
     "--plot",
     type=click.Path(path_type=Path, dir_okay=False),
     callback=_plot_file,
     metavar="FILE",
-    help="Draw what was reached against the limits, as .png or .svg; needs the plot extra.",
+    help="Write a roofline plot to a .png or .svg file; requires the plot extra of grok1.",
 )
 @click.option(
-    "--devices", "only_devices", is_flag=True, help="Tell the devices and what computes on them; load nothing."
+    "--devices", "only_devices", is_flag=True, help="Only list the devices and their kernels, without a measurement."
 )
 @model_options
 @output_options
@@ -85,36 +92,39 @@ def command(
     choice: ModelChoice,
     as_json: bool,
 ) -> None:
-    """Measure how fast a model reads prompts and decodes after them, against how fast memory can be read.
+    """Measure the prefill and decode speed of a model, and compare it with the speed of memory.
 
-    Every prompt length is measured with every batch, on random tokens. Programs are compiled and run once before they
-    are measured. How fast memory can be read is measured in the same run, and so is a matrix product, by the native
-    kernels or in the dtype of activations. A step has to read all weights that it uses and the cache; of a batch's
-    experts it is taken to use as many as even and independent choices give on average. With --json there is a line for
-    each measurement.
+    Each prompt length is measured with each batch size, on random tokens, after compilation and a warm-up. Memory
+    bandwidth and the speed of a large matrix product are measured in the same run.
+
+    The bytes read per token are calculated: the weights that a decode step uses and the KV cache. For a batch, tokens
+    are assumed to select experts uniformly and independently.
+
+    With --json, one object is printed per measurement.
 
     \b
-    grok1 bench --preset tiny --prompt 64
-    grok1 bench --preset bench-3b --prompt 64,512 --batch 1,8 --plot roofline.svg
-    grok1 bench --preset grok-1-slice --layers 16 --batch 1,8,32
-    grok1 bench -c checkpoints --threads 8 --json
+    Examples:
+      grok1 bench --preset tiny --prompt 64
+      grok1 bench --preset bench-3b --prompt 64,512 --batch 1,8 --plot roofline.svg
+      grok1 bench --preset grok-1-slice --layers 16 --batch 1,8,32
+      grok1 bench -c checkpoints --threads 8 --json
     """
     if preset_name is not None and is_given("checkpoint"):
-        raise click.UsageError("--checkpoint and --preset are both given: give one of them.")
+        raise click.UsageError("--checkpoint and --preset cannot be used together.")
     if preset_name is not None:
-        _refuse("tokenizer", "load_memory", because="--preset reads no files")
+        _reject("tokenizer", "load_memory", together_with="--preset")
     elif not only_devices:
-        _refuse("layers", because="a checkpoint has its own layers")
+        _reject("layers", together_with="a checkpoint")
     if only_devices:
-        _refuse(*_OF_MEASURING, because="--devices measures nothing")
+        _reject(*_MEASUREMENT_PARAMETERS, together_with="--devices")
     if plot is not None:
         from grok1.diagnose.roofline import require_matplotlib
 
         require_matplotlib()
-        _require_place(plot)
+        _check_writable(plot)
     with terminal.interruptible():
         if only_devices:
-            _tell_devices(terminal, choice, as_json)
+            _print_devices(terminal, choice, as_json)
             return
         start = time.perf_counter()
         source: Checkpoint | ModelConfig
@@ -137,10 +147,10 @@ def command(
         measured = []
         for tokens in prompt:
             for sequences in batch:
-                terminal.show_status(f"measuring {sequences} x {tokens} tokens")
+                terminal.show_status(f"measuring batch size {sequences}, {tokens} prompt tokens")
                 measured.append(measure(model, tokens, sequences, decode))
-        peak = memory.peak_resident_bytes()  # without the next step
-        terminal.show_status("measuring how fast memory can be read")
+        peak = memory.peak_resident_bytes()  # before `measure_limits` allocates memory
+        terminal.show_status("measuring memory bandwidth")
         limits = measure_limits(model)
     terminal.clear()
     if as_json:
@@ -159,11 +169,11 @@ def command(
             raise _unwritable(plot, error) from error
 
 
-def _refuse(*names: str, because: str) -> None:
-    """Refuses options of these names on the command line, where they would have no effect."""
+def _reject(*names: str, together_with: str) -> None:
+    """Raise a usage error if one of these parameters is given, because it would have no effect."""
     for parameter in click.get_current_context().command.params:
         if parameter.name in names and is_given(parameter.name):
-            raise click.UsageError(f"{because}: leave out {max(parameter.opts, key=len)}.")
+            raise click.UsageError(f"{max(parameter.opts, key=len)} cannot be used with {together_with}.")
 
 
 def _measurable(
@@ -174,10 +184,10 @@ def _measurable(
     batch: tuple[int, ...],
     decode: int,
 ) -> tuple[int, ...]:
-    """The lengths of prompts to measure.
+    """Return the prompt lengths to measure, after checking them before hundreds of gigabytes are loaded.
 
     Raises:
-        Grok1Error: if they cannot be measured, which should be reported before hundreds of gigabytes are loaded.
+        Grok1Error: if they cannot be measured.
     """
     devices = start_jax(terminal, choice.threads)
     from grok1.diagnose.bench import check_measurable, longest_prompt
@@ -187,7 +197,7 @@ def _measurable(
     from grok1.plan.verdict import room
 
     data, sequences_fit = 1, None
-    if choice.runtime is None:  # several processes find it out together, when they load
+    if choice.runtime is None:  # several processes check it when they load
         rows, shards = make_mesh(config, choice.mesh, devices).devices.shape
         data = int(rows)
         dtype = choice.dtype or default_dtype(devices[0].platform)
@@ -257,20 +267,21 @@ def _table(
     data, shards = model.mesh_shape
     on_devices = model.peak_device_bytes
     facts = [
-        ["model", f"{name}, {format_bytes(weight_bytes(model))} of weights"],
+        ["model", f"{name} ({format_bytes(weight_bytes(model))} of weights)"],
         ["devices", f"{model.engine.mesh.size} x {model.engine.mesh.devices.flat[0].device_kind}"],
-        ["mesh (data,model), activations", f"{data},{shards} {model.engine.dtype.name}"],
+        ["mesh (data,model)", f"{data},{shards}"],
+        ["data type", model.engine.dtype.name],
         ["kernels", model.kernels],
-        ["reading memory, measured", f"{limits.read_bytes_per_second / 1e9:.1f} GB/s"],
-        [f"{limits.matrix_product}, measured", f"{limits.matrix_operations_per_second / 1e12:.3g} TOP/s"],
-        ["loading, JAX's start included", f"{load_seconds:.1f} s"],
-        ["compiling", f"{model.engine.compile_seconds:.1f} s"],
-        ["peak memory of the process", "not known" if peak is None else format_bytes(peak)],
+        ["measured memory bandwidth", f"{limits.read_bytes_per_second / 1e9:.1f} GB/s"],
+        [f"measured {limits.matrix_product}", f"{limits.matrix_operations_per_second / 1e12:.3g} TOP/s"],
+        ["load time, with start of JAX", f"{load_seconds:.1f} s"],
+        ["compile time", f"{model.engine.compile_seconds:.1f} s"],
+        ["peak memory of the process", "unknown" if peak is None else format_bytes(peak)],
     ]
     if on_devices is not None:
-        facts.append(["peak memory of a device", format_bytes(on_devices)])
-    head = ["prompt", "batch", "first token", "prefill", "", "step", "decode", "read", "", "of memory's"]
-    units = ["tokens", "", "s", "tokens/s", "TOP/s", "ms", "tokens/s", "a token", "GB/s", "speed"]
+        facts.append(["peak memory per device", format_bytes(on_devices)])
+    head = ["prompt", "batch", "first token", "prefill", "", "decode step", "decode", "read", "", "of memory"]
+    units = ["tokens", "size", "s", "tokens/s", "TOP/s", "ms", "tokens/s", "per token", "GB/s", "bandwidth"]
     rows = [
         [
             str(m.prompt_tokens),
@@ -289,7 +300,7 @@ def _table(
     return columns(facts) + "\n" + columns([head, units, *rows], right=range(len(head)))
 
 
-def _tell_devices(terminal: Terminal, choice: ModelChoice, as_json: bool) -> None:
+def _print_devices(terminal: Terminal, choice: ModelChoice, as_json: bool) -> None:
     devices = start_jax(terminal, choice.threads)
     import jax
 
@@ -317,20 +328,20 @@ def _tell_devices(terminal: Terminal, choice: ModelChoice, as_json: bool) -> Non
         return
     rows = [["device", "platform", "kind", "memory", *([] if choice.runtime is None else ["process", "host"])]]
     for device, limit in zip(devices, limits, strict=True):
-        size = "the machine's" if platform == "cpu" else "not known" if limit is None else format_bytes(limit)
+        size = "shared" if platform == "cpu" else "unknown" if limit is None else format_bytes(limit)
         rows.append([str(device.id), device.platform, device.device_kind, size])
         if choice.runtime is not None:
             rows[-1] += [str(device.process_index), choice.runtime.hosts[device.process_index]]
     terminal.write(columns(rows) + "\n")
     facts = [["kernels", used.name if used.fallback is None else f"{used.name}: {used.fallback}"]]
     if platform == "cpu":
-        facts += [["that this processor can run", ", ".join(cpu.kernel_names()) or "none"], ["threads", str(threads)]]
-    facts.append(["memory of the machine", "not known" if machine is None else format_bytes(machine)])
+        facts += [["native kernels for this CPU", ", ".join(cpu.kernel_names()) or "none"], ["threads", str(threads)]]
+    facts.append(["host memory", "unknown" if machine is None else format_bytes(machine)])
     terminal.write(columns(facts))
 
 
-def _require_place(path: Path) -> None:
-    """Checks that the picture can be written, before anything is measured."""
+def _check_writable(path: Path) -> None:
+    """Check that the plot can be written, before the measurement."""
     try:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
@@ -338,4 +349,4 @@ def _require_place(path: Path) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"{path} cannot be written ({error.strerror}): name another file with --plot")
+    return OutputError(f"cannot write {path}: {error.strerror}; choose another file with --plot")

@@ -1,4 +1,4 @@
-"""Tables of plain text."""
+"""Plain-text tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 
 def columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
-    """Formats rows in aligned columns; those with an index in `right` are aligned to the right."""
+    """Format rows in aligned columns; those with an index in `right` are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -19,7 +19,7 @@ def columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
 
 
 def in_one_line(piece: str) -> str:
-    """Escapes backslashes and unprintable characters of a piece."""
+    """Escape backslashes and unprintable characters."""
     return "".join(
         character if character.isprintable() and character != "\\" else character.encode("unicode_escape").decode()
         for character in piece

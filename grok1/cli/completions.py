@@ -1,4 +1,4 @@
-"""Printing completions, as text while they are generated or as JSON, with one line of statistics."""
+"""Printing of completions, streamed as text or as JSON, with a line of statistics."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from grok1.model import Completion, Model
     from grok1.request import Request
 
-_MAX_BATCH = 16  # samples generated at a time
+_MAX_BATCH = 16  # samples generated together
 
-_ENDED = {
+_FINISH_REASONS = {
     "eos": "end of text",
     "stop": "stop text",
     "max_tokens": "max tokens",
-    "context": "context full",
+    "context": "full context",
 }
 
 
@@ -31,7 +31,7 @@ class CompletionPrinter:
     Attributes:
         terminal: where to print.
         model: the model.
-        load_seconds: time it took to load.
+        load_seconds: time taken to load the model.
         as_json: whether to print JSON, one object per sample, instead of text.
         echo: whether to print the prompt before the text.
     """
@@ -52,16 +52,16 @@ class CompletionPrinter:
 
     def _print_stream(self, request: Request) -> None:
         terminal = self.terminal
-        terminal.show_status("reading the prompt")
+        terminal.show_status("processing the prompt")
         stream = self.model.stream(request)
         if self.as_json:
             for count, _ in enumerate(stream, 1):
-                terminal.show_status(f"generating, {count} pieces of text so far")
+                terminal.show_status(f"generating, {count} pieces of text")
             terminal.write(self._json_line(stream.completion))
         else:
             first = (str(request.prompt) if self.echo else "") + next(stream, "")
             if not self._compiled and terminal.shows:
-                first += next(stream, "")  # decoding is compiled between the two, and reported on the same line
+                first += next(stream, "")  # so that compiling the decode step is reported before text is shown
             self._compiled = True
             terminal.write(first)
             for piece in stream:
@@ -82,7 +82,7 @@ class CompletionPrinter:
                 self._print_sample(completions[-1], count)
             done = len(completions) + len(finished)
             if done < count:
-                terminal.show_status(f"generating {count} samples, {done} done")
+                terminal.show_status(f"generating {count} samples, {done} finished")
         terminal.note(self._statistics(completions))
 
     def _print_sample(self, completion: Completion, count: int) -> None:
@@ -96,20 +96,20 @@ class CompletionPrinter:
         self._end_text()
 
     def _end_text(self) -> None:
-        """End a printed text: move to the start of a line on a terminal, else print exactly one newline."""
+        """End a printed text: start a new line on a terminal if necessary, else print exactly one newline."""
         if self.terminal.shows_results:
             self.terminal.end_line()
         else:
             self.terminal.write("\n")
 
     def _json_line(self, completion: Completion) -> str:
-        told = completion_object(completion, alone=True) | {
+        fields = completion_object(completion, alone=True) | {
             "load_seconds": self.load_seconds,
             "peak_memory_bytes": memory.peak_resident_bytes(),
             "peak_device_memory_bytes": self.model.peak_device_bytes,
             "mesh": list(self.model.mesh_shape),
         }
-        return json_line(told | ({"processes": self.model.loads} if self.model.loads else {}))
+        return json_line(fields | ({"processes": self.model.loads} if self.model.loads else {}))
 
     def _statistics(self, completions: Sequence[Completion]) -> str:
         first = completions[0]
@@ -118,19 +118,26 @@ class CompletionPrinter:
         steps = sum(max(0, completion.timings.completion_tokens - 1) for completion in completions)
         decode = steps / seconds if steps and seconds > 0 else None
         parts = [
-            f"{first.timings.prompt_tokens} tokens in{_rate(first.timings.prefill_tokens_per_second)}",
-            f"{tokens_out} out{_rate(decode)}",
-            f"first after {first.timings.time_to_first_token:.2f} s",
+            f"{_count(first.timings.prompt_tokens, 'prompt token')}{_rate(first.timings.prefill_tokens_per_second)}",
+            f"{_count(tokens_out, 'generated token')}{_rate(decode)}",
+            f"time to first token {first.timings.time_to_first_token:.2f} s",
         ]
         if first.timings.compile_seconds >= 0.1:
-            parts.append(f"compiling {first.timings.compile_seconds:.1f} s")
-        peaks = [(memory.peak_resident_bytes(), ""), (self.model.peak_device_bytes, " a device")]
-        if told := [f"{peak / 1e9:.2f} GB{where}" for peak, where in peaks if peak is not None]:
-            parts.append(f"peak {', '.join(told)}")
-        parts.append(", ".join(dict.fromkeys(_ENDED[completion.finish_reason] for completion in completions)))
+            parts.append(f"compile time {first.timings.compile_seconds:.1f} s")
+        peaks = [(memory.peak_resident_bytes(), ""), (self.model.peak_device_bytes, " per device")]
+        if known := [f"{peak / 1e9:.2f} GB{where}" for peak, where in peaks if peak is not None]:
+            parts.append(f"peak memory {', '.join(known)}")
+        parts.append(
+            "stopped at "
+            + ", ".join(dict.fromkeys(_FINISH_REASONS[completion.finish_reason] for completion in completions))
+        )
         last = f" to {completions[-1].seed}" if len(completions) > 1 else ""
         parts.append(f"seed {first.seed}{last}")
         return "[" + " · ".join(parts) + "]"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _rate(tokens_per_second: float | None) -> str:

@@ -1,4 +1,4 @@
-"""`grok1 detokenize`: token ids to text."""
+"""`grok1 detokenize`: convert token ids to text."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from grok1.jobs.result_json import json_line
 from grok1.jobs.source import decode_utf8
 
 
-@click.command("detokenize", short_help="Turn token ids into text.")
+@click.command("detokenize", short_help="Convert token ids to text.")
 @click.argument("ids", nargs=-1)
 @tokenizer_choice_options
 @output_options
 @pass_terminal
 def command(terminal: Terminal, ids: tuple[str, ...], choice: ModelChoice, as_json: bool) -> None:
-    """Print the text of the token IDS, and a newline after it.
+    """Print the text of the token IDS, followed by a newline.
 
-    Without IDS, or if they are "-", they are what comes through a pipe. Between ids there may be spaces, newlines or
-    commas; a JSON list is good too.
+    If IDS are missing or "-", they are read from standard input. Separate ids by spaces, newlines or commas, or write
+    them as a JSON list.
 
     \b
-    grok1 detokenize 422 3033 356
-    grok1 tokenize "The answer" | grok1 detokenize
+    Examples:
+      grok1 detokenize 422 3033 356
+      grok1 tokenize "The answer" | grok1 detokenize
     """
     if ids and ids != ("-",):
         numbers = parsed_ids(" ".join(ids))
     elif ids or not stdin_is_terminal():
         numbers = parsed_ids(decode_utf8(read_stdin(), "standard input"))
     else:
-        raise click.UsageError("there are no ids: give IDS, or pipe them in.")
+        raise click.UsageError("Missing token ids: pass IDS, or pipe them to standard input.")
 
     from grok1.cli.loading import read_tokenizer
     from grok1.text.prompt import required

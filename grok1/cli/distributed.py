@@ -1,4 +1,4 @@
-"""Runs a command as one of several processes: joins the others, follows process 0, and ends with them."""
+"""Running a command as one of several processes: process 0 runs it, and the others execute its model steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from grok1.multihost.cluster import Cluster
     from grok1.multihost.runtime import Runtime
 
-# Options that may differ between processes.
+# Parameters that may differ between processes.
 _OWN = {
     *("checkpoint", "tokenizer", "threads", "load_memory", "quiet", "verbose"),
     *("distributed", "coordinator", "num_processes", "process_id", "coordinator_bind", "start_timeout"),
@@ -32,13 +32,13 @@ _TERMINATION_SECONDS = 20.0
 
 @contextlib.contextmanager
 def joined(find_cluster: Callable[[], Cluster], choice: ModelChoice) -> Iterator[Runtime]:
-    """Within this block process 0 of several processes runs the command.
+    """Connect to the other processes; within this block, process 0 runs the command.
 
-    Other processes do not enter the block: they follow process 0 and end with it.
+    The other processes do not enter the block: they execute the steps of process 0 and exit when it does.
 
     Args:
-        find_cluster: describes the processes.
-        choice: the model, with this process's paths.
+        find_cluster: returns the description of the processes.
+        choice: the options that select the model, with the paths of this process.
 
     Raises:
         MultihostError: if the processes cannot connect or do not agree.
@@ -61,7 +61,7 @@ def joined(find_cluster: Callable[[], Cluster], choice: ModelChoice) -> Iterator
         raise
     except Exception as error:
         if _is_exchange(error):
-            terminal.show_status("an exchange failed; finding out which process is gone")
+            terminal.show_status("a collective operation failed; looking for the process that ended")
             runtime.await_cause()
         runtime.leave(0 if isinstance(error, BrokenPipeError) else 1)
         raise
@@ -85,21 +85,21 @@ def _join(terminal: Terminal, find_cluster: Callable[[], Cluster]) -> Runtime:
 
 
 def _options() -> dict[str, Any]:
-    """What must be the same in all processes: the command, its options, and some variables."""
+    """Return what must be equal on all processes: the command, its options, and some variables."""
     context = click.get_current_context()
-    told: dict[str, Any] = {"the command": context.info_name}
+    settings: dict[str, Any] = {"the command": context.info_name}
     for parameter in context.command.params:
         name = str(parameter.name)
         if name not in _OWN and context.get_parameter_source(name) is not ParameterSource.DEFAULT:
             shown = (
                 max(parameter.opts, key=len) if isinstance(parameter, click.Option) else parameter.human_readable_name
             )
-            told[shown] = context.params.get(name, "given")
-    return told | {f"${name}": os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+            settings[shown] = context.params.get(name, "given")
+    return settings | {f"${name}": os.environ[name] for name in _ENVIRONMENT if name in os.environ}
 
 
 def _follow(terminal: Terminal, runtime: Runtime, choice: ModelChoice) -> None:
-    """Follows process 0 until this process ends."""
+    """Execute the steps of process 0 until it exits, then exit."""
     terminal.quiet = True
     _end_patiently(runtime)
     from grok1.model.worker import worker_loop
@@ -118,7 +118,7 @@ def _follow(terminal: Terminal, runtime: Runtime, choice: ModelChoice) -> None:
 
 
 def _end_patiently(runtime: Runtime) -> None:
-    """Gives process 0 time to finish when all processes receive SIGTERM, as from schedulers.
+    """Delay the exit on SIGTERM, which schedulers send to all processes, to give process 0 time to finish.
 
     A second SIGTERM ends this process immediately.
     """
@@ -139,13 +139,13 @@ def _end_patiently(runtime: Runtime) -> None:
 
 
 def _is_exchange(error: Exception) -> bool:
-    """Whether the cause of an error may be the death of another process."""
+    """Return whether the end of another process may have caused an error."""
     text = str(error)
     return type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" not in text
 
 
 def _keep_results_apart() -> None:
-    """Redirects file descriptor 1 except for results: the libraries of JAX's collectives on CPUs write there."""
+    """Discard what libraries write to file descriptor 1, as JAX's CPU collectives do, but not results."""
     if sys.stdout is None:
         return
     with contextlib.suppress(OSError, ValueError):

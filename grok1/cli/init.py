@@ -1,4 +1,4 @@
-"""`grok1 init`: writes a checkpoint of a trained model, of random weights, or a hollow one."""
+"""`grok1 init`: write a checkpoint with trained, random or no weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from grok1.cli.options import is_given, layers_option, output_options
+from grok1.cli.options import complete_directory, is_given, layers_option, output_options
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.config import PRESETS, TRAINED, ModelConfig
 from grok1.config import preset as preset_config
@@ -18,14 +18,15 @@ from grok1.host.sizes import format_bytes
 from grok1.jobs.result_json import json_line
 
 
-@click.command("init", short_help="Write a small trained model, or random weights, as a checkpoint.")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.command("init", short_help="Write a checkpoint: a small trained model, or random weights.")
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path), shell_complete=complete_directory)
 @click.option(
     "--preset",
     required=True,
     type=click.Choice(list(PRESETS)),
-    help="Model to write. bard has 5 million weights, trained on Shakespeare. The others have random weights: tiny 20 "
-    "million, bench-3b 3.3 billion, grok-1 as many as the release (318 GB), grok-1-slice 8 of its 64 layers.",
+    help="Model to write: bard (5 million parameters, trained on Shakespeare), or one with random weights: tiny (20 "
+    "million), bench-3b (3.3 billion), grok-1 (314 billion, 318 GB like the release) or grok-1-slice (8 of its 64 "
+    "layers).",
 )
 @layers_option
 @click.option(
@@ -40,17 +41,16 @@ from grok1.jobs.result_json import json_line
     "--tokenizer",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Write this SentencePiece model beside the weights, and make the vocabulary as large as its own.  "
-    "[default: a small tokenizer is trained; none for grok-1 and grok-1-slice]",
+    show_default="a small tokenizer; none for grok-1 and grok-1-slice",
+    help="SentencePiece model file to copy to DIR. It determines the vocabulary size.",
 )
 @click.option(
     "--hollow",
     is_flag=True,
-    help="Leave the weights out: files of the same names, sizes and structure, whose arrays are holes that read as "
-    "zeros. For grok-1 that is 318 GB on a few MB of disk, in seconds, to rehearse inspect and verify before the "
-    "download.",
+    help="Write sparse files without weights, which have the same names, sizes and structure. grok-1 then takes a few "
+    "seconds and a few MB of disk space, enough to try inspect and verify before downloading the release.",
 )
-@click.option("--force", is_flag=True, help="Replace a checkpoint that is there.")
+@click.option("--force", is_flag=True, help="Replace an existing checkpoint in DIR.")
 @output_options
 @pass_terminal
 def command(
@@ -64,20 +64,18 @@ def command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Write a checkpoint in the release's format into DIR: ckpt-0, config.json and tokenizer.model.
+    """Write a checkpoint in the release's format to DIR: ckpt-0, config.json and tokenizer.model.
 
-    The preset bard is a small model with exactly Grok-1's architecture that was trained on Shakespeare. It comes with
-    grok1, is the same on every machine, and does not accept --layers, --seed, --tokenizer or --hollow. The other
-    presets have random weights: the text they generate is meaningless, but commands, files, memory use and speed are
-    those of a real model of that size. With --hollow no weights are written, only what inspect and verify need.
-
-    \b
-    grok1 init bard --preset bard
-    grok1 run -c bard "ROMEO."
+    The preset bard is a small model with the architecture of Grok-1, trained on Shakespeare. It is included in grok1,
+    and cannot be combined with --layers, --seed, --tokenizer or --hollow. The other presets have random weights: they
+    generate meaningless text, but their files, memory use and speed are those of a real model of that size.
 
     \b
-    grok1 init hollow --preset grok-1 --hollow
-    grok1 inspect hollow
+    Examples:
+      grok1 init bard --preset bard
+      grok1 run -c bard "ROMEO."
+      grok1 init hollow --preset grok-1 --hollow
+      grok1 inspect hollow
     """
     _check_options(preset, hollow)
 
@@ -86,7 +84,7 @@ def command(
     from grok1.checkpoint.writer import unpack_checkpoint, write_checkpoint
     from grok1.params.table import num_parameters
 
-    show_progress = functools.partial(terminal.show_bytes, "writing hollow files" if hollow else "writing weights")
+    show_progress = functools.partial(terminal.show_bytes, "writing sparse files" if hollow else "writing weights")
     config, trained = preset_config(preset, layers), preset in TRAINED
     if trained:
         with importlib.resources.as_file(importlib.resources.files("grok1").joinpath(TRAINED[preset])) as archive:
@@ -108,7 +106,7 @@ def command(
     size = sum(path.stat().st_size for path in written)
     parameters = num_parameters(config)
     if as_json:
-        told = {
+        fields = {
             "directory": str(directory),
             "preset": preset,
             "seed": None if hollow or trained else seed,
@@ -118,38 +116,36 @@ def command(
             "parameters": parameters,
             "vocab_size": config.vocab_size,
         }
-        terminal.write(json_line(told))
-    terminal.note(f"Wrote {len(written)} files, {format_bytes(size)}, {parameters:,} parameters, to {directory}.")
+        terminal.write(json_line(fields))
+    terminal.note(f"Wrote {parameters:,} parameters in {len(written)} files ({format_bytes(size)}) to {directory}.")
     if hollow:
         on_disk = sum(allocated_bytes(path.stat()) for path in written)
-        terminal.note(f"They are hollow and take {format_bytes(on_disk)} of disk.")
+        terminal.note(f"The files are sparse and use {format_bytes(on_disk)} of disk space.")
         terminal.note(f"Try: grok1 inspect {shlex.quote(str(directory))}")
         return
     if not (directory / "tokenizer.model").is_file():
-        terminal.note("No tokenizer was written: put the release's tokenizer.model, which comes with its code, there.")
+        terminal.note(f"No tokenizer was written: copy tokenizer.model from the code of the release to {directory}.")
     prompt = "ROMEO." if trained else "The answer is"
     terminal.note(f'Try: grok1 run -c {shlex.quote(str(directory))} "{prompt}"')
 
 
 def _check_options(preset: str, hollow: bool) -> None:
-    """Refuses options that would have no effect."""
+    """Reject options that would have no effect."""
     unused = [f"--{name}" for name in ("layers", "seed", "tokenizer", "hollow") if is_given(name)]
     if preset in TRAINED and unused:
-        raise click.UsageError(
-            f"{preset} is a trained model: leave out {' and '.join(unused)}, or choose another preset."
-        )
+        raise click.UsageError(f"--preset {preset} is a trained model and cannot be used with {' or '.join(unused)}.")
     if hollow and is_given("seed"):
-        raise click.UsageError("--hollow and --seed are both given: hollow files have no random weights.")
+        raise click.UsageError("--hollow and --seed cannot be used together, because hollow files contain no weights.")
 
 
 def _tokenizer(terminal: Terminal, config: ModelConfig, file: Path | None) -> tuple[ModelConfig, bytes | None]:
-    """The config with the vocabulary size of the tokenizer to write, and the tokenizer's file."""
+    """Return the config with the vocabulary size of the tokenizer to write, and the tokenizer's file or None."""
     if file is not None:
         from grok1.text.tokenizer import Tokenizer
 
         size = Tokenizer.read(file).vocab_size
         return dataclasses.replace(config, vocab_size=size), file.read_bytes()
-    if config.vocab_size == PRESETS["grok-1"].vocab_size:  # its tokenizer comes with the release's code
+    if config.vocab_size == PRESETS["grok-1"].vocab_size:  # its tokenizer is part of the release's code
         return config, None
     from grok1.text.train_tokenizer import train_small_tokenizer
 

@@ -1,4 +1,4 @@
-"""`grok1 inspect`: shows what a checkpoint contains."""
+"""`grok1 inspect`: show the contents of a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ if TYPE_CHECKING:
     from grok1.params.table import ArraySpec
 
 
-@click.command("inspect", short_help="Show what is in a checkpoint.")
+@click.command("inspect", short_help="Show the contents of a checkpoint.")
 @checkpoint_argument
 @click.option(
     "--tensors",
     is_flag=True,
-    help="Print a line for each tensor instead: embedding, layers by number, final norm. Offsets are in bytes from "
-    "the file's beginning to the data of the array and of its scales.",
+    help="Print one line per tensor, with the offsets in bytes of its data and its scales in the file.",
 )
 @output_options
 @pass_terminal
 def command(terminal: Terminal, directory: Path, tensors: bool, as_json: bool) -> None:
-    """Show what is in the checkpoint of DIR: parameters, sizes, shapes, and the model's config.
+    """Show the contents of the checkpoint in DIR: parameters, sizes, shapes, and the config of the model.
 
-    DIR is the folder that holds ckpt-0, or is it; without it, $GROK1_CHECKPOINT, then checkpoints. Every file's
-    structure is checked and no array is read, so that it takes a second for the whole release. A checkpoint that is
-    damaged, or whose files do not fit its config, is an error that names the files.
+    DIR contains ckpt-0, or is the ckpt-0 folder itself. The default is $GROK1_CHECKPOINT, or else "checkpoints".
+
+    The structure of each file is checked, but no weights are read, so this takes about a second for the release. If the
+    checkpoint is damaged or does not match its config, the files with errors are listed.
 
     \b
-    grok1 inspect
-    grok1 inspect --tensors demo
-    grok1 inspect --tensors --json | jq -r 'select(.layer == 10) | .file'
+    Examples:
+      grok1 inspect
+      grok1 inspect --tensors bard
+      grok1 inspect --tensors --json | jq -r 'select(.layer == 10) | .file'
     """
     from grok1.checkpoint.audit.inspect import inspect_checkpoint
     from grok1.checkpoint.reader import Checkpoint
@@ -99,7 +100,7 @@ def _form_fields(array: ArraySpec, scales: ArraySpec | None) -> dict[str, Any]:
 
 
 def _facts(inspection: Inspection) -> str:
-    """Sizes of the checkpoint and the model, one per line."""
+    """Format the sizes of the checkpoint and the model, one per line."""
     config, size = inspection.config, inspection.file_bytes
     facts = [
         ("checkpoint", str(inspection.directory)),
@@ -107,29 +108,32 @@ def _facts(inspection: Inspection) -> str:
         ("bytes", f"{size:,} ({size / 1e9:,.2f} GB)"),
     ]
     if inspection.hollow:
-        facts.append(("on disk", f"{inspection.allocated_bytes:,}: hollow, the rest are holes that read as zeros"))
+        facts.append(("on disk", f"{inspection.allocated_bytes:,} bytes (hollow: the files contain no weights)"))
     facts += [
-        ("parameters", f"{inspection.parameters:,}, of which a token uses {inspection.active_parameters:,}"),
-        ("layers", f"{config.num_layers}, {config.emb_size} wide"),
-        ("attention", f"{config.num_q_heads} query and {config.num_kv_heads} key/value heads of {config.key_size}"),
+        ("parameters", f"{inspection.parameters:,} ({inspection.active_parameters:,} active per token)"),
+        ("layers", f"{config.num_layers} of width {config.emb_size}"),
+        (
+            "attention",
+            f"{config.num_q_heads} query and {config.num_kv_heads} key/value heads of size {config.key_size}",
+        ),
         (
             "experts",
-            f"{config.num_experts}, of which a token uses {config.num_selected_experts}, {config.ffn_size} wide",
+            f"{config.num_experts} of width {config.ffn_size} ({config.num_selected_experts} active per token)",
         ),
-        ("vocabulary", f"{config.vocab_size}"),
-        ("context", f"{config.sequence_len}"),
+        ("vocabulary", f"{config.vocab_size} tokens"),
+        ("context", f"{config.sequence_len} tokens"),
     ]
     return "".join(f"{name:<12}{value}\n" for name, value in facts)
 
 
 def _kind_lines(inspection: Inspection) -> str:
-    """A row for each kind, and one for each further shape of a kind."""
+    """Format a row for each kind, and one for each further shape of a kind."""
     rows = [("kind", "files", "bytes", "share", "shapes", "dtype", "scales")]
     for kind in inspection.kinds():
         share = f"{100 * kind.file_bytes / inspection.file_bytes:.3f} %"
         head = (str(kind.kind), str(kind.count), f"{kind.file_bytes:,}", share)
         for (array, scales), count in kind.forms.items():
-            shape = f"{count} of {_cell(array.shape)}"
+            shape = f"{count} x [{_cell(array.shape)}]"
             rows.append((*head, shape, str(array.dtype), _cell(scales.shape if scales else None)))
             head = ("", "", "", "")
     return columns(rows, right={1, 2, 3})

@@ -1,4 +1,4 @@
-"""Interrupts: a graceful shutdown, and Ctrl-C while the main thread is inside XLA and cannot handle it."""
+"""Interrupt handling: graceful shutdown, and Ctrl-C while the main thread is inside XLA and cannot handle it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _BLOCK_LEFT = b"\0"
 def interrupts_end_within_a_second(
     *, patient: bool, hint: Callable[[], None], leave: Callable[[], None]
 ) -> Iterator[None]:
-    """Ends the process with status 130 if the block is not left within a second after SIGINT or SIGTERM.
+    """End the process with status 130 if the block is not left within a second after SIGINT or SIGTERM.
 
-    Python raises KeyboardInterrupt only between two bytecodes of the main thread, and a compilation is one bytecode. So
-    a second thread receives the signal too, and ends the process if the exception is not raised.
+    Python raises KeyboardInterrupt only between two bytecodes of the main thread, and a compilation is one bytecode.
+    Therefore a second thread also receives the signal, and ends the process if the exception is not raised in time.
 
     Args:
         patient: whether the first signal only calls `hint`.
-        hint: tells the user that a second signal ends the process; called from another thread.
+        hint: informs the user that a second signal ends the process; called from another thread.
         leave: restores the terminal; called from another thread.
     """
     if threading.current_thread() is not threading.main_thread() or os.name != "posix":
@@ -35,7 +35,7 @@ def interrupts_end_within_a_second(
     os.set_blocking(writer, False)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     report_unraisable = sys.unraisablehook
-    # An exception raised in a callback is reported and dropped; the watcher then ends the process.
+    # If the exception is raised in a callback, Python only reports it; the watcher then ends the process.
     sys.unraisablehook = lambda found: None if found.exc_type is KeyboardInterrupt else report_unraisable(found)
     watcher = threading.Thread(target=_watch, args=(reader, patient, hint, leave), name="grok1-interrupt", daemon=True)
     watcher.start()
@@ -70,9 +70,9 @@ def _watch(reader: int, patient: bool, hint: Callable[[], None], leave: Callable
 
 @contextlib.contextmanager
 def interrupts_end_at_once(leave: Callable[[], None]) -> Iterator[None]:
-    """Within this block SIGINT ends the process with status 130.
+    """Within this block, SIGINT ends the process immediately with status 130.
 
-    An exception raised while JAX's extension modules are imported crashes the process.
+    Used while JAX is imported: an exception raised inside its extension modules crashes the process.
 
     Args:
         leave: restores the terminal.
@@ -94,9 +94,9 @@ def interrupts_end_at_once(leave: Callable[[], None]) -> Iterator[None]:
 
 
 class GracefulShutdown:
-    """Requests a stop at the first SIGINT or SIGTERM; the second raises `KeyboardInterrupt`.
+    """Request a stop at the first SIGINT or SIGTERM within `graceful`, and raise `KeyboardInterrupt` at the second.
 
-    Outside the block `graceful` the first one does so, too.
+    Outside `graceful`, the first signal also raises `KeyboardInterrupt`.
 
     Attributes:
         requested: set by the first signal.
@@ -108,7 +108,7 @@ class GracefulShutdown:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Handles the signals within this block."""
+        """Handle the signals within this block."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -122,7 +122,7 @@ class GracefulShutdown:
 
     @contextlib.contextmanager
     def graceful(self) -> Iterator[None]:
-        """Within this block the first signal only sets `requested`."""
+        """Within this block, the first signal only sets `requested`."""
         self._graceful = True
         try:
             yield

@@ -1,4 +1,4 @@
-"""Runs the jobs of `grok1 batch` and `grok1 score`, and reports on the terminal."""
+"""Running the jobs of `grok1 batch` and `grok1 score`, with progress on the terminal."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ from grok1.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from grok1.model import Model
 
-_SECOND_SIGNAL = "; Ctrl-C stops at once"
+_SECOND_SIGNAL = "; press Ctrl-C again to stop immediately"
 
 
 @dataclasses.dataclass(frozen=True)
 class TerminalReporter:
-    """Reports a job on the terminal; a `Reporter`."""
+    """A `Reporter` that prints to the terminal."""
 
     terminal: Terminal
     shutdown: GracefulShutdown
 
     def status(self, text: str) -> None:
-        """Shows what the job is doing."""
+        """Show a status line."""
         self.terminal.show_status(text)
 
     def note(self, text: str) -> None:
-        """Prints a line on stderr, if it is a terminal."""
+        """Print a line on stderr if it is a terminal."""
         self.terminal.note(text)
 
     def bad_row(self, text: str) -> None:
-        """Prints a line on stderr."""
+        """Print the error of a row on stderr."""
         self.terminal.clear()
         click.echo(text, err=True)
 
     def result(self, line: str) -> None:
-        """Prints a line of results."""
+        """Print a line of results."""
         self.terminal.write(line)
 
     @contextlib.contextmanager
     def processing(self, describe: Callable[[], str]) -> Iterator[None]:
-        """Shows the line of progress, and shuts down gracefully at the first Ctrl-C."""
+        """Show the progress line, and shut down gracefully at the first Ctrl-C."""
 
         def line() -> str:
             more = _SECOND_SIGNAL if self.shutdown.requested.is_set() else ""
@@ -71,35 +71,35 @@ class TerminalReporter:
 
 @dataclasses.dataclass(frozen=True)
 class PerplexityReporter(TerminalReporter):
-    """Prints the perplexity after each chunk, and that of all chunks, instead of JSON."""
+    """A `Reporter` that prints the cumulative perplexity after each chunk, and the final one, instead of JSON."""
 
     corpus: Corpus
 
     def result(self, line: str) -> None:
-        """Prints what a line, which is part of the corpus already, means for the perplexity."""
+        """Print the perplexity of `corpus`, to which the line has already been added."""
         corpus = self.corpus
         value = corpus.perplexity
         if "corpus" not in json.loads(line):
             self.terminal.write(f"[{corpus.rows}]{'inf' if value is None else f'{value:.4f}'},")
             return
         error = corpus.standard_error
-        told = "infinite" if value is None else f"{value:.4f}" + ("" if error is None else f" +/- {error:.5f}")
+        final = "infinite" if value is None else f"{value:.4f}" + ("" if error is None else f" +/- {error:.5f}")
         if corpus.bits_per_byte is not None:
-            told += f", bits per byte {corpus.bits_per_byte:.4f}"
-        self.terminal.write(f"\nperplexity {told}, {corpus.num_scored} tokens of {corpus.rows} chunks\n")
+            final += f", bits per byte {corpus.bits_per_byte:.4f}"
+        self.terminal.write(f"\nperplexity {final}, {corpus.num_scored} tokens in {corpus.rows} chunks\n")
 
 
 @dataclasses.dataclass(frozen=True)
 class JobFiles:
-    """The files of a job, opened.
+    """The open files of a job.
 
     Attributes:
         source: the input.
-        journal: of the output; None for stdout.
-        checkpoint: the model's.
-        tokenizer: the model's; None if it has none.
-        reporter: where to report.
-        choice: the model that the user chose.
+        journal: the journal of the output; None for stdout.
+        checkpoint: the checkpoint of the model.
+        tokenizer: the tokenizer of the model, or None.
+        reporter: receives progress and results.
+        choice: the options that select the model.
     """
 
     source: Source
@@ -111,16 +111,16 @@ class JobFiles:
 
     @property
     def begun(self) -> Mapping[str, Any]:
-        """The fingerprint in the journal of an interrupted job; empty for a new job."""
+        """Fingerprint in the journal of an interrupted job; empty for a new job."""
         return (self.journal.job if self.journal is not None else None) or {}
 
     def run(
         self, job: Job[Any], batch_size: int | None, skip_bad: bool, reporter: Reporter | None = None
     ) -> dict[str, Any]:
-        """Runs a job on these files; see `JobRunner.run`.
+        """Run a job on these files; see `JobRunner.run`.
 
         Raises:
-            KeyboardInterrupt: if it was stopped by a signal.
+            KeyboardInterrupt: if a signal stopped it.
         """
         runner = JobRunner(
             job,
@@ -144,24 +144,26 @@ class JobFiles:
             return load_model(choice, terminal, self.checkpoint, self.tokenizer)[0]
 
     def report(self, outcome: Mapping[str, Any], details: Mapping[str, Any], shown: list[str], as_json: bool) -> None:
-        """Reports how a job ended.
+        """Print the summary of a job.
 
         Args:
-            outcome: of the job.
-            details: more of it for JSON.
-            shown: more of it for the line on stderr.
-            as_json: whether to print JSON.
+            outcome: the return value of `run`.
+            details: additional fields of the JSON summary.
+            shown: additional parts of the line on stderr.
+            as_json: whether to print a JSON summary.
 
         Raises:
-            JobError: if there were bad rows.
+            JobError: if rows have failed.
         """
         terminal = self.reporter.terminal
         if as_json:
             terminal.write(json_line({**outcome, **details}))
         terminal.note(summary(outcome, *shown))
         if outcome["failed"]:
-            where = "" if self.journal is None else f" in {self.journal.output}"
-            raise JobError(f'{outcome["failed"]} of {outcome["rows"]} rows failed: their lines{where} have an "error"')
+            where = "the output" if self.journal is None else self.journal.output
+            raise JobError(
+                f'{outcome["failed"]} of {outcome["rows"]} rows failed: see "error" in their lines of {where}'
+            )
 
 
 @contextlib.contextmanager
@@ -173,13 +175,13 @@ def opened_files(
     output: Path | None,
     restart: bool,
 ) -> Iterator[JobFiles]:
-    """Opens the files of a job, and locks its journal.
+    """Open the files of a job, and lock its journal.
 
     Args:
-        terminal: where to report.
-        choice: the model.
-        input_file: a file of rows.
-        row_format: of its lines; None to go by its name.
+        terminal: the output streams.
+        choice: the options that select the model.
+        input_file: the file of rows, or "-" for stdin.
+        row_format: the format of the rows; None to derive it from the file name.
         output: the file to write; None for stdout.
         restart: whether to discard the results of an interrupted run.
 
@@ -187,16 +189,16 @@ def opened_files(
         JobError: if a file cannot be opened, or the output is the input.
     """
     if restart and output is None:
-        raise click.UsageError("--restart needs -o: there is nothing to resume on standard output.")
+        raise click.UsageError("--restart requires -o.")
     shutdown = GracefulShutdown()
     with shutdown.installed(), contextlib.ExitStack() as stack:
         source = Source.open(input_file, row_format)
         journal = None
         if output is not None:
             if source.path is not None and output.exists() and output.samefile(source.path):
-                raise JobError(f"{output} is the input: name another file to write")
+                raise JobError(f"{output} is both input and output: choose another output file")
             journal = stack.enter_context(Journal.open(output, restart=restart))
             if journal.dropped_bytes and journal.job is not None:
-                terminal.note(f"{journal.path}: dropped {journal.dropped_bytes} bytes of an incomplete row")
+                terminal.note(f"Discarded {journal.dropped_bytes} bytes of an incomplete row in {journal.path}.")
         checkpoint, tokenizer = open_model(choice, terminal)
         yield JobFiles(source, journal, checkpoint, tokenizer, TerminalReporter(terminal, shutdown), choice)

@@ -1,4 +1,4 @@
-"""`grok1 launch`: runs a command as several processes on this machine."""
+"""`grok1 launch`: run a command as several processes on this machine."""
 
 from __future__ import annotations
 
@@ -21,39 +21,50 @@ from grok1.errors import MultihostError
 from grok1.host.threads import THREADS_VARIABLE, num_threads
 
 _COMMANDS = ("run", "batch", "score", "bench")
-_GRACE_SECONDS = 10.0  # for the other processes to end after process 0
+_GRACE_SECONDS = 10.0  # time for the other processes to end after process 0
 _VIRTUAL_DEVICES = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 _GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 @click.command(
     "launch",
-    short_help="Run a command as several processes on this machine.",
+    short_help="Run a command as several cooperating processes on this machine.",
     context_settings={"allow_interspersed_args": False},
 )
-@click.option("-n", "--num-processes", type=click.IntRange(1), required=True, metavar="N", help="How many processes.")
+@click.option("-n", "--num-processes", type=click.IntRange(1), required=True, metavar="N", help="Number of processes.")
 @click.option(
     "--port",
     type=click.IntRange(1, 65535),
     metavar="PORT",
-    help="Where they meet, on the loopback address.  [default: a port that is free]",
+    show_default="a free port",
+    help="Port on the loopback address on which process 0 listens.",
 )
-@click.argument("command_line", metavar="-- COMMAND [ARGUMENTS]...", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.argument(
+    "command_line",
+    metavar="-- COMMAND [ARGUMENTS]...",
+    nargs=-1,
+    required=True,
+    type=click.UNPROCESSED,
+    shell_complete=lambda ctx, param, incomplete: [name for name in _COMMANDS if name.startswith(incomplete)],
+)
 @pass_terminal
 def command(terminal: Terminal, num_processes: int, port: int | None, command_line: tuple[str, ...]) -> None:
-    """Run `grok1 COMMAND ARGUMENTS` as N processes on this machine, to try what several hosts would do.
+    """Run `grok1 COMMAND ARGUMENTS` as N cooperating processes on this machine, as on a cluster of several hosts.
 
-    COMMAND is run, batch, score or bench. Each process gets an even part of this machine's NVIDIA GPUs (of those that
-    CUDA_VISIBLE_DEVICES names, if it does), or of the virtual devices of the processor that JAX_NUM_CPU_DEVICES or
-    XLA_FLAGS ask for, and of the processor's cores. Input and results are those of process 0, and so is the exit code.
+    COMMAND is run, batch, score or bench. Process 0 reads the input and prints the results, and its exit status is that
+    of launch.
+
+    Each process gets an equal share of the CPU cores and of the NVIDIA GPUs, or of those in CUDA_VISIBLE_DEVICES if it
+    is set. Without GPUs, the virtual CPU devices set by JAX_NUM_CPU_DEVICES or XLA_FLAGS are shared instead.
 
     \b
-    grok1 launch -n 2 -- run -c demo "The answer to life"
-    JAX_NUM_CPU_DEVICES=8 grok1 launch -n 2 -- bench --preset tiny --mesh 2,4
+    Examples:
+      grok1 launch -n 2 -- run -c bard "ROMEO."
+      JAX_NUM_CPU_DEVICES=8 grok1 launch -n 2 -- bench --preset tiny --mesh 2,4
     """
     name, *arguments = command_line
     if name not in _COMMANDS:
-        raise click.UsageError(f"{name!r} is not run by several processes: give one of {', '.join(_COMMANDS)}.")
+        raise click.UsageError(f'"{name}" cannot be launched, expected one of {", ".join(_COMMANDS)}.')
     address = f"127.0.0.1:{port or _free_port()}"
     shares = _shares(os.environ, num_processes)
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
@@ -64,7 +75,7 @@ def command(terminal: Terminal, num_processes: int, port: int | None, command_li
             place = ["--coordinator", address, "--num-processes", str(num_processes), "--process-id", str(process)]
             others = None if process == 0 else subprocess.DEVNULL
             silent = None if process == 0 or "--verbose" in arguments else subprocess.DEVNULL
-            # -P: files in the current folder do not shadow Python modules
+            # -P: do not import modules from the current folder
             words = [sys.executable, "-P", "-m", "grok1", name, *place, *arguments]
             environment = {**os.environ, **share, "PYTHONPATH": path}
             processes.append(
@@ -76,12 +87,12 @@ def command(terminal: Terminal, num_processes: int, port: int | None, command_li
     finally:
         _end(processes)
     if code < 0 and -code not in (signal.SIGINT, signal.SIGTERM):
-        terminal.error(f"process 0 was killed by signal {-code}: see what else the system says, and start again")
+        terminal.error(f"process 0 was killed by signal {-code}: see the system log for the reason")
     raise click.exceptions.Exit(code if code >= 0 else 128 - code)
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Waits for process 0, which receives the terminal's interrupts and SIGTERM of this process; its exit code."""
+    """Wait for process 0 and return its exit code; the terminal interrupts it, and SIGTERM is forwarded to it."""
     first = processes[0]
 
     def forward(number: int, frame: object) -> None:
@@ -100,7 +111,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Waits for all processes, and kills those that do not end."""
+    """Wait for all processes, and kill those that do not end."""
     end = time.monotonic() + _GRACE_SECONDS
     if processes and processes[0].poll() not in (None, 0):
         end = time.monotonic() + 2.0  # it may have failed before the others connected
@@ -114,7 +125,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _shares(environment: Mapping[str, str], count: int) -> list[dict[str, str]]:
-    """Environment variables that give each process its devices and cores.
+    """Return environment variables that give each process its devices and cores.
 
     Raises:
         MultihostError: if there are not enough devices.
@@ -124,27 +135,30 @@ def _shares(environment: Mapping[str, str], count: int) -> list[dict[str, str]]:
     gpus = [] if platforms == "cpu" else _gpus(environment)
     if gpus:
         if len(gpus) < count:
-            raise MultihostError(f"there are {len(gpus)} GPUs for {count} processes: use -n {len(gpus)}, or fewer")
+            raise MultihostError(
+                f"found {len(gpus)} GPUs, expected at least one for each of {count} processes: lower -n"
+            )
         size = len(gpus) // count
         return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * size : (i + 1) * size])} | threads for i in range(count)]
     if platforms != "cpu" and any(Path("/dev").glob("accel*")):
-        raise MultihostError("a host's TPU chips are driven by one process: run the command without launch")
+        raise MultihostError("all TPU chips of a host must be used by one process: run the command without launch")
     flags = environment.get("XLA_FLAGS", "")
     found = _VIRTUAL_DEVICES.search(flags)
     wanted = found[1] if found else environment.get("JAX_NUM_CPU_DEVICES", str(count))
     devices = int(wanted) if wanted.isascii() and wanted.isdigit() else 0
     if devices < count:
         raise MultihostError(
-            f"there are {wanted} virtual devices for {count} processes: set JAX_NUM_CPU_DEVICES to {count} or more"
+            f"found {wanted} virtual devices, expected at least one for each of {count} processes: set "
+            f"JAX_NUM_CPU_DEVICES to {count} or more"
         )
     share = {"JAX_NUM_CPU_DEVICES": str(devices // count)}
     if found:
-        share["XLA_FLAGS"] = _VIRTUAL_DEVICES.sub("", flags).strip()  # XLA takes a blank for a file name
+        share["XLA_FLAGS"] = _VIRTUAL_DEVICES.sub("", flags).strip()  # XLA interprets a blank as a file name
     return [share | threads for _ in range(count)]
 
 
 def _gpus(environment: Mapping[str, str]) -> list[str]:
-    """The visible NVIDIA GPUs, in the form of CUDA_VISIBLE_DEVICES."""
+    """Return the visible NVIDIA GPUs as CUDA_VISIBLE_DEVICES names them."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name]
@@ -158,6 +172,6 @@ def _free_port() -> int:
 
 
 def _end_with_parent() -> None:
-    """Has this new process terminated when its parent dies; on Linux only."""
+    """Arrange for SIGTERM to be sent to this process when its parent dies; Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

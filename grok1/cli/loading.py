@@ -1,4 +1,4 @@
-"""The model that the options of a command select: choosing, opening and loading it."""
+"""Opening and loading of the model that the options of a command select."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class ModelChoice:
-    """Which model to load, and how.
+    """Values of the options that select a model.
 
     Attributes:
-        checkpoint: folder that holds `ckpt-0`, or is it.
-        tokenizer: a SentencePiece model; None looks in and beside the checkpoint.
-        mesh: sizes of the (data, model) axes; None uses all devices.
-        dtype: of activations and the KV cache; None chooses by device.
+        checkpoint: folder that contains `ckpt-0`, or the `ckpt-0` folder itself.
+        tokenizer: SentencePiece model file; None searches in and next to the checkpoint.
+        mesh: sizes of the (data, model) axes; None for the default mesh.
+        dtype: dtype of activations and of the KV cache; None for the default of the devices.
         load_memory: host memory limit in bytes for loading, in addition to the weights.
-        kernels: the kernel implementation; "auto" chooses.
-        threads: number of CPU threads; None uses one per physical core.
-        runtime: the processes that load it together, of which this is process 0; None if there is only one.
+        kernels: kernel implementation.
+        threads: number of CPU threads; None for one per physical core.
+        runtime: connection to the other processes that load the model, if there are several.
     """
 
     checkpoint: Path
@@ -52,7 +52,7 @@ class ModelChoice:
 
 
 def read_tokenizer(choice: ModelChoice) -> Tokenizer | None:
-    """The chosen checkpoint's tokenizer; None if there is none.
+    """Return the tokenizer of the selected checkpoint, or None if it has none.
 
     Raises:
         TokenizerError: if it cannot be read.
@@ -64,16 +64,16 @@ def read_tokenizer(choice: ModelChoice) -> Tokenizer | None:
 
 
 def open_model(choice: ModelChoice, terminal: Terminal) -> tuple[Checkpoint, Tokenizer | None]:
-    """Opens the chosen checkpoint and reads its tokenizer, if it has one; all files are checked, no array is read.
+    """Open the selected checkpoint and its tokenizer, if it has one, checking the structure of all files.
 
     Raises:
-        CheckpointError: if there is no checkpoint or it is damaged.
+        CheckpointError: if the checkpoint is missing or damaged.
         ConfigError: if its config is invalid.
-        TokenizerError: if the tokenizer cannot be read or has another vocabulary.
+        TokenizerError: if the tokenizer cannot be read or does not match the model's vocabulary.
     """
     from grok1.checkpoint.reader import Checkpoint
 
-    terminal.show_status("checking files")
+    terminal.show_status("checking the checkpoint")
     checkpoint = Checkpoint.open(choice.checkpoint)
     tokenizer = read_tokenizer(choice)
     if tokenizer is not None:
@@ -83,10 +83,13 @@ def open_model(choice: ModelChoice, terminal: Terminal) -> tuple[Checkpoint, Tok
 
 
 def import_jax(terminal: Terminal, threads: int | None = None) -> None:
-    """Imports JAX, after setting the environment variables that it reads then; Ctrl-C ends the process immediately.
+    """Set the environment variables that JAX reads on import, and import it; Ctrl-C ends the process immediately.
 
-    Without --verbose XLA does not log to stderr. XLA may use more of a GPU's memory than its default of three quarters.
-    `threads` is the number of CPU threads; None uses one per physical core.
+    Without --verbose, XLA does not log to stderr. XLA may allocate more GPU memory than its default of 75%.
+
+    Args:
+        terminal: the output streams.
+        threads: number of CPU threads; None for one per physical core.
     """
     terminal.show_status("starting JAX")
     set_threads(threads)
@@ -99,10 +102,10 @@ def import_jax(terminal: Terminal, threads: int | None = None) -> None:
 
 
 def start_jax(terminal: Terminal, threads: int | None = None) -> Sequence[jax.Device]:
-    """Starts JAX, which takes a second or more, and returns its devices.
+    """Start JAX and return its devices.
 
     Raises:
-        Grok1Error: if it finds none.
+        Grok1Error: if JAX finds no devices.
     """
     import_jax(terminal, threads)
     import jax
@@ -112,41 +115,41 @@ def start_jax(terminal: Terminal, threads: int | None = None) -> Sequence[jax.De
     except Exception as error:  # RuntimeError; AssertionError for a platform whose plugin is not installed
         platforms = os.environ.get("JAX_PLATFORMS")
         found = " ".join(str(error).split())[:200] or type(error).__name__
-        because = f"JAX_PLATFORMS is {platforms!r}; " if platforms else ""
+        setting = f' with JAX_PLATFORMS="{platforms}"' if platforms else ""
         raise Grok1Error(
-            f"JAX could not start its devices ({found}): {because}set JAX_PLATFORMS=cpu to run on the processor, "
-            "or unset it to use what there is"
+            f"JAX found no usable device{setting} ({found}): set JAX_PLATFORMS=cpu to run on the CPU, or unset it to "
+            "use the available devices"
         ) from error
 
 
-def tell_shortfall(model: Model, terminal: Terminal) -> None:
-    """Prints a note if a model uses XLA's kernels because the native ones are unavailable, and if devices are idle."""
+def note_shortfall(model: Model, terminal: Terminal) -> None:
+    """Print a note if native kernels are unavailable, and if devices are idle."""
     if model.kernels_fallback is not None:
-        terminal.note(f"XLA computes, which is slower than the kernels made for it: {model.kernels_fallback}")
+        terminal.note(f"Using XLA kernels, which are slower than native kernels: {model.kernels_fallback}")
     if model.idle:
         data, shards = model.mesh_shape
         count = len(model.idle)
         hosts = Counter(model.loads[device.process_index]["host"] for device in model.idle) if model.loads else {}
         where = ", ".join(f"{number} on {host}" for host, number in hosts.items())
         terminal.note(
-            f"{count} of {count + data * shards} devices {'stays' if count == 1 else 'stay'} idle"
-            f"{f' ({where})' if where else ''}: the mesh is {data},{shards}"
+            f"{count} of {count + data * shards} devices {'is' if count == 1 else 'are'} not used by the mesh "
+            f"{data},{shards}{f': {where}' if where else ''}."
         )
 
 
 def load_model(
     choice: ModelChoice, terminal: Terminal, source: Checkpoint | ModelConfig, tokenizer: Tokenizer | None = None
 ) -> tuple[Model, float]:
-    """Loads the chosen model and shows progress.
+    """Load the selected model and show progress.
 
     Args:
-        choice: the model.
-        terminal: where to show progress.
-        source: the chosen checkpoint, or the config of a model of random weights.
-        tokenizer: the chosen one; None if there is none.
+        choice: the options that select the model.
+        terminal: the output streams.
+        source: the checkpoint, or the config of a model with random weights.
+        tokenizer: the tokenizer, if there is one.
 
     Returns:
-        the model, and how many seconds it took, including the start of JAX.
+        the model, and the time in seconds, including starting JAX.
     """
     start = time.perf_counter()
     start_jax(terminal, choice.threads)
@@ -165,5 +168,5 @@ def load_model(
             tell_load(choice.runtime, **shared)
         model = load(source, tokenizer=tokenizer, load_memory=choice.load_memory, **shared, **own)
     terminal.clear()
-    tell_shortfall(model, terminal)
+    note_shortfall(model, terminal)
     return model, time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Options that several commands share, as decorators."""
+"""Decorators for options shared by several commands."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from grok1.cli.loading import ModelChoice
 from grok1.cli.terminal import Terminal
 from grok1.config import DTypeName, KernelsName
-from grok1.errors import RequestError
+from grok1.errors import json_value
 from grok1.host.memory import DEFAULT_LOAD_MEMORY, MIN_LOAD_MEMORY
 from grok1.host.sizes import format_bytes, parse_bytes
 from grok1.multihost.cluster import START_TIMEOUT, detected_cluster, given_cluster
@@ -24,12 +25,12 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def is_given(name: str) -> bool:
-    """Whether an option is on the command line."""
+    """Return whether an option was given on the command line."""
     return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def _options(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
-    """A decorator that adds options, which help lists in this order."""
+    """Return a decorator that adds options, listed in this order in the help."""
 
     def add(command: Command) -> Command:
         for option in reversed(options):
@@ -46,14 +47,14 @@ class _MeshType(click.ParamType):
         try:
             data, model = (int(part) for part in value.split(","))
         except ValueError:
-            self.fail(f"{value!r} is not two whole numbers with a comma between, such as 1,8", param, ctx)
+            data = model = 0
         if data < 1 or model < 1:
-            self.fail(f"{value!r} has an empty axis: expected two numbers above 0, such as 1,8", param, ctx)
+            self.fail(f'"{value}", expected two positive integers, such as 1,8.', param, ctx)
         return data, model
 
 
 class ByteSize(click.ParamType):
-    """A size in bytes, such as 80GB or 512MiB; the command gets an int of `at_least` or more."""
+    """A size in bytes, such as 80GB or 512MiB, parsed into an int of at least `at_least`."""
 
     name = "SIZE"
 
@@ -61,33 +62,38 @@ class ByteSize(click.ParamType):
         self.at_least = at_least
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Reads the size."""
+        """Parse the size."""
         if isinstance(value, int):
             return value
         try:
             size = parse_bytes(value)
         except ValueError as error:
-            self.fail(str(error), param, ctx)
+            self.fail(f"{error}.", param, ctx)
         if size < self.at_least:
             least = f"at least {format_bytes(self.at_least)}" if self.at_least > 1 else "more than 0"
-            self.fail(f"{value!r} is no size to work with: expected {least}", param, ctx)
+            self.fail(f'"{value}", expected {least}.', param, ctx)
         return size
 
 
 class Numbers(click.ParamType):
-    """One or more whole numbers above 0, such as 64,512; the command gets a tuple."""
+    """One or more positive integers, such as 64,512, parsed into a tuple."""
 
     name = "N[,N...]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """Reads the numbers."""
+        """Parse the numbers."""
         try:
             numbers = tuple(int(part) for part in value.split(","))
         except ValueError:
-            self.fail(f"{value!r} is not a whole number or several with commas between, such as 64,512", param, ctx)
+            numbers = (0,)
         if min(numbers) < 1:
-            self.fail(f"{value!r} has a number below 1", param, ctx)
+            self.fail(f'"{value}", expected one or more positive integers, such as 64,512.', param, ctx)
         return numbers
+
+
+def complete_directory(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Complete the name of a folder in the shell; a `shell_complete` of click."""
+    return [CompletionItem(incomplete, type="dir")]
 
 
 _CHECKPOINT = click.option(
@@ -99,58 +105,67 @@ _CHECKPOINT = click.option(
     envvar="GROK1_CHECKPOINT",
     show_envvar=True,
     metavar="DIR",
-    help="The folder that holds ckpt-0, or is it.",
+    shell_complete=complete_directory,
+    help="Folder that contains ckpt-0, or the ckpt-0 folder itself.",
 )
 _TOKENIZER = click.option(
     "--tokenizer",
     type=click.Path(path_type=Path),
     envvar="GROK1_TOKENIZER",
     show_envvar=True,
+    show_default="tokenizer.model in the checkpoint folder or next to it",
     metavar="FILE",
-    help="The SentencePiece model of the checkpoint.  [default: tokenizer.model in or beside the checkpoint]",
+    help="SentencePiece model file.",
 )
 checkpoint_argument = click.argument(
-    "directory", metavar="[DIR]", type=click.Path(path_type=Path), envvar="GROK1_CHECKPOINT", default="checkpoints"
+    "directory",
+    metavar="[DIR]",
+    type=click.Path(path_type=Path),
+    envvar="GROK1_CHECKPOINT",
+    default="checkpoints",
+    shell_complete=complete_directory,
 )
 layers_option = click.option(
     "--layers",
     type=click.IntRange(1, 4096),
     metavar="N",
-    help="Give the preset this many layers instead of its own.",
+    help="Number of layers, instead of the preset's own.",
 )
 mesh_option = click.option(
     "--mesh",
     type=_MeshType(),
     metavar="DATA,MODEL",
-    help="How many devices to split sequences and weights over: 2,4 holds the model twice, each time on four "
-    "devices.  [default: all devices on MODEL, as far as the model divides]",
+    show_default="1,N with the largest N that the model can be split across",
+    help="Device mesh: DATA copies of the model, each split across MODEL devices. Sequences are divided among the "
+    "copies.",
 )
 _DTYPE = click.option(
     "--dtype",
     type=click.Choice(get_args(DTypeName)),
-    help="The type of activations and of the key/value cache.  [default: bfloat16 on accelerators, float32 on "
-    "processors]",
+    show_default="bfloat16 on accelerators, float32 on CPUs",
+    help="Data type of activations and of the KV cache.",
 )
 _LOAD_MEMORY = click.option(
     "--load-memory",
     type=ByteSize(MIN_LOAD_MEMORY),
-    default=DEFAULT_LOAD_MEMORY,
-    help="The most memory of the host that loading takes beyond the weights, for what is on its way to the devices; "
-    f"at least {format_bytes(MIN_LOAD_MEMORY)}.  [default: {format_bytes(DEFAULT_LOAD_MEMORY)}]",
+    default=format_bytes(DEFAULT_LOAD_MEMORY),
+    show_default=True,
+    help=f"Host memory limit for loading, in addition to the weights; at least {format_bytes(MIN_LOAD_MEMORY)}.",
 )
 _KERNELS = click.option(
     "--kernels",
     type=click.Choice(get_args(KernelsName)),
     default="auto",
     show_default=True,
-    help="What computes: native for the kernels made for the platform, xla for what XLA makes of plain JAX. auto takes "
-    "what $GROK1_KERNELS says, or the native ones where they can be had.",
+    help="Kernel implementation: native (hand-written for the platform) or xla (compiled by XLA). auto uses "
+    "$GROK1_KERNELS if it is set, otherwise native where available.",
 )
 _THREADS = click.option(
     "--threads",
     type=click.IntRange(1),
     metavar="N",
-    help="How many threads compute, on processors.  [default: one for each physical core that grok1 may use]",
+    show_default="one per available physical core",
+    help="Number of CPU threads.",
 )
 
 
@@ -158,16 +173,16 @@ _PROCESSES = _options(
     click.option(
         "--distributed",
         is_flag=True,
-        help="Run as one of several processes, on one host or many, that SLURM, Open MPI, Kubernetes or Cloud TPU have "
-        "started: who takes part is found in what they say.",
+        help="Run as one of several cooperating processes started by SLURM, Open MPI, Kubernetes or Cloud TPU, which "
+        "are detected automatically.",
     ),
     click.option(
         "--coordinator",
         metavar="HOST:PORT",
         envvar="GROK1_COORDINATOR",
         show_envvar=True,
-        help="Run as one of several processes, which meet here: an address of the host of process 0 that all others "
-        "reach, and a free port. Only :PORT is the loopback address.",
+        help="Run as one of several cooperating processes that connect to process 0 at this address. :PORT alone "
+        "means the loopback address.",
     ),
     click.option(
         "--num-processes",
@@ -175,7 +190,7 @@ _PROCESSES = _options(
         metavar="N",
         envvar="GROK1_NUM_PROCESSES",
         show_envvar=True,
-        help="How many processes there are.",
+        help="Number of processes.",
     ),
     click.option(
         "--process-id",
@@ -183,15 +198,14 @@ _PROCESSES = _options(
         metavar="I",
         envvar="GROK1_PROCESS_ID",
         show_envvar=True,
-        help="Which of them this is, from 0; process 0 is the one that reads input and prints.",
+        help="Index of this process. Process 0 reads input and prints results.",
     ),
     click.option(
         "--coordinator-bind",
         metavar="ADDRESS",
         envvar="GROK1_COORDINATOR_BIND",
         show_envvar=True,
-        help="Where process 0 listens for the others, if not at the address of --coordinator's HOST: 0.0.0.0 is every "
-        "address of its host.",
+        help="Address on which process 0 listens, if not HOST of --coordinator; 0.0.0.0 listens on all addresses.",
     ),
     click.option(
         "--start-timeout",
@@ -199,19 +213,19 @@ _PROCESSES = _options(
         default=START_TIMEOUT,
         show_default=True,
         metavar="SECONDS",
-        help="How long the processes wait for each other at the start.",
+        help="How long to wait for all processes to connect.",
     ),
 )
 
 
 def _take_choice(given: dict[str, Any]) -> ModelChoice:
-    """Takes the options that select a model out of those that are given."""
+    """Move the options that select a model from `given` into a `ModelChoice`."""
     names = [field.name for field in dataclasses.fields(ModelChoice) if field.name in given]
     return ModelChoice(**{name: given.pop(name) for name in names})
 
 
 def tokenizer_choice_options(command: Command) -> Command:
-    """Adds `--checkpoint` and `--tokenizer`; the command gets a `ModelChoice` as `choice`."""
+    """Add `--checkpoint` and `--tokenizer`, passed to the command as the `ModelChoice` `choice`."""
 
     @functools.wraps(command)
     def with_choice(*args: Any, **given: Any) -> Any:
@@ -221,7 +235,10 @@ def tokenizer_choice_options(command: Command) -> Command:
 
 
 def model_options(command: Command) -> Command:
-    """Adds the options that select a model, and runs the command; it gets a `ModelChoice` as `choice`."""
+    """Add the options that select a model, passed to the command as the `ModelChoice` `choice`.
+
+    With the options of several processes, only process 0 runs the command; see `grok1.cli.distributed`.
+    """
 
     @functools.wraps(command)
     def with_choice(
@@ -238,7 +255,7 @@ def model_options(command: Command) -> Command:
         if not distributed and (coordinator, num_processes, process_id) == (None, None, None):
             if is_given("start_timeout") or coordinator_bind is not None:
                 name = "--start-timeout" if is_given("start_timeout") else "--coordinator-bind"
-                raise click.UsageError(f"{name} is for several processes: give --distributed or --coordinator with it.")
+                raise click.UsageError(f"{name} requires --distributed or --coordinator.")
             return command(*args, choice=choice, **given)
         from grok1.cli.distributed import joined
 
@@ -266,7 +283,7 @@ terminal_options = _options(
         expose_value=False,
         is_eager=True,
         callback=_set_on_terminal,
-        help="Show no progress and no statistics, even on a terminal.",
+        help="Do not show progress and statistics.",
     ),
     click.option(
         "--verbose",
@@ -274,69 +291,68 @@ terminal_options = _options(
         expose_value=False,
         is_eager=True,
         callback=_set_on_terminal,
-        help="Show the traceback of an error, and what JAX logs.",
+        help="Show tracebacks of errors and the log messages of JAX.",
     ),
 )
-"""Decorator that adds `--quiet` and `--verbose`, which set up the `Terminal`."""
+"""Decorator that adds `--quiet` and `--verbose`, which configure the `Terminal`."""
 
 output_options = _options(
-    click.option(
-        "--json", "as_json", is_flag=True, help="Print JSON instead of text: one object a line, for programs."
-    ),
+    click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per line, instead of text."),
     terminal_options,
 )
-"""Decorator that adds `--json` (the command gets `as_json`), `--quiet` and `--verbose`."""
+"""Decorator that adds `--json` (passed as `as_json`), `--quiet` and `--verbose`."""
 
-_GREEDY = click.option("--greedy", is_flag=True, help="Always take the likeliest token: the same as --temperature 0.")
+_GREEDY = click.option("--greedy", is_flag=True, help="Always choose the most likely token. Same as --temperature 0.")
 _NUM_SAMPLES = click.option(
     "--num-samples",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
     metavar="N",
-    help="Complete the prompt this many times; sample i, counted from 0, has the seed SEED + i.",
+    help="Number of completions per prompt. Sample i, counted from 0, uses the seed SEED + i.",
 )
 
 
 def _sampling_option(field: dataclasses.Field[Any]) -> Callable[[Command], Command]:
-    """The command line's option for a field of `SamplingOptions`."""
+    """Return the decorator that adds the option for a field of `SamplingOptions`."""
     hint = get_type_hints(SamplingOptions)[field.name]
     element, *_ = get_args(hint) or [hint]  # of `int | None` or `tuple[str, ...]`
+
+    def check(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+        if not field.metadata.get("valid", lambda value: True)(value):
+            raise click.BadParameter(f"{json_value(value)}, expected {field.metadata['expected']}.")
+        return value
+
     return click.option(
         *field.metadata.get("names", [f"--{field.name.replace('_', '-')}"]),
         field.name,
         type=element,
         default=field.default,
-        show_default=hint in (int, float),
+        show_default=field.metadata.get("show_default", hint in (int, float)),
         multiple=get_origin(hint) is tuple,
         is_flag=hint is bool,
         metavar=field.metadata.get("metavar"),
         help=field.metadata["help"],
+        callback=check,
     )
 
 
 def sampling_options(command: Command) -> Command:
-    """Adds the sampling options; the command gets `SamplingOptions` as `sampling`, and `num_samples`."""
+    """Add the sampling options, passed to the command as the `SamplingOptions` `sampling`, and `num_samples`."""
 
     @functools.wraps(command)
     def with_sampling(*args: Any, greedy: bool, num_samples: int, **given: Any) -> Any:
         values = {field.name: given.pop(field.name) for field in dataclasses.fields(SamplingOptions)}
         if values["logprobs"] is not None and not given.get("as_json", True):
-            raise click.UsageError("--logprobs needs --json: log-probabilities have no place in plain text.")
+            raise click.UsageError("--logprobs requires --json.")
         if greedy:
             if is_given("temperature") and values["temperature"] != 0:
-                raise click.UsageError(
-                    f"--greedy contradicts --temperature {values['temperature']:g}: give one of them."
-                )
+                raise click.UsageError("--greedy and --temperature cannot be used together.")
             values["temperature"] = 0.0
-        try:
-            sampling = SamplingOptions(**values)
-        except RequestError as error:
-            raise click.UsageError(f"{error}.") from None
-        if sampling.seed is not None and sampling.seed > MAX_SEED - (num_samples - 1):
-            raise click.UsageError(
-                f"the last of {num_samples} samples would have the seed {sampling.seed + num_samples - 1}, "
-                f"expected at most {MAX_SEED}."
+        sampling = SamplingOptions(**values)
+        if sampling.seed is not None and sampling.seed > (largest := MAX_SEED - (num_samples - 1)):
+            raise click.BadParameter(
+                f"{sampling.seed}, expected at most {largest} with {num_samples} samples.", param_hint="'--seed'"
             )
         return command(*args, sampling=sampling, num_samples=num_samples, **given)
 
@@ -348,7 +364,7 @@ def sampling_options(command: Command) -> Command:
 truncate_option = click.option(
     "--truncate",
     is_flag=True,
-    help="Keep only the last tokens of a prompt that is longer than the model's context, rather than refuse it.",
+    help="Drop the beginning of a prompt that is too long for the model's context, instead of failing.",
 )
 """Decorator that adds `--truncate`."""
 
@@ -356,7 +372,8 @@ batch_size_option = click.option(
     "--batch-size",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Work on this many sequences at a time.  [default: what memory allows, up to what pays]",
+    show_default="chosen to fit in memory",
+    help="Maximum number of sequences to process at a time.",
 )
 """Decorator that adds `--batch-size`."""
 
@@ -366,22 +383,25 @@ job_options = _options(
         "--output",
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="Write the results to this file, all at once when they are done; what is done before is kept in "
-        "FILE.journal, and the same command goes on after an interruption.  [default: standard output, row by row]",
+        show_default="standard output",
+        help="Write the results to FILE when the job is complete. Finished rows are saved in FILE.journal; to resume "
+        "an interrupted job, run the same command again.",
     ),
     click.option(
         "--format",
         "row_format",
         type=click.Choice(["txt", "jsonl"]),
-        help="What the lines of INPUT are.  [default: by its ending; jsonl for standard input]",
+        show_default="from the name of INPUT; jsonl for standard input",
+        help="Format of INPUT: a text or a JSON object on each line.",
     ),
     click.option(
         "--skip-bad",
         is_flag=True,
-        help='Go on without bad rows; their results have an "error", and the exit code is 1.',
+        help='Process the valid rows even if others are invalid. The result of an invalid row has an "error", and the '
+        "exit status is 1.",
     ),
     click.option(
-        "--restart", is_flag=True, help="Forget what an interrupted run has done, and replace FILE if it is there."
+        "--restart", is_flag=True, help="Discard the results of an interrupted job, and replace FILE if it exists."
     ),
 )
-"""Decorator that adds the options of a file of rows: `output`, `row_format`, `skip_bad` and `restart`."""
+"""Decorator that adds the options for a file of rows: `output`, `row_format`, `skip_bad` and `restart`."""

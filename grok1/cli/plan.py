@@ -1,4 +1,4 @@
-"""`grok1 plan`: estimates memory and speed on given devices."""
+"""`grok1 plan`: estimate memory and speed on given devices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ import click
 
 from grok1.cli.columns import columns
 from grok1.cli.loading import import_jax, start_jax
-from grok1.cli.options import ByteSize, Numbers, is_given, layers_option, mesh_option, output_options
+from grok1.cli.options import (
+    ByteSize,
+    Numbers,
+    complete_directory,
+    is_given,
+    layers_option,
+    mesh_option,
+    output_options,
+)
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.config import PRESETS, DTypeName, ModelConfig, preset
 from grok1.host.sizes import format_bytes
@@ -23,43 +31,47 @@ if TYPE_CHECKING:
     from grok1.plan.devices import Devices
     from grok1.plan.estimate import Estimate
 
-_PROMPT = 2048  # tokens, for the speed of prefill
+_PROMPT = 2048  # number of tokens for the prefill speed
 
 
-@click.command("plan", short_help="Tell what fits on which devices, and how fast it could be.")
+@click.command("plan", short_help="Estimate memory and speed on given devices.")
 @click.option(
     "--device",
     type=click.Choice(list(DEVICE_KINDS), case_sensitive=False),
-    help="Plan for this kind of device.  [default: the devices of this machine, with the memory that is free on them]",
+    show_default="the devices of this machine, with their free memory",
+    help="Device type.",
 )
 @click.option(
     "--count",
     type=click.IntRange(1, 4096),
     metavar="N",
-    help="How many devices.  [default: the fewest that the model fits on; of this machine's, all]",
+    show_default="with --device, the fewest that the model fits on; otherwise all",
+    help="Number of devices.",
 )
 @click.option(
     "--hosts",
     type=Numbers(),
-    help="The devices are on several hosts, with so many on each, such as 4,6.  [default: all are on one]",
+    show_default="a single host",
+    help="Number of devices on each host, such as 4,6.",
 )
 @click.option(
     "--memory",
     type=ByteSize(),
-    help="Memory of each device, or of the machine for cpu, such as 80GB.  [default: what the kind has; for cpu, what "
-    "this machine has]",
+    show_default="of the device type; for cpu, of this machine",
+    help="Memory per device, or of the whole machine for cpu, such as 80GB.",
 )
 @click.option(
     "--bandwidth",
     type=ByteSize(),
-    help="Bytes a second that each device can read from its memory, or the machine for cpu, such as 3.35TB.  [default: "
-    "what the kind has; for cpu, that of a server with 8 channels of DDR4-3200]",
+    show_default="of the device type; for cpu, of 8 channels of DDR4-3200",
+    help="Memory bandwidth in bytes per second of each device, or of the whole machine for cpu, such as 3.35TB.",
 )
 @mesh_option
 @click.option(
     "--dtype",
     type=click.Choice(get_args(DTypeName)),
-    help="The type of activations and of the key/value cache.  [default: float32 for cpu, otherwise bfloat16]",
+    show_default="float32 for cpu, otherwise bfloat16",
+    help="Data type of activations and of the KV cache.",
 )
 @click.option(
     "--preset",
@@ -67,7 +79,7 @@ _PROMPT = 2048  # tokens, for the speed of prefill
     type=click.Choice(list(PRESETS)),
     default="grok-1",
     show_default=True,
-    help="Plan for this model.",
+    help="Model to plan for.",
 )
 @layers_option
 @click.option(
@@ -75,15 +87,16 @@ _PROMPT = 2048  # tokens, for the speed of prefill
     "--checkpoint",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Plan for the model of this checkpoint, instead of a preset.",
+    shell_complete=complete_directory,
+    help="Plan for the model in this checkpoint instead of a preset.",
 )
 @click.option(
     "--compile",
     "compiles",
     is_flag=True,
-    help="Also compile the model's decode and prefill steps, for virtual devices of the processor or, where the "
-    "tpu or cuda extra is installed, for the true slice of tpu-v5e, tpu-v5p or tpu-v6e or the true a100, h100, h800 or "
-    "h200, none of which need be there; tell the compiler's own figures of memory. It takes seconds and no weights.",
+    help="Also compile the decode and prefill steps, and print the memory use that the compiler reports. With the tpu "
+    "or cuda extra of grok1, they are compiled for the actual TPUs (tpu-v5e, tpu-v5p, tpu-v6e) or GPUs (a100, h100, "
+    "h800, h200), which need not be present; otherwise for virtual CPU devices.",
 )
 @output_options
 @pass_terminal
@@ -102,27 +115,30 @@ def command(
     compiles: bool,
     as_json: bool,
 ) -> None:
-    """Tell whether a model fits on some devices, and how fast it could be there at best. No weights are needed.
+    """Estimate whether a model fits on given devices, and its maximum speed. No weights are needed.
 
-    Each device's bytes are those of the arrays that it would hold. The speeds are bounds: the bytes that a step must
-    read over the bandwidth of memory, or its operations over the peak rate, whichever takes longer, and nothing for the
-    exchange between devices. With --hosts it is told what crosses between them instead. A batch is taken to choose its
-    experts evenly. If the model does not fit, a second column
-    shows the smallest change with which it does; the last line says in words what fits.
+    Memory is the total size of the arrays on each device. Speeds are upper bounds: a step takes at least the time to
+    read its weights and KV cache at the memory bandwidth, or to compute its operations at the peak rate. Communication
+    between devices is not included; with --hosts, the amount of data sent between hosts is printed. The tokens of a
+    batch are assumed to select experts uniformly.
+
+    If the model does not fit, a second column shows the smallest configuration in which it does. The last line
+    summarizes the result.
 
     \b
-    grok1 plan
-    grok1 plan --device h100-80gb --count 8
-    grok1 plan --device tpu-v5p --count 16 --compile
-    grok1 plan --device h100-80gb --hosts 4,6
-    grok1 plan --device cpu --memory 512GB --bandwidth 300GB
+    Examples:
+      grok1 plan
+      grok1 plan --device h100-80gb --count 8
+      grok1 plan --device tpu-v5p --count 16 --compile
+      grok1 plan --device h100-80gb --hosts 4,6
+      grok1 plan --device cpu --memory 512GB --bandwidth 300GB
     """
     if checkpoint is not None and is_given("preset_name"):
-        raise click.UsageError("--checkpoint and --preset are both given: give one of them.")
+        raise click.UsageError("--checkpoint and --preset cannot be used together.")
     if checkpoint is not None and layers is not None:
-        raise click.UsageError("--checkpoint and --layers are both given: a checkpoint has its own layers.")
+        raise click.UsageError("--checkpoint and --layers cannot be used together.")
     if hosts is not None and count not in (None, sum(hosts)):
-        raise click.UsageError(f"--count {count} contradicts --hosts, which have {sum(hosts)} devices: leave it out.")
+        raise click.UsageError(f"--count is {count}, but the devices of --hosts add up to {sum(hosts)}: omit --count.")
     if hosts is not None:
         count = sum(hosts)
     if checkpoint is None:
@@ -157,7 +173,7 @@ def command(
         }
         terminal.write(json_line(fields))
         return
-    terminal.write(f"{name}: {parameters:,} parameters, of which a token uses {active:,}\n\n{_table(estimates)}\n")
+    terminal.write(f"{name}: {parameters:,} parameters, {active:,} active per token\n\n{_table(estimates)}\n")
     if steps:
         terminal.write(f"{_compiled_table(estimate, steps)}\n")
     terminal.write(f"{verdict(estimate)}\n")
@@ -189,7 +205,7 @@ def _estimate(
     *,
     choose_count: bool,
 ) -> Estimate:
-    """The estimate for the given choices; the others are made here."""
+    """Return the estimate for the given options, with defaults for those that are None."""
     from grok1.params.sharding import check_mesh_shape, default_mesh_shape
     from grok1.plan.estimate import Estimate, smallest_fit
 
@@ -207,7 +223,7 @@ def _estimate(
 
 
 def _compile(terminal: Terminal, estimate: Estimate) -> list[CompiledStep]:
-    """Compiles the steps of a plan for a batch of one sequence on each data row."""
+    """Compile the steps for a batch of one sequence per data row."""
     import numpy as np
 
     from grok1.plan.compiled import (
@@ -243,27 +259,27 @@ def _compile(terminal: Terminal, estimate: Estimate) -> list[CompiledStep]:
 
 
 def _compiled_table(estimate: Estimate, steps: list[CompiledStep]) -> str:
-    """The compiler's figures of each step on one device, beside the estimate."""
+    """Format the compiler's memory use of each step on one device, and compare it with the estimate."""
     expected = estimate.weight_bytes + estimate.cache_bytes
 
     def difference(step: CompiledStep) -> str:
         return f"{100 * (step.argument_bytes - expected) / expected:+.2f} %"
 
     def seconds(step: CompiledStep) -> str:
-        return "not told" if step.layer_seconds is None else f"{1e3 * step.layer_seconds:.3g} ms"
+        return "unknown" if step.layer_seconds is None else f"{1e3 * step.layer_seconds:.3g} ms"
 
     rows: list[tuple[str, Callable[[CompiledStep], str]]] = [
-        ("compiled, each device", lambda step: f"{step.name}, {step.sequences} x {step.tokens}"),
-        ("for", lambda step: step.device),
-        ("weights and cache, estimated", lambda step: format_bytes(expected)),
+        ("compiled, per device", lambda step: f"{step.name}, {step.sequences} x {step.tokens}"),
+        ("target", lambda step: step.device),
+        ("estimated weights and cache", lambda step: format_bytes(expected)),
         ("arguments of the step", lambda step: f"{format_bytes(step.argument_bytes)} ({difference(step)})"),
         ("temporaries", lambda step: format_bytes(step.temporary_bytes)),
-        ("most at a time", lambda step: format_bytes(step.peak_bytes)),
-        ("time to compile", lambda step: f"{step.compile_seconds:.1f} s"),
+        ("peak memory", lambda step: format_bytes(step.peak_bytes)),
+        ("compile time", lambda step: f"{step.compile_seconds:.1f} s"),
     ]
     if any(step.layer_seconds is not None for step in steps):
-        rows.append(("a layer and the rest, by its estimate", seconds))
-    return columns([[label, *(tell(step) for step in steps)] for label, tell in rows])
+        rows.append(("compiler's estimate of a layer", seconds))
+    return columns([[label, *(form(step) for step in steps)] for label, form in rows])
 
 
 def _fields(estimate: Estimate) -> dict[str, Any]:
@@ -300,14 +316,14 @@ def _fields(estimate: Estimate) -> dict[str, Any]:
 
 
 def _table(estimates: list[Estimate]) -> str:
-    """A row for each figure and a column for each estimate."""
+    """Format a row for each figure and a column for each estimate."""
     config = estimates[0].config
     context, prompt = config.sequence_len, min(_PROMPT, config.sequence_len)
     shared = estimates[0].devices.kind.shares_memory
-    each = "" if shared else " of each"
+    each = "" if shared else " per device"
 
     def speed(value: float | None) -> str:
-        return "not known" if value is None else f"{value:,.3g} tokens/s" if value < 1000 else f"{value:,.0f} tokens/s"
+        return "unknown" if value is None else f"{value:,.3g} tokens/s" if value < 1000 else f"{value:,.0f} tokens/s"
 
     def largest(estimate: Estimate, length: int) -> str:
         count = estimate.sequences
@@ -315,50 +331,51 @@ def _table(estimates: list[Estimate]) -> str:
 
     rows: list[tuple[str, Callable[[Estimate], str]]] = [
         ("devices", lambda e: f"{e.devices.count} x {e.devices.kind.name}"),
-        ("mesh (data,model), activations", lambda e: f"{e.mesh[0]},{e.mesh[1]} {e.dtype}"),
-        (f"memory{each} that can be used", lambda e: _bytes(e.devices.usable_bytes)),
+        ("mesh (data,model)", lambda e: f"{e.mesh[0]},{e.mesh[1]}"),
+        ("data type", lambda e: e.dtype),
+        (f"usable memory{each}", lambda e: _bytes(e.devices.usable_bytes)),
         (
-            "bandwidth, peak arithmetic",
+            "memory bandwidth, peak compute",
             lambda e: f"{_bytes(e.devices.kind.bandwidth)}/s, {_flops(e.devices.kind.flops)}",
         ),
-        ("weights on each device", lambda e: _bytes(e.weight_bytes)),
-        ("  of a row's, held more than once", lambda e: _bytes(e.replicated_bytes)),
-        (f"cache of {context} tokens on each", lambda e: _bytes(e.cache_bytes)),
-        ("workspace on each", lambda e: _bytes(e.workspace_bytes)),
-        (f"needed{' on each' if not shared else ' in all'}", lambda e: _bytes(e.needed_bytes())),
-        (f"sequences of {context} tokens", lambda e: "not known" if e.sequences is None else f"{e.sequences:,}"),
-        ("decode, 1 sequence, at most", lambda e: speed(e.decode_tokens_per_second(1, 0))),
-        (f"  at {context} tokens", lambda e: speed(e.decode_tokens_per_second(1, context))),
-        ("decode, all of them, at most", lambda e: largest(e, 0)),
-        (f"  at {context} tokens", lambda e: largest(e, context)),
-        (f"prefill, {prompt} tokens, at most", lambda e: speed(e.prefill_tokens_per_second(prompt))),
+        ("weights per device", lambda e: _bytes(e.weight_bytes)),
+        ("  duplicated across a data row", lambda e: _bytes(e.replicated_bytes)),
+        (f"KV cache per device, {context} tokens", lambda e: _bytes(e.cache_bytes)),
+        ("workspace per device", lambda e: _bytes(e.workspace_bytes)),
+        (f"required memory{' in total' if shared else each}", lambda e: _bytes(e.needed_bytes())),
+        (f"sequences of {context} tokens", lambda e: "unknown" if e.sequences is None else f"{e.sequences:,}"),
+        ("maximum decode speed, 1 sequence", lambda e: speed(e.decode_tokens_per_second(1, 0))),
+        (f"  with {context} tokens", lambda e: speed(e.decode_tokens_per_second(1, context))),
+        ("maximum decode speed, all sequences", lambda e: largest(e, 0)),
+        (f"  with {context} tokens", lambda e: largest(e, context)),
+        (f"maximum prefill speed, {prompt} tokens", lambda e: speed(e.prefill_tokens_per_second(prompt))),
     ]
     if any(estimate.hosts for estimate in estimates):
-        rows[2:2] = [
-            ("hosts of each data row", _told_rows),
-            ("idle", lambda e: _told_idle(e.idle)),
-            ("leaves a host for each token", lambda e: _bytes(e.crossing_bytes)),
+        rows[3:3] = [
+            ("model shards of each data row", _format_rows),
+            ("unused devices", lambda e: _format_idle(e.idle)),
+            ("sent between hosts per token", lambda e: _bytes(e.crossing_bytes)),
         ]
-    return columns([[label, *(tell(estimate) for estimate in estimates)] for label, tell in rows])
+    return columns([[label, *(form(estimate) for estimate in estimates)] for label, form in rows])
 
 
-def _told_rows(estimate: Estimate) -> str:
-    """How many model shards each host has of each data row, such as "0: 8" or "0: 4 + 1: 4"; alike rows once."""
-    told = [" + ".join(f"host {host}: {row.count(host)}" for host in dict.fromkeys(row)) for row in estimate.rows]
-    if len(told) > 4:
-        told = [*told[:3], f"... of {len(told)} rows"]
-    return ", ".join(told)
+def _format_rows(estimate: Estimate) -> str:
+    """Format the number of model shards on each host, for each data row, such as "host 0: 4 + host 1: 4"."""
+    rows = [" + ".join(f"host {host}: {row.count(host)}" for host in dict.fromkeys(row)) for row in estimate.rows]
+    if len(rows) > 4:
+        rows = [*rows[:3], f"... ({len(rows)} rows)"]
+    return ", ".join(rows)
 
 
-def _told_idle(idle: Mapping[int, int]) -> str:
+def _format_idle(idle: Mapping[int, int]) -> str:
     return ", ".join(f"{count} on host {host}" for host, count in idle.items()) or "none"
 
 
 def _bytes(count: float | None) -> str:
-    return "not known" if count is None else format_bytes(round(count))
+    return "unknown" if count is None else format_bytes(round(count))
 
 
 def _flops(rate: float | None) -> str:
     return (
-        "not known" if rate is None else f"{rate / 1e12:,.3g} TFLOP/s" if rate < 1e15 else f"{rate / 1e12:,.0f} TFLOP/s"
+        "unknown" if rate is None else f"{rate / 1e12:,.3g} TFLOP/s" if rate < 1e15 else f"{rate / 1e12:,.0f} TFLOP/s"
     )

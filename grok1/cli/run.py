@@ -1,4 +1,4 @@
-"""`grok1 run`: complete a prompt, or prompts as they are typed."""
+"""`grok1 run`: complete a prompt, or start an interactive session."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from grok1.cli.text_input import given_text
 from grok1.request import Request, SamplingOptions
 
 
-@click.command("run", short_help="Complete a prompt, or prompts as they are typed.")
+@click.command("run", short_help="Complete a prompt, or start an interactive session.")
 @click.argument("prompt", required=False)
 @click.option(
     "--prompt-file",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Take the prompt from this file, which is UTF-8 text.",
+    help="Read the prompt from a UTF-8 text file.",
 )
 @truncate_option
-@click.option("--echo", is_flag=True, help="Print the prompt before its completion. (JSON has both in any case.)")
+@click.option("--echo", is_flag=True, help="Print the prompt before the completion. JSON output always contains both.")
 @sampling_options
 @model_options
 @output_options
@@ -38,20 +38,24 @@ def command(
     num_samples: int,
     as_json: bool,
 ) -> None:
-    """Complete PROMPT and print the text while it is generated.
+    """Complete PROMPT and print the text as it is generated.
 
-    Without PROMPT, or if it is "-", the prompt is what comes through a pipe; one newline at the very end of a file
-    or pipe is not part of it. With no prompt at all on a terminal, a session begins: each line that you type is a
-    prompt of its own, Ctrl-C stops a completion, Ctrl-D ends the session. A prompt's text is never interpreted; put
-    "--" before one that begins with a dash.
+    If PROMPT is missing or "-", the prompt is read from standard input. If PROMPT is missing and standard input is a
+    terminal, an interactive session starts: each line you type is a prompt, Ctrl-C stops its completion, and Ctrl-D
+    ends the session.
 
-    Only what follows the prompt is printed, and a newline after it. With --num-samples, a line such as
-    "--- sample 1 of 3, seed 7 ---" comes before each. On a terminal, control characters are shown as symbols.
+    The prompt is passed to the model unchanged, except that one newline at the end of a file or of standard input is
+    removed. Put "--" before a prompt that starts with a dash.
+
+    Only the completion is printed, followed by a newline. With --num-samples, each completion is preceded by a line
+    such as "--- sample 1 of 3, seed 7 ---". On a terminal, control characters are shown as symbols.
 
     \b
-    grok1 run -c demo "The answer to life" --seed 7
-    git log -1 | grok1 run - --greedy -n 40
-    grok1 run --prompt-file story.txt --num-samples 3 --json | jq .text
+    Examples:
+      grok1 run "The answer to life, the universe and everything is"
+      grok1 run -c bard "ROMEO." --seed 7
+      git log -1 | grok1 run --greedy -n 40
+      grok1 run --prompt-file story.txt --num-samples 3 --json | jq .text
     """
     text = given_text(prompt, prompt_file, argument_name="PROMPT", file_option="--prompt-file")
 

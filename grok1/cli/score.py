@@ -1,4 +1,4 @@
-"""`grok1 score`: computes log-probabilities of texts."""
+"""`grok1 score`: compute log-probabilities of texts."""
 
 from __future__ import annotations
 
@@ -21,32 +21,33 @@ if TYPE_CHECKING:
     from grok1.text.tokenizer import Tokenizer
 
 
-@click.command("score", short_help="Tell how likely the model finds a text, or a file of texts.")
+@click.command("score", short_help="Compute log-probabilities of a text or a file of texts.")
 @click.argument("input_file", metavar="[INPUT]", required=False, type=click.Path(path_type=Path))
-@click.option("--text", metavar="TEXT", help="Score this text instead of a file.")
-@click.option("--ids", is_flag=True, help="Take the input for token ids, whatever its name; no tokenizer is needed.")
+@click.option("--text", metavar="TEXT", help="Score TEXT instead of a file.")
+@click.option("--ids", is_flag=True, help="Read the input as token ids; no tokenizer is needed.")
 @click.option(
     "--top",
     type=click.IntRange(0, MAX_LOGPROBS),
     metavar="K",
-    help=f"Tell the K likeliest tokens in each place too, 0 to {MAX_LOGPROBS}.",
+    help="Also print the K most likely tokens at each position.",
 )
 @click.option(
     "--stride",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Read a text that is longer than the model's context in windows that begin N tokens apart; each token is "
-    "scored once.  [default: half of the context]",
+    show_default="half of the context",
+    help="For a text longer than the model's context, the distance in tokens between the starts of successive windows. "
+    "Each token is scored once.",
 )
 @click.option(
     "--chunk",
     type=click.IntRange(min=4),
     metavar="N",
-    help="Cut the text into chunks of N tokens, score the second half of each, and print the perplexity so far after "
-    "each chunk, as llama.cpp does.",
+    help="Split the text into chunks of N tokens, score the second half of each, and print the cumulative perplexity "
+    "after each chunk, like llama.cpp.",
 )
-@click.option("--bos", is_flag=True, help="With --chunk, put BOS in the place of each chunk's first token.")
-@click.option("--per-token", is_flag=True, help="Tell every token's log-probability in the results of rows.")
+@click.option("--bos", is_flag=True, help="Replace the first token of each chunk by BOS; requires --chunk.")
+@click.option("--per-token", is_flag=True, help="Include the log-probability of each token in the results of rows.")
 @batch_size_option
 @job_options
 @model_options
@@ -70,44 +71,46 @@ def command(
     choice: ModelChoice,
     as_json: bool,
 ) -> None:
-    r"""Print the log-probability of each token of INPUT given those before it, and the perplexity and bits per byte.
+    """Print the log-probability of each token in INPUT given the preceding tokens, and the perplexity of the text.
 
-    INPUT is a file, or "-" or nothing for what comes through a pipe. It is UTF-8 text, taken exactly as it is, with
-    any newline at its end; or, if its name ends in .json or with --ids, a list of token ids. Logarithms are natural;
-    the first token has none before it and so no log-probability. The perplexity is the exponential of the mean
-    negative log-probability. Bits per byte is the total negative log-probability in bits divided by the number of UTF-8
-    bytes of the scored tokens; it requires a tokenizer.
+    If INPUT is missing or "-", it is read from standard input. INPUT is UTF-8 text, scored unchanged, including a final
+    newline. If its name ends in .json, or with --ids, it is a list of token ids.
 
-    If INPUT is .jsonl (or .jsonl.gz), or --format says what its lines are, each line is a row: an object with "text",
-    "token_ids", or "prompt" and "completion", of which only the completion is scored; or with --format txt a text. The
-    results are a line of JSON for each row and one for all rows together. With -o an interrupted job goes on when the
-    same command is run again, as for `grok1 batch`.
+    Log-probabilities are natural logarithms; the first token has none. Perplexity is the exponential of the mean
+    negative log-probability. Bits per byte is the total negative log-probability in bits, divided by the number of
+    UTF-8 bytes of the scored tokens; it requires a tokenizer.
+
+    If the name of INPUT ends in .jsonl or .jsonl.gz, or --format is given, each line is scored separately. A line of
+    JSON is an object with "text", "token_ids", or "prompt" and "completion"; in the last case only the completion is
+    scored. The output is one line of JSON per row, and one for all rows together. With -o, an interrupted job can be
+    resumed, as with `grok1 batch`.
 
     \b
-    grok1 score essay.txt
-    grok1 score --text "The answer to life" --top 3
-    grok1 score answers.jsonl -o scores.jsonl
-    grok1 score wiki.test.raw --chunk 512
+    Examples:
+      grok1 score essay.txt
+      grok1 score --text "The answer to life" --top 3
+      grok1 score answers.jsonl -o scores.jsonl
+      grok1 score wiki.test.raw --chunk 512
     """
     rows = row_format is not None or (input_file is not None and input_file.name.endswith((".jsonl", ".jsonl.gz")))
     if chunk is not None or rows:
         if input_file is None or text is not None or ids:
-            raise click.UsageError("Rows and chunks are of an INPUT of text: give it, without --text and --ids.")
+            raise click.UsageError("--chunk and --format require INPUT, and cannot be used with --text or --ids.")
         if chunk is not None and (row_format is not None or stride is not None):
-            raise click.UsageError("--chunk cuts one text: give it without --format and --stride.")
+            raise click.UsageError("--chunk cannot be used with --format or --stride.")
     elif output is not None or skip_bad or restart or per_token or batch_size is not None:
         raise click.UsageError(
-            "-o, --skip-bad, --restart, --per-token and --batch-size are for rows and chunks: give an INPUT that ends "
-            "in .jsonl, --format, or --chunk."
+            "-o, --skip-bad, --restart, --per-token and --batch-size require --format, --chunk, or an INPUT whose name "
+            "ends in .jsonl."
         )
     if bos and chunk is None:
-        raise click.UsageError("--bos needs --chunk: other texts are scored as they are.")
+        raise click.UsageError("--bos requires --chunk.")
     if not rows and chunk is None:
         _score_text(terminal, _scored_input(input_file, text, ids), top, stride, choice, as_json)
         return
     assert input_file is not None
     if rows and as_json and output is None:
-        raise click.UsageError("--json needs -o here: without it the rows themselves go to standard output, as JSON.")
+        raise click.UsageError("--json requires -o, because otherwise the results are written to standard output.")
 
     from grok1.cli.jobs import PerplexityReporter, opened_files
     from grok1.jobs.score import ChunkJob, ScoringJob
@@ -132,7 +135,7 @@ def command(
 def _score_text(
     terminal: Terminal, scored: str | list[int], top: int | None, stride: int | None, choice: ModelChoice, as_json: bool
 ) -> None:
-    """Scores one text and prints it."""
+    """Score one text and print the result."""
     from grok1.cli.loading import load_model, open_model
     from grok1.text.prompt import encode_scored, window_stride
 
@@ -152,11 +155,11 @@ def _score_text(
 def _scored_input(file: Path | None, text: str | None, ids: bool) -> str | list[int]:
     if text is not None:
         if file is not None:
-            raise click.UsageError("INPUT and --text are both given: give one of them.")
+            raise click.UsageError("INPUT and --text cannot be used together.")
         text = checked_argument(text, "--text")
         return parsed_ids(text) if ids else text
     if file is None and stdin_is_terminal():
-        raise click.UsageError("there is no text: give INPUT, --text TEXT, or pipe it in.")
+        raise click.UsageError("Missing input: pass INPUT or --text TEXT, or pipe it to standard input.")
     from_stdin = file is None or str(file) == "-"
     source = "standard input" if from_stdin else str(file)
     content = decode_utf8(read_stdin() if from_stdin or file is None else read_file(file), source)

@@ -1,4 +1,4 @@
-"""The interactive session of `grok1 run`: each line is a prompt."""
+"""The interactive session of `grok1 run`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from grok1.request import Request
 
 
 class PrivateHistory(FileHistory):
-    """Prompts of earlier sessions, in a file that only the user can read, created when the first prompt is entered.
+    """Prompts of earlier sessions, in a file that only the user can read, created at the first prompt.
 
-    If it cannot be read or written, the session works without it.
+    If the file cannot be read or written, the session continues without it.
     """
 
     def load_history_strings(self) -> Iterable[str]:
@@ -41,28 +41,28 @@ class PrivateHistory(FileHistory):
 def _history() -> History:
     try:
         return PrivateHistory(platformdirs.user_state_path("grok1", appauthor=False) / "history")
-    except (OSError, RuntimeError):  # there is no home
+    except (OSError, RuntimeError):  # no home directory
         return InMemoryHistory()
 
 
 def run_session(printer: CompletionPrinter, request: Callable[[str], Request]) -> None:
-    """Read prompts and print their completions until Ctrl-D.
+    """Read prompts and print their completions until end of file.
 
     Args:
         printer: completes and prints.
         request: builds the request for a prompt.
     """
     terminal = printer.terminal
-    # Results may go to a file while the prompt stays on the terminal.
+    # If results are redirected, the prompt is still shown on the terminal.
     output = create_output(stdout=None if terminal.shows_results else sys.stderr)
     session: PromptSession[str] = PromptSession(history=_history(), output=output)
-    terminal.note("Each line is a prompt. Ctrl-C stops a completion, Ctrl-D ends the session.")
+    terminal.note("Type a prompt and press Enter. Ctrl-C stops a completion, Ctrl-D ends the session.")
     while True:
         try:
             prompt = session.prompt("> ")
         except KeyboardInterrupt:
-            if not session.default_buffer.text:  # otherwise it has discarded the line
-                terminal.note("Ctrl-D ends the session.")
+            if not session.default_buffer.text:  # otherwise Ctrl-C has discarded the line
+                terminal.note("Press Ctrl-D to end the session.")
             continue
         except EOFError:
             return

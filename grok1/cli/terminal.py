@@ -1,4 +1,4 @@
-"""The two output streams: results on stdout; progress, notes and errors on stderr."""
+"""Output streams: results on stdout; progress, notes and errors on stderr."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
 _CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
 _CONTROL |= {0x7F: "\u2421"} | dict.fromkeys(range(128, 160), "�")
 
-_PATIENCE = "stopping after the running step; Ctrl-C again ends grok1"
-_RUNNING = {"prefill": "reading the prompt", "decoding": "generating", "scoring": "scoring"}  # programs that take long
+_PATIENCE = "stopping after the current step; press Ctrl-C again to exit immediately"
+_RUNNING = {"prefill": "processing the prompt", "decoding": "generating", "scoring": "scoring"}  # slow programs
 
 
 class OutputError(Grok1Error):
-    """Results that cannot be written to standard output."""
+    """Results cannot be written to standard output."""
 
 
 class Terminal:
     """The two output streams of a command.
 
     Attributes:
-        quiet: whether to print nothing but errors on stderr, even if it is a terminal.
-        verbose: whether to print tracebacks of errors, and let libraries log.
-        interrupted: whether Ctrl-C has stopped something.
-        on_leave: called before the process is ended by `os._exit`, from any thread.
+        quiet: whether to print only errors on stderr, even if it is a terminal.
+        verbose: whether to print tracebacks and let libraries log.
+        interrupted: whether Ctrl-C has stopped an operation.
+        on_leave: called before `os._exit` ends the process, from any thread.
     """
 
     def __init__(self) -> None:
-        """Starts with the defaults of `--quiet` and `--verbose`."""
+        """Initialize with the defaults of `--quiet` and `--verbose`."""
         self.quiet = False
         self.verbose = False
         self.interrupted = False
@@ -60,14 +60,13 @@ class Terminal:
         return _is_terminal(sys.stdout)
 
     def write(self, text: str) -> None:
-        """Writes results to stdout and flushes it.
+        """Write results to stdout and flush it.
 
-        On a terminal, control characters other than newline and tab are replaced by symbols, so that a text cannot
-        control the terminal.
+        On a terminal, control characters other than newline and tab are replaced by symbols.
 
         Raises:
-            OutputError: if they cannot be written.
-            BrokenPipeError: if the reader has gone.
+            OutputError: if the results cannot be written.
+            BrokenPipeError: if the reader has closed the pipe.
         """
         if not text:
             return
@@ -75,20 +74,20 @@ class Terminal:
             self.clear()
             text = text.translate(_CONTROL)
         if sys.stdout is None:
-            raise OutputError("standard output is closed: open it, or send it to a file with `>`")
+            raise OutputError("cannot write to standard output, which is closed: redirect it to a file with `>`")
         with _output_errors():
             sys.stdout.write(text)
             sys.stdout.flush()
         self._mid_line = not text.endswith("\n")
 
     def flush(self) -> None:
-        """Flushes stdout, to which libraries may have written."""
+        """Flush stdout, to which libraries may have written."""
         if sys.stdout is not None:
             with _output_errors():
                 sys.stdout.flush()
 
     def end_line(self) -> None:
-        """Clears progress, and on a terminal ends an unfinished line of results."""
+        """Clear the progress display, and end an unfinished line of results on a terminal."""
         self.clear()
         if self._mid_line and self.shows_results:
             self._mid_line = False
@@ -97,19 +96,19 @@ class Terminal:
                 sys.stdout.flush()
 
     def note(self, text: str) -> None:
-        """Prints a line on stderr if it is a terminal."""
+        """Print a line on stderr if it is a terminal."""
         if self.shows:
             self.end_line()
             with contextlib.suppress(OSError):
                 click.echo(text.translate(_CONTROL), err=True)
 
     def error(self, sentence: str) -> None:
-        """Prints an error on stderr, in one line."""
+        """Print an error on stderr, in one line."""
         with contextlib.suppress(OSError):
             click.echo(f"grok1: error: {' '.join(sentence.split())}", err=True)
 
     def progress(self, progress: Progress) -> None:
-        """Shows the progress of a model's long steps; may be called from any thread."""
+        """Show the progress of a long operation; may be called from any thread."""
         if progress.stage == "loading":
             doing = f"loading weights, {progress.detail}" if progress.detail else "loading weights"
             self.show_bytes(doing, progress.done, progress.total)
@@ -121,16 +120,16 @@ class Terminal:
             if progress.detail in _RUNNING:
                 self.show_status(_RUNNING[progress.detail])
         elif progress.stage == "reading":
-            self.show_status(f"reading the prompt, {progress.done} of {progress.total} tokens so far")
+            self.show_status(f"processing the prompt, {progress.done} of {progress.total} tokens")
         else:
             self.show_status(f"{progress.stage} files")
 
     def show_status(self, text: str) -> None:
-        """Shows a line with the elapsed time, until `clear` or the next line."""
+        """Show a status line with the elapsed time, until `clear` or the next status line."""
         self._show(text)
 
     def show_bytes(self, text: str, done: int, total: int) -> None:
-        """Shows a progress bar with the rate and the time left, until `clear` or the next line."""
+        """Show a progress bar with the rate and the remaining time, until `clear` or the next status line."""
         if self._live is None or self._live.tasks[0].total is None:
             self._show(text, total)
         if self._live is not None:
@@ -138,7 +137,7 @@ class Terminal:
 
     @contextlib.contextmanager
     def describing(self, describe: Callable[[], str]) -> Iterator[None]:
-        """Within this block shows a line that `describe`, called in another thread, updates several times a second."""
+        """Within this block, show the status line that `describe` returns, called every 0.2 s in another thread."""
         self._describe = describe
         self._show("", describe=describe)
         try:
@@ -148,7 +147,7 @@ class Terminal:
             self.clear()
 
     def clear(self) -> None:
-        """Clears the progress shown."""
+        """Clear the progress display."""
         if self._live is not None:
             self._live.stop()
             self._live = self._shown = None
@@ -178,7 +177,7 @@ class Terminal:
             def render(self, task: Any) -> Text:
                 return Text(describe() if describe is not None else text, no_wrap=True, overflow="ellipsis")
 
-        whole = Column(no_wrap=True)  # on a narrow terminal the description is cut, or the bar
+        whole = Column(no_wrap=True)  # on a narrow terminal, only the description or the bar is cut
         columns: list[Any] = [SpinnerColumn(), DescriptionColumn(), TimeElapsedColumn(whole)]
         if total is not None:
             columns = [
@@ -197,36 +196,36 @@ class Terminal:
 
     @contextlib.contextmanager
     def interruptible(self, *, patient: bool = False, hint: str = _PATIENCE) -> Iterator[None]:
-        """Within this block Ctrl-C ends the process within a second, even while XLA compiles.
+        """Within this block, Ctrl-C ends the process within a second, even while XLA compiles.
 
         Args:
-            patient: whether the first Ctrl-C only prints the hint if the block does not react, and the second ends the
-                process.
-            hint: to print.
+            patient: whether only the second Ctrl-C ends the process; if the block does not react to the first, the hint
+                is printed.
+            hint: the text to print.
         """
 
         def show_hint() -> None:
-            if self.shows and self._describe is None:  # whose line has the hint
+            if self.shows and self._describe is None:  # otherwise its line contains the hint
                 self._raw_to_stderr(f"\r\n{hint}\r\n".encode())
 
         with interrupts_end_within_a_second(patient=patient, hint=show_hint, leave=self._leave_terminal):
             yield
 
     def importing(self) -> contextlib.AbstractContextManager[None]:
-        """Within this block, which imports JAX, Ctrl-C ends the process immediately."""
+        """Return a context in which Ctrl-C ends the process immediately, for importing JAX."""
         return interrupts_end_at_once(self._leave_terminal)
 
     def abort(self, sentence: str | None, code: int) -> None:
-        """Ends the process immediately, from any thread, after printing an error."""
+        """Print an error and end the process immediately, from any thread."""
         self._restore_terminal()
         if sentence is not None:
             self._raw_to_stderr(f"grok1: error: {sentence}\n".encode())
         os._exit(code)
 
     def end_soon(self) -> None:
-        """Ends the process with status 130 if it has not ended within a second after an interrupt.
+        """End the process with status 130 if it has not ended within a second after an interrupt.
 
-        What an interrupt breaks off may have left a lock behind, an import above all, which the end would wait for.
+        An interrupted operation, such as an import, may have left a lock that a normal exit would wait for.
         """
 
         def end() -> None:
@@ -243,7 +242,7 @@ class Terminal:
         self._restore_terminal()
 
     def _restore_terminal(self) -> None:
-        # The main thread may hold any lock, so nothing here takes one.
+        # The main thread may hold any lock, so none may be acquired here.
         if _is_terminal(sys.stderr):
             self._raw_to_stderr(b"\r\x1b[2K\x1b[?25h" if self._live is not None else b"\r\n")
 
@@ -271,6 +270,4 @@ def _output_errors() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise OutputError(
-            f"cannot write to standard output ({error.strerror}): make room, or send it elsewhere"
-        ) from None
+        raise OutputError(f"cannot write to standard output: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""`grok1 tokenize`: text to token ids."""
+"""`grok1 tokenize`: convert text to token ids."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from grok1.cli.text_input import given_text
 from grok1.jobs.result_json import json_line
 
 
-@click.command("tokenize", short_help="Turn text into token ids.")
+@click.command("tokenize", short_help="Convert text to token ids.")
 @click.argument("text", required=False)
 @click.option(
     "--file",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Take the text from this file, which is UTF-8.",
+    help="Read the text from a UTF-8 file.",
 )
 @click.option(
     "--pieces",
     is_flag=True,
-    help="Print a line for each token: its id, a tab, and its piece of text, with ▁ for a space.",
+    help="Print one token per line: its id, a tab, and its text, with ▁ for a space.",
 )
 @tokenizer_choice_options
 @output_options
@@ -33,20 +33,21 @@ from grok1.jobs.result_json import json_line
 def command(
     terminal: Terminal, text: str | None, file: Path | None, pieces: bool, choice: ModelChoice, as_json: bool
 ) -> None:
-    """Print the token ids of TEXT, with spaces between.
+    """Print the token ids of TEXT, separated by spaces.
 
-    Without TEXT, or if it is "-", the text is what comes through a pipe; one newline at the very end of a file or
-    pipe is not part of it. No BOS is put before the text, as the model expects none.
+    If TEXT is missing or "-", it is read from standard input. One newline at the end of a file or of standard input is
+    removed. No BOS token is added, because the model does not expect one.
 
     \b
-    grok1 tokenize "The answer to life"
-    grok1 tokenize --pieces --file story.txt
+    Examples:
+      grok1 tokenize "The answer to life"
+      grok1 tokenize --pieces --file story.txt
     """
     given = given_text(text, file, argument_name="TEXT", file_option="--file")
     if given is None:
-        raise click.UsageError("there is no text: give TEXT, --file FILE, or pipe it in.")
+        raise click.UsageError("Missing text: pass TEXT or --file FILE, or pipe it to standard input.")
     if as_json and pieces:
-        raise click.UsageError("--pieces and --json are both given: JSON has the pieces in any case.")
+        raise click.UsageError("--pieces and --json cannot be used together; JSON output always contains the pieces.")
 
     from grok1.cli.loading import read_tokenizer
     from grok1.text.prompt import required

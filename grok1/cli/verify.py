@@ -1,4 +1,4 @@
-"""`grok1 verify`: checks that a checkpoint is complete and valid."""
+"""`grok1 verify`: check that a checkpoint is complete and valid."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ if TYPE_CHECKING:
     from grok1.checkpoint.audit.verify import Report
 
 
-@click.command("verify", short_help="Check that a checkpoint is whole and sane.")
+@click.command("verify", short_help="Check that a checkpoint is complete and valid.")
 @checkpoint_argument
 @click.option(
     "--content",
     is_flag=True,
-    help="Read everything, and look for what no weight can be: NaN, scales that are not positive, matrices that are "
-    "all zero or all the same, holes of an unfinished download.",
+    help="Read all data and check for invalid values: NaN, scales that are not positive, constant matrices, and holes "
+    "left by an incomplete download.",
 )
 @click.option(
     "--manifest",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Read everything, and compare each file with its SHA-256 in FILE, which --write-manifest or sha256sum wrote.",
+    help="Read all data and compare the SHA-256 checksum of each file with that in FILE, written by --write-manifest "
+    "or sha256sum.",
 )
 @click.option(
     "--write-manifest",
     "new_manifest",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Read everything, and write the SHA-256 and size of each file to FILE, if nothing is wrong. sha256sum -c "
-    "understands it, in the folder that holds ckpt-0.",
+    help="Read all data and, if no errors are found, write the SHA-256 checksum and size of each file to FILE. To "
+    "check it with sha256sum -c, change to the folder that contains ckpt-0.",
 )
 @output_options
 @pass_terminal
@@ -47,30 +48,33 @@ def command(
     new_manifest: Path | None,
     as_json: bool,
 ) -> None:
-    """Check that the checkpoint in DIR is whole, and say of each file that is not what is wrong and what to do.
+    """Check that the checkpoint in DIR is complete and valid, and print what is wrong with each file and how to fix it.
 
-    DIR holds ckpt-0, or is it; without DIR it is $GROK1_CHECKPOINT, or else checkpoints. Every file's structure is
-    checked, which takes a second: that it is there, whole, and has the shape and type of its place. Files of the same
-    shape in each other's place differ in their content only: a manifest tells them apart.
+    DIR contains ckpt-0, or is the ckpt-0 folder itself. The default is $GROK1_CHECKPOINT, or else "checkpoints".
 
-    The other checks read everything, and run as fast as the disk. Hashing that is interrupted goes on where it was
-    when the command is given again: FILE.partial keeps what is done.
+    By default, only the structure of the files is checked, which takes about a second: each file must exist, have the
+    right size, and contain an array of the expected shape and data type. Two swapped files of the same shape are only
+    detected with --manifest.
 
-    Exit code 0 if all is right, 1 if not.
+    --content, --manifest and --write-manifest read all data, at the speed of the disk. If computing checksums is
+    interrupted, run the same command again to resume; the checksums so far are saved in FILE.partial.
+
+    The exit status is 0 if no errors are found and 1 otherwise.
 
     \b
-    grok1 verify checkpoints
-    grok1 verify --content --write-manifest grok1.sha256 checkpoints
-    grok1 verify --manifest grok1.sha256 checkpoints
+    Examples:
+      grok1 verify checkpoints
+      grok1 verify --content --write-manifest grok1.sha256 checkpoints
+      grok1 verify --manifest grok1.sha256 checkpoints
     """
     if manifest is not None and new_manifest is not None:
-        raise click.UsageError("--manifest and --write-manifest are both given: check against one first, then write.")
+        raise click.UsageError("--manifest and --write-manifest cannot be used together.")
 
     from grok1.checkpoint.audit.verify import verify
     from grok1.checkpoint.reader import faults_sentence
     from grok1.errors import CheckpointError
 
-    terminal.show_status("checking the structure")
+    terminal.show_status("checking the structure of the files")
     with terminal.interruptible():
         report = verify(
             directory, content=content, manifest=manifest, new_manifest=new_manifest, progress=terminal.show_bytes
@@ -78,12 +82,12 @@ def command(
     terminal.clear()
     terminal.write(json_line(_as_json(report)) if as_json else _as_text(report))
     if report.resumed:
-        terminal.note(f"{report.resumed} files were hashed before and have not changed.")
+        terminal.note(f"Reused the checksums of {report.resumed} unchanged files from an interrupted run.")
     if report.faults:
         if new_manifest is not None:
-            terminal.note(f"{new_manifest} was not written.")
+            terminal.note(f"{new_manifest} was not written, because errors were found.")
         if report.hollow:
-            raise CheckpointError(f"{report.directory} is hollow, it has shapes but no weights: download the weights")
+            raise CheckpointError(f"{report.directory} is hollow and contains no weights: download the weights")
         raise CheckpointError(
             faults_sentence(report.directory, report.faults, report.files, has_config=report.stated, told=0)
         )
@@ -93,11 +97,11 @@ def _as_text(report: Report) -> str:
     lines = [f"{fault}: {fault.advice}" for fault in report.faults]
     lines += [f"warning: {warning}: {warning.advice}" for warning in report.warnings]
     if report.fetch_command is not None:
-        lines.append(f"to fetch again: {report.fetch_command}")
+        lines.append(f"to download again: {report.fetch_command}")
     elif report.to_fetch:
-        lines.append(f"files to fetch again: {' '.join(report.to_fetch)}")
+        lines.append(f"files to download again: {' '.join(report.to_fetch)}")
     if not report.faults:
-        lines.append(f"{report.files} files, {report.structure.total_bytes:,} bytes: right")
+        lines.append(f"{report.files} files, {report.structure.total_bytes:,} bytes: ok")
     return "".join(f"{line}\n" for line in lines)
 
 

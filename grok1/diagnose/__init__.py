@@ -1,1 +1,1 @@
-"""Measurements and checks of a whole installation: benchmark, smoke test, roofline."""
+"""Benchmark, smoke test and roofline plot."""

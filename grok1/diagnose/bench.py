@@ -1,4 +1,4 @@
-"""Measured speed of a model on the present devices, and the limits of their memory and arithmetic."""
+"""Measurement of the speed of a model, and of the memory bandwidth and compute rate of its devices."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from grok1.plan.devices import present_devices
 from grok1.plan.estimate import Estimate
 from grok1.request import SamplingOptions
 
-_WARM_STEPS = 2  # decoding steps before those that are measured
-_PREFILLS = 3  # fewer if they take longer than:
+_WARM_STEPS = 2  # decode steps before the measured ones
+_PREFILLS = 3  # number of measured prefills; fewer if they take longer than `_PREFILL_SECONDS`
 _PREFILL_SECONDS = 10.0
 READ_BYTES = 1 << 30
-"""Size of the memory whose read rate is measured."""
+"""Size of the array read to measure memory bandwidth."""
 MATRIX_SIZE = 2048
-"""Size of the matrices whose product is measured, on CPUs."""
+"""Size of the matrices multiplied to measure the compute rate of CPUs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Measured limits of a model's devices, all together.
+    """Measured limits of all devices of a model together.
 
     Attributes:
-        read_bytes_per_second: reading memory that is not in a cache.
-        matrix_operations_per_second: product of large matrices; a multiplication and an addition are two operations.
-        matrix_product: the kind of product that was measured.
+        read_bytes_per_second: rate of reading memory that is not cached.
+        matrix_operations_per_second: rate of multiplying large matrices, counting additions and multiplications.
+        matrix_product: description of the measured product.
     """
 
     read_bytes_per_second: float
@@ -58,15 +58,15 @@ class Measurement:
     Attributes:
         prompt_tokens: tokens of each sequence's prompt.
         batch: number of sequences.
-        decode_steps: decoding steps after the prompts, of `batch` tokens each.
-        prefill_seconds: reading all prompts, one after the other.
-        prefill_operations: multiplications and additions of prefill.
-        prefill_bytes: weights that prefill has to read, once for each chunk of a prompt.
-        time_to_first_token_seconds: until the first token of the first prompt is on the host.
-        decode_step_seconds: time of a decoding step.
-        decode_bytes_per_step: weights and cache that a step has to read, over all devices; see
+        decode_steps: number of decode steps after prefill, of `batch` tokens each.
+        prefill_seconds: time to prefill all prompts, one after the other.
+        prefill_operations: number of multiplications and additions of prefill.
+        prefill_bytes: bytes of weights that prefill reads, once per chunk of a prompt.
+        time_to_first_token_seconds: time until the first token of the first prompt is on the host.
+        decode_step_seconds: time of a decode step.
+        decode_bytes_per_step: bytes of weights and KV cache that a decode step reads on all devices; see
             `Estimate.decode_read_bytes`.
-        decode_operations_per_step: multiplications and additions of a step.
+        decode_operations_per_step: number of multiplications and additions of a decode step.
     """
 
     prompt_tokens: int
@@ -82,22 +82,22 @@ class Measurement:
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Prompt tokens of all sequences together."""
+        """Prompt tokens per second, of all sequences together."""
         return self.prompt_tokens * self.batch / self.prefill_seconds
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """New tokens of all sequences together."""
+        """Generated tokens per second, of all sequences together."""
         return self.batch / self.decode_step_seconds
 
     @property
     def decode_bytes_per_second(self) -> float:
-        """Weights and cache that decoding has to read."""
+        """Bytes of weights and KV cache read per second while decoding."""
         return self.decode_bytes_per_step / self.decode_step_seconds
 
 
 def longest_prompt(config: ModelConfig, decode_steps: int) -> int:
-    """Length of the longest prompt that leaves room for `decode_steps`; at least 1."""
+    """Return the length of the longest prompt that leaves room for `decode_steps`; at least 1."""
     return max(1, config.sequence_len - decode_steps - _WARM_STEPS)
 
 
@@ -108,43 +108,43 @@ def check_measurable(
 
     Args:
         config: the model.
-        data_rows: number of data rows of the mesh.
-        room: number of sequences that there is memory for; None if not known.
+        data_rows: size of the data axis of the mesh.
+        room: number of sequences that fit in memory; None if unknown.
         prompt_tokens: as for `measure`.
         batch: as for `measure`.
         decode_steps: as for `measure`.
 
     Raises:
-        RequestError: if the context is too short, or the batch too large or no multiple of the data rows.
+        RequestError: if the context is too short, or `batch` does not fit in memory or on the mesh.
     """
     context, needed = config.sequence_len, prompt_tokens + decode_steps + _WARM_STEPS
     if needed > context:
         raise RequestError(
-            f"a prompt of {prompt_tokens} tokens and {decode_steps} steps take {needed} positions (with "
-            f"{_WARM_STEPS} to warm up), and the context has {context}: lower --prompt or --decode"
+            f"{prompt_tokens} prompt tokens, {_WARM_STEPS} warm-up steps and {decode_steps} decode steps need {needed} "
+            f"positions, but the context has {context}: lower --prompt or --decode"
         )
     if batch % data_rows:
         raise RequestError(
-            f"a batch of {batch} does not divide over the {data_rows} data rows of the mesh: use a multiple"
+            f"batch size {batch} is not divisible by the {data_rows} data rows of the mesh: choose a multiple"
         )
     if room is not None and batch > room:
         raise RequestError(
-            f"there is memory for {room} sequences of {context} tokens beside the weights, and the batch is {batch}: "
-            "lower --batch"
+            f"batch size {batch} does not fit in memory, which has room for the weights and {room} sequences of "
+            f"{context} tokens: lower --batch"
         )
 
 
 def measure(model: Model, prompt_tokens: int, batch: int, decode_steps: int) -> Measurement:
-    """Measure prefill and then decoding, after every program has been compiled and run once.
+    """Measure prefill and then decode, after compiling every program and running it once.
 
     Args:
         model: the model.
         prompt_tokens: length of each sequence's random prompt.
         batch: number of sequences.
-        decode_steps: number of steps to measure.
+        decode_steps: number of decode steps to measure.
 
     Raises:
-        RequestError: as `check_measurable`.
+        RequestError: see `check_measurable`.
     """
     engine = model.engine
     check_measurable(model.config, engine.data_rows, model.max_sequences, prompt_tokens, batch, decode_steps)
@@ -194,7 +194,7 @@ def _decode(engine: Engine, state: BatchState, active: np.ndarray, steps: int) -
 
 
 def _prefill(engine: Engine, state: BatchState, prompts: np.ndarray) -> tuple[BatchState, float]:
-    """Read a prompt into each slot, one per data row at a time; also return when the first token reached the host."""
+    """Prefill a prompt into each slot, one per data row at a time; also return the time of the first token."""
     batch, length = prompts.shape
     slots_of_row = batch // engine.data_rows
     first_token: float | None = None
@@ -219,7 +219,7 @@ def _prefill(engine: Engine, state: BatchState, prompts: np.ndarray) -> tuple[Ba
 
 
 def estimate_of(model: Model) -> Estimate:
-    """The estimate for a loaded model on its devices."""
+    """Return the estimate for a loaded model on its devices."""
     engine = model.engine
     devices = dataclasses.replace(present_devices(engine.local_devices), count=engine.mesh.size)
     return Estimate(model.config, devices, model.mesh_shape, engine.dtype.name)
@@ -232,11 +232,11 @@ def _prefill_bytes(estimate: Estimate, engine: Engine, batch: int, tokens: int) 
 
 
 def weight_bytes(model: Model) -> int:
-    """Size of the model's weights in memory, over all devices; what several devices hold counts for each."""
+    """Return the size of the model's weights on all devices, counting replicated weights once per device."""
     total = 0
     for array in jax.tree.leaves(model.engine.params):
         parts = array.sharding.devices_indices_map(array.shape)
-        copies = set(map(str, parts.values())) if _platform(model) == "cpu" else parts  # data rows share one memory
+        copies = set(map(str, parts.values())) if _platform(model) == "cpu" else parts  # data rows share memory
         total += len(copies) * math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
     return total
 
@@ -258,7 +258,7 @@ def _platform(model: Model) -> str:
 
 
 def _best_rate(work: Callable[[], object], amount: float) -> float:
-    """The highest rate at which `work` processes `amount`, after one run to warm up."""
+    """Return the highest rate at which `work` processes `amount`, after one warm-up run."""
     work()
     return amount / min(timeit.repeat(work, number=1))
 
@@ -289,7 +289,7 @@ def _device_read_rate(device: jax.Device) -> float:
 
 
 def device_copy_rate(device: jax.Device) -> float:
-    """Bytes per second that a device reads and writes while it copies within its memory."""
+    """Measure the bytes per second that a device reads and writes while copying within its memory."""
     memory = _on_device(device)
     copy = jax.jit(jnp.copy)
     return _best_rate(lambda: copy(memory).block_until_ready(), 2.0 * memory.nbytes)
@@ -300,7 +300,7 @@ def _on_device(device: jax.Device) -> jax.Array:
 
 
 def _packed_rate() -> float:
-    """Rate of the native kernels, for many rows and a matrix that fits the caches."""
+    """Measure the operations per second of the native kernels, for many rows and a matrix that fits in cache."""
     size, rows = MATRIX_SIZE, 512
     panels = jnp.ones(panels_shape((1, size, size), 1), jnp.uint8)
     weight = QuantizedMatrix(panels, jnp.ones((1, 1, size), jnp.bfloat16), layout=Panels(size))
@@ -310,7 +310,7 @@ def _packed_rate() -> float:
 
 
 def matrix_rate(device: jax.Device, dtype: np.dtype) -> float:
-    """Operations per second of a product of two large random matrices; a multiplication and an addition are two."""
+    """Measure the operations per second of multiplying two large random matrices."""
     size = MATRIX_SIZE if device.platform == "cpu" else 4 * MATRIX_SIZE
     matrix = jax.device_put(jax.random.normal(jax.random.key(0), (size, size), dtype), device)
     product = jax.jit(jnp.dot)

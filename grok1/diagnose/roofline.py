@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class PlotError(Grok1Error):
-    """The plot cannot be drawn."""
+    """A plot cannot be drawn."""
 
 
 def require_matplotlib() -> None:
@@ -22,19 +22,21 @@ def require_matplotlib() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise PlotError(
-            f"--plot needs matplotlib, which cannot be imported ({error}): run pip install 'grok1[plot]', or leave "
-            "--plot out"
+            f"--plot requires matplotlib, which cannot be imported ({error}): install it with pip install 'grok1[plot]'"
         ) from error
 
 
 def draw_roofline(name: str, limits: Limits, measured: Sequence[Measurement], kind: str) -> bytes:
-    """The plot as an image file, with a point for prefill and one for decoding of each measurement.
+    """Draw a roofline plot with two points per measurement, one for prefill and one for decode.
 
     Args:
         name: name of the model.
-        limits: the roofs.
-        measured: the points.
+        limits: measured limits of the devices.
+        measured: the measurements.
         kind: "png" or "svg".
+
+    Returns:
+        the content of the image file.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -57,7 +59,7 @@ def draw_roofline(name: str, limits: Limits, measured: Sequence[Measurement], ki
     axes.loglog([left, ridge], [left * bandwidth, peak], color="0.3")
     axes.loglog([ridge, right], [peak, peak], color="0.3")
     axes.annotate(
-        f"reading memory,\n{bandwidth / 1e9:.3g} GB/s",
+        f"memory bandwidth,\n{bandwidth / 1e9:.3g} GB/s",
         (ridge / 3, ridge / 3 * bandwidth),
         xytext=(-8, 2),
         textcoords="offset points",
@@ -73,13 +75,13 @@ def draw_roofline(name: str, limits: Limits, measured: Sequence[Measurement], ki
     for x, y, _, marker in points:
         axes.plot(x, y, marker, markersize=8, color="C0" if marker == "o" else "C1")
     axes.set(
-        title=f"{name}: reached against limits (sequences x tokens of the prompt)",
-        xlabel="operations for each byte that has to be read",
-        ylabel="operations a second",
+        title=f"{name}: measured speed and limits (batch size x prompt tokens)",
+        xlabel="operations per byte read",
+        ylabel="operations per second",
         xlim=(left, right),
     )
     axes.grid(True, which="major", alpha=0.3)
-    figure.canvas.draw()  # places the axes
+    figure.canvas.draw()  # determines the position of the axes
     _label(axes, points)
     picture = io.BytesIO()
     figure.savefig(picture, format=kind, dpi=150)
@@ -87,8 +89,8 @@ def draw_roofline(name: str, limits: Limits, measured: Sequence[Measurement], ki
 
 
 def _label(axes: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
-    """Label each point on its right, or below a label in the way, with a line to the point."""
-    line, width = 15.0, 170.0  # pixels of a label
+    """Label each point on its right, or lower if labels would overlap, with a line to the point."""
+    line, width = 15.0, 170.0  # size of a label in pixels
     taken: list[tuple[float, float]] = []
     for x, y, label, _ in sorted(points, key=lambda point: -point[1]):
         at_x, at_y = axes.transData.transform((x, y))

@@ -1,7 +1,9 @@
-"""Smoke test of the whole path on a tiny model: write, read, load, shard, generate, each checked in another way.
+"""End-to-end smoke test on a tiny model: write, read, load, shard and generate.
 
-for check in run_smoke(Path("somewhere")):
-    print(check.result, check.name, check.measured)
+::
+
+    for check in run_smoke(Path("folder")):
+        print(check.result, check.name, check.measured)
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ _PROMPT = "The answer to life, the universe and everything is of course"
 _UNICODE = "Füße, naïve café; 東京 and Москва; 👩‍🚀 — tabs\tand\n\nlines, 1234567890"
 _NEW_TOKENS = 24
 LOGITS_TOLERANCE = 1e-3
-"""Maximum difference of two logits, relative to the largest logit. Their float32 sums differ in order."""
+"""Maximum difference of two logits, relative to the largest logit; float32 sums depend on the order of addition."""
 LOGPROB_TOLERANCE = 1e-3
 """Maximum difference of two log-probabilities."""
 
@@ -41,10 +43,10 @@ class CheckResult:
     """The result of a check.
 
     Attributes:
-        name: what is checked.
-        result: "ok", "FAILED", or "skipped" if the machine has nothing to compare with.
-        measured: what was found, or why it failed.
-        seconds: how long it took.
+        name: name of the check.
+        result: "ok", "FAILED", or "skipped" if the check is not possible on this machine.
+        measured: the measured values, or the reason of the failure.
+        seconds: duration.
     """
 
     name: str
@@ -54,7 +56,7 @@ class CheckResult:
 
 
 class _Failed(Exception):
-    """A check found something wrong."""
+    """A check has failed."""
 
 
 class _Skipped(Exception):
@@ -62,10 +64,10 @@ class _Skipped(Exception):
 
 
 def run_smoke(folder: Path, starting: Callable[[str], None] = lambda name: None) -> Iterator[CheckResult]:
-    """Run all checks, also after one has failed.
+    """Run all checks, even if one fails, and yield their results.
 
-    Without accelerators the CPU is used as 8 devices, unless JAX has started or the user has chosen a number with
-    `JAX_NUM_CPU_DEVICES` or `XLA_FLAGS`.
+    Without accelerators, the CPU is used as 8 virtual devices, unless JAX has already started or `JAX_NUM_CPU_DEVICES`
+    or `XLA_FLAGS` sets their number.
 
     Args:
         folder: where to write the checkpoint; must not contain one.
@@ -76,20 +78,20 @@ def run_smoke(folder: Path, starting: Callable[[str], None] = lambda name: None)
     for name, step in (
         ("write random weights", path.write),
         ("verify every file", path.verify),
-        ("slices equal mapped bytes", path.read_slices),
+        ("read slices of files", path.read_slices),
         ("tokenizer round trip", path.round_trip),
         ("load on one device", path.load_whole),
         ("load on all devices", path.load_sharded),
-        ("logits, one and all devices", path.compare_logits),
-        ("prefill against decode", path.compare_prefill_with_decode),
-        ("greedy text, one and all", path.compare_greedy_text),
-        ("streamed text, decoded tokens", path.compare_stream),
+        ("logits on one and all devices", path.compare_logits),
+        ("prefill and decode agree", path.compare_prefill_with_decode),
+        ("greedy text on all devices", path.compare_greedy_text),
+        ("streamed text", path.compare_stream),
     ):
         starting(name)
         start = time.perf_counter()
         result: Literal["ok", "FAILED", "skipped"] = "ok"
         try:
-            # Accelerators would round the factors of float32 products.
+            # By default, accelerators round the factors of float32 products.
             with jax.default_matmul_precision("highest"):
                 measured = step()
         except _Skipped as reason:
@@ -101,11 +103,11 @@ def run_smoke(folder: Path, starting: Callable[[str], None] = lambda name: None)
 
 
 class _Path:
-    """The checks, and the state that they share."""
+    """The checks and their shared state."""
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._written = False  # another checkpoint in the folder is not loaded
+        self._written = False  # an existing checkpoint in the folder is not used
         self._opened: Checkpoint | None = None
         self._models: dict[str, Model] = {}
         self._alone = False  # whether there is only one device
@@ -132,9 +134,9 @@ class _Path:
             part = np.empty(mapped[key].shape, mapped.dtype)
             checkpoint.read_into(index, part, key)
             if part.tobytes() != mapped[key].tobytes():
-                raise _Failed(f"{checkpoint.table[index].file_name} differs")
+                raise _Failed(f"a slice of {checkpoint.table[index].file_name} differs from the mapped file")
             count += part.nbytes
-        return f"{count / 1e6:.1f} MB of {len(checkpoint.table)} files"
+        return f"{count / 1e6:.1f} MB in {len(checkpoint.table)} files"
 
     def round_trip(self) -> str:
         self._checkpoint()
@@ -142,13 +144,13 @@ class _Path:
         ids = tokenizer.encode(_UNICODE)
         text = tokenizer.decode(ids)
         if text != _UNICODE:
-            raise _Failed(f"{text!r} is not {_UNICODE!r}")
+            raise _Failed(f"decoded {text!r}, expected {_UNICODE!r}")
         return f"{len(_UNICODE)} characters, {len(ids)} tokens"
 
     def load_whole(self) -> str:
         devices = jax.devices()
         if len(devices) == 1 and devices[0].platform != "cpu":
-            devices = jax.devices("cpu")  # the accelerator is "all", the CPU "one"
+            devices = jax.devices("cpu")  # compare the accelerator ("all") with the CPU ("one")
         return self._load("one", (1, 1), devices[:1])
 
     def load_sharded(self) -> str:
@@ -156,7 +158,7 @@ class _Path:
         shape = default_mesh_shape(self._checkpoint().config, len(devices))
         if shape == (1, 1) and devices[0].platform == "cpu":
             self._alone = True
-            raise _Skipped("there is one device")
+            raise _Skipped("only one device")
         return self._load("all", shape, devices)
 
     def compare_logits(self) -> str:
@@ -165,7 +167,7 @@ class _Path:
         expected, found = one.logits(tokens), other.logits(tokens)
         scale = float(np.abs(expected).max())
         difference = float(np.abs(found - expected).max()) / scale
-        return _within(difference, LOGITS_TOLERANCE, f"of the largest logit, {scale:.1f}")
+        return _within(difference, LOGITS_TOLERANCE, f"of the largest logit ({scale:.1f})")
 
     def compare_prefill_with_decode(self) -> str:
         completion = self._greedy
@@ -180,12 +182,12 @@ class _Path:
         other = self._model("all")
         expected, found = self._greedy, _complete_greedily(other)
         if found.text == expected.text:
-            return f"{len(expected.tokens)} tokens, the same text"
+            return f"{len(expected.tokens)} identical tokens"
         differs = int(np.flatnonzero(np.not_equal(expected.tokens, found.tokens))[0])
         assert expected.logprobs is not None
         (_, first), (_, second) = expected.logprobs[differs].top
         if first - second <= LOGPROB_TOLERANCE:  # rounding decides
-            return f"the same up to token {differs}, where two are equally likely"
+            return f"{differs} identical tokens, then two equally likely tokens"
         raise _Failed(f"token {differs} is {found.tokens[differs]}, expected {expected.tokens[differs]}")
 
     def compare_stream(self) -> str:
@@ -197,12 +199,12 @@ class _Path:
         decoded = tokenizer.decode([*prompt, *completion.tokens])
         expected = decoded.removeprefix(tokenizer.decode(prompt))
         if "".join(pieces) != expected:
-            raise _Failed(f"{''.join(pieces)!r} is not {expected!r}")
-        return f"{len(pieces)} pieces of {len(completion.tokens)} tokens"
+            raise _Failed(f"streamed {''.join(pieces)!r}, expected {expected!r}")
+        return f"{len(pieces)} pieces, {len(completion.tokens)} tokens"
 
     def _checkpoint(self) -> Checkpoint:
         if self._opened is None:
-            raise _Failed("there is no checkpoint to work on")
+            raise _Failed("no checkpoint was opened")
         return self._opened
 
     def _load(self, name: str, shape: tuple[int, int], devices: Sequence[jax.Device]) -> str:
@@ -212,14 +214,14 @@ class _Path:
 
     def _model(self, name: str) -> Model:
         if name == "all" and self._alone:
-            raise _Skipped("there is one device")
+            raise _Skipped("only one device")
         if name not in self._models:
-            raise _Failed(f"the model is not loaded on {'one device' if name == 'one' else 'all devices'}")
+            raise _Failed(f"the model was not loaded on {'one device' if name == 'one' else 'all devices'}")
         return self._models[name]
 
     @functools.cached_property
     def _greedy(self) -> Completion:
-        """The greedy completion of the model on one device."""
+        """Greedy completion of the model on one device."""
         return _complete_greedily(self._model("one"))
 
 
@@ -228,7 +230,7 @@ def _complete_greedily(model: Model) -> Completion:
 
 
 def _within(difference: float, tolerance: float, of_what: str) -> str:
-    measured = f"differ by {difference:.1e} {of_what}; {tolerance:.0e} is allowed"
+    measured = f"maximum difference {difference:.1e} {of_what}, tolerance {tolerance:.0e}"
     if not difference <= tolerance:  # also if it is NaN
         raise _Failed(measured)
     return measured

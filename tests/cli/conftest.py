@@ -28,7 +28,7 @@ CONFIG = ModelConfig(
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """A small model with its tokenizer."""
+    """A small model with a tokenizer."""
     folder = tmp_path_factory.mktemp("cli") / "model"
     write_checkpoint(folder, CONFIG, tokenizer=train_small_tokenizer(CONFIG.vocab_size))
     return folder
@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def long_checkpoint(tmp_path_factory):
-    """The same with a context that takes a while to fill."""
+    """The same model with a long context."""
     folder = tmp_path_factory.mktemp("cli") / "long"
     config = dataclasses.replace(CONFIG, sequence_len=2048)
     write_checkpoint(folder, config, tokenizer=train_small_tokenizer(CONFIG.vocab_size))
@@ -45,7 +45,7 @@ def long_checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def complete(grok1, checkpoint):
-    """Runs `grok1 run` on the small model and one device."""
+    """Run `grok1 run` with the small model on one device."""
 
     def run(*arguments, stdin=b"", mesh="1,1"):
         return grok1("run", "-c", checkpoint, "--mesh", mesh, *arguments, stdin=stdin)
@@ -55,12 +55,12 @@ def complete(grok1, checkpoint):
 
 @pytest.fixture
 def start():
-    """Starts a command as a process of its own; it is killed when the test ends."""
+    """Start a command in a new process, which is killed when the test ends."""
     processes = []
 
     def start(*arguments, code=None, env=None, **options):
         command = ["-c", code] if code is not None else ["-m", "grok1"]
-        # A process started in a background job inherits that it ignores Ctrl-C, unless its parent listens.
+        # In a background job, a child process would inherit that SIGINT is ignored.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(
             [sys.executable, *command, *map(str, arguments)],
@@ -78,29 +78,29 @@ def start():
 
 @pytest.fixture
 def terminal():
-    """A terminal for processes of a test."""
+    """A pseudo-terminal for child processes."""
     terminal = PseudoTerminal()
     yield terminal
     terminal.close()
 
 
 class PseudoTerminal:
-    """Both ends of a pseudo-terminal."""
+    """A pseudo-terminal; `there` is the end of the child process."""
 
     def __init__(self):
         self.here, self.there = pty.openpty()
         self._unread = b""
 
     def type(self, text):
-        """Types as a person would, fewer characters than the system buffers."""
+        """Type text, fewer characters than the system buffers."""
         os.write(self.here, text.encode())
 
     def read_until(self, text):
-        """Waits for a text; what has come up to its end. What came with it is left for the next call."""
+        """Wait for a text and return the output up to its end; the rest is left for the next call."""
         seen, mark = self._unread, text.encode()
         while mark not in seen:
             ready, _, _ = select.select([self.here], [], [], 60)
-            assert ready, f"{text!r} did not come after {seen!r}"
+            assert ready, f"expected {text!r}, read {seen!r}"
             seen += os.read(self.here, 4096)
         end = seen.index(mark) + len(mark)
         self._unread = seen[end:]

@@ -1,4 +1,4 @@
-"""`grok1 batch` as a user runs it: forms of input, interruptions of every kind, and what it says."""
+"""`grok1 batch`: input formats, interruptions and resuming, errors."""
 
 import gzip
 import importlib
@@ -59,7 +59,7 @@ def prompts(tmp_path):
 
 
 def write_rows(file, count):
-    """Rows that end after another number of tokens each."""
+    """Rows whose completions have different lengths."""
     rng = random.Random(1)
     rows = [
         {"id": i, "prompt": f"{PROMPTS[i % 6]} {i}", "max_tokens": rng.randint(1, 30), "n": 1 + (i % 9 == 0)}
@@ -71,25 +71,25 @@ def write_rows(file, count):
 
 @pytest.fixture
 def many(tmp_path):
-    """A job that takes a second or so."""
+    """Input of a job that takes about a second."""
     return write_rows(tmp_path / "many.jsonl", 80)
 
 
 def journal_rows(output):
-    """How many rows a journal holds."""
+    """Return the number of rows in a journal."""
     journal = output.with_name(output.name + ".journal")
     return max(0, journal.read_bytes().count(b"\n") - 1) if journal.exists() else 0
 
 
 def wait_for_rows(process, output, count):
-    """Waits until a journal holds that many rows; whether it came to that."""
+    """Wait until a journal contains a number of rows; return whether it does."""
     while process.poll() is None:
         if journal_rows(output) >= count:
             return True
     return False
 
 
-def test_a_line_for_each_prompt(batch, complete, prompts):
+def test_batch_writes_one_line_per_prompt(batch, complete, prompts):
     rows = batch(prompts, "-n", 6, "--logprobs", 2).lines
     assert [row["index"] for row in rows] == list(range(6))
     assert [row["prompt"] for row in rows] == PROMPTS
@@ -104,7 +104,7 @@ def test_a_line_for_each_prompt(batch, complete, prompts):
         assert row["prompt_tokens"] == len(alone["prompt_token_ids"])
 
 
-def test_all_forms_of_an_input_give_the_same(batch, prompts, expected, tmp_path):
+def test_input_formats_give_identical_results(batch, prompts, expected, tmp_path):
     lines = expected(prompts, "-n", 4)
     packed = tmp_path / "packed.txt.gz"
     packed.write_bytes(gzip.compress(prompts.read_bytes()))
@@ -120,26 +120,26 @@ def test_all_forms_of_an_input_give_the_same(batch, prompts, expected, tmp_path)
     assert row["prompt"] == "The \nanswer \nis"
 
 
-def test_an_output_appears_with_all_rows(batch, prompts, expected, tmp_path):
+def test_output_file_appears_when_the_job_is_complete(batch, prompts, expected, tmp_path):
     output = tmp_path / "out.jsonl"
     result = batch(prompts, "-n", 4, "-o", output, "--json")
     assert result.code == 0
-    (told,) = result.lines
+    (record,) = result.lines
     assert output.read_text() == expected(prompts, "-n", 4)
     assert [file.name for file in tmp_path.iterdir() if "out" in file.name] == ["out.jsonl"]
-    assert (told["rows"], told["failed"], told["seed"], told["batch_size"]) == (6, 0, 5, 3)
+    assert (record["rows"], record["failed"], record["seed"], record["batch_size"]) == (6, 0, 5, 3)
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert told["tokens_in"] == sum(row["prompt_tokens"] for row in rows)
-    assert told["tokens_out"] == sum(row["completion_tokens"] for row in rows)
-    assert 0 < told["mean_slot_use"] <= 1
-    assert told["seconds"] > 0
+    assert record["tokens_in"] == sum(row["prompt_tokens"] for row in rows)
+    assert record["tokens_out"] == sum(row["completion_tokens"] for row in rows)
+    assert 0 < record["mean_slot_use"] <= 1
+    assert record["seconds"] > 0
     again = batch(prompts, "-n", 4, "-o", output)
     assert (again.code, "already exists" in again.err) == (1, True)
     assert batch(prompts, "-n", 3, "-o", output, "--restart").code == 0
     assert output.read_text() == expected(prompts, "-n", 3)
 
 
-def test_prompts_in_and_out_of_the_results(batch, prompts):
+def test_no_prompt_and_echo(batch, prompts):
     plain = batch(prompts, "-n", 3, "--ignore-eos").lines
     without = batch(prompts, "-n", 3, "--ignore-eos", "--no-prompt").lines
     echoed = batch(prompts, "-n", 3, "--ignore-eos", "--echo", "--num-samples", 2).lines
@@ -152,7 +152,7 @@ def test_prompts_in_and_out_of_the_results(batch, prompts):
     assert ids["prompt_token_ids"] == [5, 300]
 
 
-def test_bad_rows_stop_everything_before_it_begins(batch, tmp_path, monkeypatch):
+def test_invalid_rows_fail_before_the_model_is_loaded(batch, tmp_path, monkeypatch):
     def never(*_):
         raise AssertionError("loaded")
 
@@ -197,7 +197,7 @@ def test_bad_rows_stop_everything_before_it_begins(batch, tmp_path, monkeypatch)
         (["-", "--temperature", -1], 2, "temperature is -1"),
     ],
 )
-def test_what_cannot_be_done(batch, arguments, code, words, tmp_path, monkeypatch):
+def test_invalid_options_and_files(batch, arguments, code, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = batch(*arguments)
     assert (result.code, result.out) == (code, "")
@@ -205,7 +205,7 @@ def test_what_cannot_be_done(batch, arguments, code, words, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_input_is_never_the_output(batch, prompts):
+def test_input_cannot_be_the_output(batch, prompts):
     before = prompts.read_bytes()
     result = batch(prompts, "-o", prompts, "--restart")
     assert (result.code, "is the input" in result.err) == (1, True)
@@ -213,14 +213,14 @@ def test_the_input_is_never_the_output(batch, prompts):
 
 
 def killed(start, checkpoint, file, output, rows, *arguments, sent=signal.SIGKILL):
-    """A process of a job that was sent a signal when so many rows were in its journal."""
+    """Start a job and send it a signal when its journal contains a number of rows; return the process."""
     process = start("batch", file, "-c", checkpoint, *ARGUMENTS, "-o", output, *arguments)
     assert wait_for_rows(process, output, rows), process.communicate()[1]
     process.send_signal(sent)
     return process
 
 
-def test_a_killed_job_goes_on_to_the_same_bytes(batch, start, checkpoint, many, expected, tmp_path):
+def test_killed_job_resumes_with_identical_output(batch, start, checkpoint, many, expected, tmp_path):
     output = tmp_path / "out.jsonl"
     for rows in (1, 30):
         process = killed(start, checkpoint, many, output, rows)
@@ -228,15 +228,15 @@ def test_a_killed_job_goes_on_to_the_same_bytes(batch, start, checkpoint, many, 
         assert not output.exists()
         assert journal_rows(output) >= rows
     kept = journal_rows(output)
-    (told,) = batch(many, "-o", output, "--json").lines
+    (record,) = batch(many, "-o", output, "--json").lines
     lines = expected(many)
     assert output.read_text() == lines
-    assert told["rows"] == 80
-    assert told["tokens_out"] < sum(json.loads(line)["completion_tokens"] for line in lines.splitlines()[kept:]) * 3
+    assert record["rows"] == 80
+    assert record["tokens_out"] < sum(json.loads(line)["completion_tokens"] for line in lines.splitlines()[kept:]) * 3
 
 
-def test_all_rows_done_need_no_model(batch, many, expected, tmp_path, monkeypatch):
-    """Killed between the last row and the output."""
+def test_completed_journal_needs_no_model(batch, many, expected, tmp_path, monkeypatch):
+    """The job was killed after the last row, before the output was written."""
     lines = expected(many)
     output = tmp_path / "out.jsonl"
     monkeypatch.setattr("grok1.jobs.journal.Journal.write_output", lambda *_: (_ for _ in ()).throw(OSError(5, "x")))
@@ -248,7 +248,7 @@ def test_all_rows_done_need_no_model(batch, many, expected, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_twenty_kills_lose_and_repeat_nothing(grok1, start, tmp_path):
+def test_twenty_kills_lose_and_repeat_no_rows(grok1, start, tmp_path):
     many = write_rows(tmp_path / "many.jsonl", 200)
     folder = tmp_path / "tiny"
     assert grok1("init", folder, "--preset", "tiny").code == 0
@@ -259,7 +259,7 @@ def test_twenty_kills_lose_and_repeat_nothing(grok1, start, tmp_path):
     kills = 0
     for target in sorted(rng.randint(0, 195) for _ in range(20)):
         process = start("batch", many, "-c", folder, *ARGUMENTS, "-o", output)
-        for _ in range(rng.randint(1, 2000)):  # not only just after a row was written
+        for _ in range(rng.randint(1, 2000)):  # so that kills are not always just after a row is written
             if journal_rows(output) > target or process.poll() is not None:
                 break
         wait_for_rows(process, output, target)
@@ -272,7 +272,7 @@ def test_twenty_kills_lose_and_repeat_nothing(grok1, start, tmp_path):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_what_has_begun_finish(batch, start, checkpoint, many, expected, tmp_path, sent):
+def test_signal_finishes_rows_in_progress(batch, start, checkpoint, many, expected, tmp_path, sent):
     output = tmp_path / "out.jsonl"
     process = killed(start, checkpoint, many, output, 5, sent=sent)
     _, error = process.communicate(timeout=60)
@@ -281,12 +281,12 @@ def test_a_signal_lets_what_has_begun_finish(batch, start, checkpoint, many, exp
     assert 5 <= kept < 80
     journal = output.with_name("out.jsonl.journal").read_bytes().splitlines()[1:]
     indices = sorted(int(line.split()[1]) for line in journal)
-    assert indices == list(range(kept))  # all that was begun
+    assert indices == list(range(kept))  # all rows in progress
     assert batch(many, "-o", output).code == 0
     assert output.read_text() == expected(many)
 
 
-def test_without_an_output_a_signal_leaves_whole_rows_in_order(batch, start, checkpoint, many, expected):
+def test_signal_with_stdout_leaves_complete_rows_in_order(batch, start, checkpoint, many, expected):
     process = start("batch", many, "-c", checkpoint, *ARGUMENTS)
     first = process.stdout.readline()
     process.send_signal(signal.SIGTERM)
@@ -298,7 +298,7 @@ def test_without_an_output_a_signal_leaves_whole_rows_in_order(batch, start, che
     assert len(first + out) < len(lines)
 
 
-def test_a_second_signal_stops_at_once(batch, start, long_checkpoint, tmp_path):
+def test_second_signal_stops_immediately(batch, start, long_checkpoint, tmp_path):
     file = tmp_path / "long.txt"
     file.write_text("one\ntwo\nthree\nfour\n")
     output = tmp_path / "out.jsonl"
@@ -311,7 +311,7 @@ def test_a_second_signal_stops_at_once(batch, start, long_checkpoint, tmp_path):
     while process.poll() is None and not output.with_name("out.jsonl.journal").stat().st_size:
         pass
     process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGTERM)  # two of a kind that come together are one
+    process.send_signal(signal.SIGTERM)  # two pending signals of the same kind would be merged
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (130, b"")
@@ -319,7 +319,7 @@ def test_a_second_signal_stops_at_once(batch, start, long_checkpoint, tmp_path):
     assert not output.exists()
 
 
-def test_two_runs_on_one_output(batch, start, checkpoint, many, expected, tmp_path):
+def test_concurrent_runs_with_the_same_output(batch, start, checkpoint, many, expected, tmp_path):
     output = tmp_path / "out.jsonl"
     process = start("batch", many, "-c", checkpoint, *ARGUMENTS, "-o", output)
     assert wait_for_rows(process, output, 1)
@@ -335,7 +335,7 @@ def test_two_runs_on_one_output(batch, start, checkpoint, many, expected, tmp_pa
 
 @pytest.fixture
 def stopped(batch, prompts, tmp_path, monkeypatch):
-    """An output whose journal has all rows of `prompts` but the last."""
+    """The output of an interrupted job, whose journal contains all rows of `prompts` except the last."""
     output = tmp_path / "out.jsonl"
     real = run.process_rows
 
@@ -374,7 +374,7 @@ def test_a_journal_of_other_options_is_refused(batch, prompts, stopped, expected
     assert stopped.read_text() == expected(prompts, "-n", 4)
 
 
-def test_a_journal_of_another_input_or_checkpoint_is_refused(batch, prompts, stopped, checkpoint, expected, tmp_path):
+def test_journal_of_another_input_or_checkpoint_is_rejected(batch, prompts, stopped, checkpoint, expected, tmp_path):
     content = prompts.read_text()
     prompts.write_text(content.replace("word", "wort"))
     result = batch(prompts, "-o", stopped, "-n", 4)
@@ -388,17 +388,17 @@ def test_a_journal_of_another_input_or_checkpoint_is_refused(batch, prompts, sto
     result = batch(prompts, "-o", stopped, "-n", 4, folder=other)
     assert (result.code, "(the checkpoint has changed)" in result.err) == (1, True)
     shutil.rmtree(other)
-    shutil.copytree(checkpoint, other)  # a copy elsewhere is the same checkpoint
+    shutil.copytree(checkpoint, other)  # a copy of the checkpoint is equivalent
     assert batch(prompts, "-o", stopped, "-n", 4, folder=other).code == 0
     assert stopped.read_text() == expected(prompts, "-n", 4)
 
 
-def test_a_restart_begins_anew(batch, prompts, stopped, expected):
+def test_restart_discards_the_journal(batch, prompts, stopped, expected):
     assert batch(prompts, "-o", stopped, "-n", 3, "--restart").code == 0
     assert stopped.read_text() == expected(prompts, "-n", 3)
 
 
-def test_a_fresh_seed_is_kept_for_the_rest(grok1, checkpoint, prompts, tmp_path, monkeypatch):
+def test_random_seed_is_kept_when_resuming(grok1, checkpoint, prompts, tmp_path, monkeypatch):
     output = tmp_path / "out.jsonl"
     arguments = ("batch", prompts, "-c", checkpoint, "--mesh", "1,1", "-n", 4, "-o", output, "--json")
     real = run.process_rows
@@ -411,13 +411,13 @@ def test_a_fresh_seed_is_kept_for_the_rest(grok1, checkpoint, prompts, tmp_path,
         patch.setattr(run, "process_rows", some)
         assert grok1(*arguments).code == 1
     header = json.loads(output.with_name("out.jsonl.journal").read_bytes().splitlines()[0][9:])
-    (told,) = grok1(*arguments).lines
-    assert told["seed"] == header["seed"]
-    again = grok1("batch", prompts, "-c", checkpoint, "--mesh", "1,1", "-n", 4, "--seed", told["seed"])
+    (record,) = grok1(*arguments).lines
+    assert record["seed"] == header["seed"]
+    again = grok1("batch", prompts, "-c", checkpoint, "--mesh", "1,1", "-n", 4, "--seed", record["seed"])
     assert again.out == output.read_text()
 
 
-def test_an_input_that_changes_while_it_is_worked_on(batch, prompts, expected, tmp_path, monkeypatch):
+def test_input_that_changes_during_the_job(batch, prompts, expected, tmp_path, monkeypatch):
     output = tmp_path / "out.jsonl"
     content = prompts.read_text()
     real = run.process_rows
@@ -436,7 +436,7 @@ def test_an_input_that_changes_while_it_is_worked_on(batch, prompts, expected, t
     assert output.read_text() == expected(prompts, "-n", 2)
 
 
-def test_a_full_disk(batch, many, expected, tmp_path):
+def test_job_resumes_after_a_full_disk(batch, many, expected, tmp_path):
     place = tmp_path / "small"
     place.mkdir()
     mount = shutil.which("mount")
@@ -463,7 +463,7 @@ def test_a_full_disk(batch, many, expected, tmp_path):
         subprocess.run([shutil.which("umount"), str(place)], check=True)
 
 
-def test_a_folder_that_is_removed_loses_nothing(batch, start, checkpoint, many, expected, tmp_path):
+def test_removed_output_folder_loses_no_rows(batch, start, checkpoint, many, expected, tmp_path):
     output = tmp_path / "folder" / "out.jsonl"
     output.parent.mkdir()
     process = killed(start, checkpoint, many, output, 3, sent=signal.SIGSTOP)
@@ -478,8 +478,8 @@ def test_a_folder_that_is_removed_loses_nothing(batch, start, checkpoint, many, 
 
 
 @pytest.mark.slow
-def test_a_large_input_is_not_read_into_memory(start, checkpoint, tmp_path):
-    """300,000 rows, 40 MB, of which the last is bad, so that it ends when all have been checked."""
+def test_large_input_is_not_read_into_memory(start, checkpoint, tmp_path):
+    """The last of 300,000 rows (40 MB) is invalid, so that the job ends after validation."""
     file = tmp_path / "rows.jsonl"
     with file.open("w") as rows:
         for index in range(300_000):
@@ -492,15 +492,15 @@ def test_a_large_input_is_not_read_into_memory(start, checkpoint, tmp_path):
     sizes = []
     for path in (small, file):
         process = start("batch", path, "-c", checkpoint, "--mesh", "1,1", code=REPORT_PEAK)
-        *_, told, size = process.communicate()[1].splitlines()
-        assert b"rows.jsonl are bad" in told
+        *_, record, size = process.communicate()[1].splitlines()
+        assert b"rows.jsonl are bad" in record
         sizes.append(int(size))
     assert file.stat().st_size > 30e6
-    assert sizes[1] - sizes[0] < 12e6  # 8 bytes a row, and what Python holds on to
+    assert sizes[1] - sizes[0] < 12e6  # 8 bytes per row, and memory that Python does not release
 
 
 @pytest.mark.slow
-def test_memory_is_flat_over_many_rows(start, checkpoint, tmp_path):
+def test_memory_is_independent_of_the_number_of_rows(start, checkpoint, tmp_path):
     sizes = []
     for count in (500, 5000):
         file = tmp_path / f"{count}.txt"
@@ -513,14 +513,14 @@ def test_memory_is_flat_over_many_rows(start, checkpoint, tmp_path):
     assert sizes[1] - sizes[0] < 20e6
 
 
-def test_more_sequences_than_fit_are_refused(batch, prompts, monkeypatch):
+def test_batch_size_that_does_not_fit_in_memory_is_rejected(batch, prompts, monkeypatch):
     monkeypatch.setattr(importlib.import_module("grok1.model.load"), "room", lambda *_: 2)
     result = batch(prompts, "-n", 2)
     assert (result.code, result.out) == (1, "")
     assert "there is memory for 2 sequences beside the weights, but the batch has 3: use --batch-size 2" in result.err
 
 
-def test_a_terminal_sees_how_far_it_is(start, checkpoint, many, terminal, tmp_path):
+def test_progress_on_a_terminal(start, checkpoint, many, terminal, tmp_path):
     output = tmp_path / "out.jsonl"
     process = start(
         *("batch", many, "-c", checkpoint, *ARGUMENTS, "-o", output), stderr=terminal.there, env={"TERM": "xterm"}
@@ -535,7 +535,7 @@ def test_a_terminal_sees_how_far_it_is(start, checkpoint, many, terminal, tmp_pa
     assert process.stdout.read() == b""
 
 
-def test_a_reader_that_has_seen_enough(start, checkpoint, many):
+def test_closed_pipe_ends_batch_successfully(start, checkpoint, many):
     process = start("batch", many, "-c", checkpoint, *ARGUMENTS)
     process.stdout.readline()
     process.stdout.close()
@@ -543,7 +543,7 @@ def test_a_reader_that_has_seen_enough(start, checkpoint, many):
     assert process.stderr.read() == b""
 
 
-def test_longer_contexts_and_other_meshes(grok1, tmp_path, checkpoint, prompts):
+def test_results_on_other_contexts_and_meshes(grok1, tmp_path, checkpoint, prompts):
     rows = {
         mesh: [
             [sample["token_ids"] for sample in row["completions"]]

@@ -36,7 +36,7 @@ def _small_limits(monkeypatch):
     monkeypatch.setattr(bench, "MATRIX_SIZE", 64)
 
 
-def test_a_line_of_json_for_each_measurement(grok1, checkpoint):
+def test_one_json_line_per_measurement(grok1, checkpoint):
     result = grok1("bench", "-c", checkpoint, *SHORT, "--threads", "1", "--json")
     assert (result.code, result.err) == (0, "")
     assert [(line["prompt_tokens"], line["batch"]) for line in result.lines] == [(6, 1), (6, 2), (20, 1), (20, 2)]
@@ -51,7 +51,7 @@ def test_a_line_of_json_for_each_measurement(grok1, checkpoint):
         assert line["decode_bytes_per_token"] == pytest.approx(line["decode_bytes_per_step"] / line["batch"])
 
 
-def test_a_table(grok1, checkpoint):
+def test_measurements_as_a_table(grok1, checkpoint):
     short = ("--batch", "2", "--decode", "3", "--mesh", "1,1")
     result = grok1("bench", "-c", checkpoint, *short, "--kernels", "xla")
     assert (result.code, result.err) == (0, "")
@@ -66,7 +66,7 @@ def test_a_table(grok1, checkpoint):
 
 
 @pytest.mark.parametrize(("ending", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
-def test_a_picture(ending, begins, grok1, checkpoint, tmp_path):
+def test_plot(ending, begins, grok1, checkpoint, tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / f"roofline.{ending}"
     path.write_text("what was there before")
@@ -103,7 +103,7 @@ def test_devices(grok1):
         (("--preset", "tiny", "--tokenizer", "x.model"), 2, "leave out --tokenizer"),
     ],
 )
-def test_what_cannot_be_measured_is_told_at_once(arguments, code, sentence, grok1, tmp_path, monkeypatch):
+def test_invalid_bench_options(arguments, code, sentence, grok1, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = grok1("bench", *arguments)
     assert result.code == code
@@ -114,7 +114,7 @@ def test_what_cannot_be_measured_is_told_at_once(arguments, code, sentence, grok
 @pytest.mark.parametrize(
     "arguments", [("--prompt", "63"), ("--mesh", "2,1", "--batch", "3"), ("--batch", "1,1000000000")]
 )
-def test_nothing_is_loaded_for_what_cannot_be_measured(arguments, grok1, checkpoint, monkeypatch):
+def test_impossible_measurement_fails_before_loading(arguments, grok1, checkpoint, monkeypatch):
     module = importlib.import_module("grok1.model.load")
     monkeypatch.setattr(module, "load_parameters", lambda *_: pytest.fail("weights were loaded"))
     result = grok1("bench", "-c", checkpoint, *arguments)
@@ -123,7 +123,7 @@ def test_nothing_is_loaded_for_what_cannot_be_measured(arguments, grok1, checkpo
     assert "internal error" not in result.err
 
 
-def test_a_picture_that_cannot_be_written_is_told_before_anything_is_loaded(grok1, checkpoint, tmp_path, monkeypatch):
+def test_unwritable_plot_fails_before_loading(grok1, checkpoint, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
 
     def refuse(**where):
@@ -138,7 +138,7 @@ def test_a_picture_that_cannot_be_written_is_told_before_anything_is_loaded(grok
     assert "r.png cannot be written (Read-only file system): name another file with --plot" in result.err
 
 
-def test_a_picture_without_matplotlib(grok1, tmp_path, monkeypatch):
+def test_plot_without_matplotlib(grok1, tmp_path, monkeypatch):
     real = builtins.__import__
 
     def without_matplotlib(name, *rest):
@@ -152,7 +152,7 @@ def test_a_picture_without_matplotlib(grok1, tmp_path, monkeypatch):
     assert "pip install 'grok1[plot]'" in result.err
 
 
-def test_native_kernels_that_cannot_be_used(grok1, checkpoint, monkeypatch):
+def test_unavailable_native_kernels(grok1, checkpoint, monkeypatch):
     monkeypatch.setattr(cpu, "why_not", lambda: "no kernels were built (install a C++ compiler)")
     result = grok1("run", "-c", checkpoint, "--mesh", "1,1", "--kernels", "native", "x")
     assert result.code == 1

@@ -13,7 +13,7 @@ HEAVY = ("jax", "numpy", "rich", "prompt_toolkit", "sentencepiece", "haiku")
 
 
 def imported(code):
-    """Which heavy packages a program imports."""
+    """Return the heavy packages that a program imports."""
     program = f"import sys\n{code}\nprint(*[name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return set(done.stderr.split())
@@ -23,18 +23,53 @@ def imported(code):
     "arguments",
     [["--help"], ["--version"], ["run", "--help"], ["score", "--help"], ["plan", "--help"], ["inspect", "--help"]],
 )
-def test_help_imports_nothing_heavy(arguments):
+def test_help_imports_no_heavy_packages(arguments):
     assert imported(f"from grok1.cli import Terminal, execute\nassert execute({arguments}, Terminal()) == 0") == set()
 
 
-def test_tokenizing_and_writing_weights_import_no_jax(checkpoint, tmp_path):
+def test_tokenize_and_init_do_not_import_jax(checkpoint, tmp_path):
     tokenize = ["tokenize", "-c", str(checkpoint), "word"]
     detokenize = ["detokenize", "-c", str(checkpoint), "400"]
     write = ["init", str(tmp_path / "new"), "--preset", "tiny"]
     code = "from grok1.cli import Terminal, execute\nassert not any(execute(a, Terminal()) for a in {})"
     found = imported(code.format([tokenize, detokenize, write]))
-    assert "sentencepiece" in found  # so that the list would name JAX too
+    assert "sentencepiece" in found  # checks that the list is not empty
     assert not found & {"jax", "haiku"}
+
+
+def complete_in_shell(words, cwd):
+    """Return the completions of the last word in bash, as (type, value), and the heavy packages imported."""
+    code = "from grok1.__main__ import main\ncode = main()\nassert code == 0"
+    program = f"import sys\n{code}\nprint(*[name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
+    variables = {"_GROK1_COMPLETE": "bash_complete", "COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | variables, cwd=cwd, capture_output=True, text=True, check=True
+    )
+    return {tuple(line.split(",", 1)) for line in done.stdout.splitlines()}, done.stderr.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["grok1", "tok"], {("plain", "tokenize")}),
+        (["grok1", "run", "--temp"], {("plain", "--temp"), ("plain", "--temperature")}),
+        (["grok1", "run", "--dtype", "bf"], {("plain", "bfloat16")}),
+        (["grok1", "init", "x", "--preset", "grok"], {("plain", "grok-1"), ("plain", "grok-1-slice")}),
+        (["grok1", "batch", "-o", "out"], {("file", "out")}),
+        (["grok1", "run", "-c", "check"], {("dir", "check")}),
+        (["grok1", "launch", "-n", "2", "--", "b"], {("plain", "batch"), ("plain", "bench")}),
+    ],
+)
+def test_shell_completion(words, expected, tmp_path):
+    assert complete_in_shell(words, tmp_path) == (expected, [])
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion_script(start, shell):
+    process = start(env={"_GROK1_COMPLETE": f"{shell}_source"})
+    script, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (0, b"")
+    assert f"_GROK1_COMPLETE={shell}_complete" in script.decode()
 
 
 def test_version_and_help(grok1):
@@ -45,20 +80,20 @@ def test_version_and_help(grok1):
 
 
 @pytest.mark.parametrize("arguments", [["frobnicate"], ["run", "--frobnicate"], ["init"]])
-def test_wrong_usage_is_2_and_says_nothing_on_stdout(grok1, arguments):
+def test_usage_errors_exit_with_2_and_leave_stdout_empty(grok1, arguments):
     result = grok1(*arguments)
     assert (result.code, result.out) == (2, "")
     assert "Usage: grok1" in result.err
 
 
-def test_usage_error_with_stderr_closed_leaves_stdout_alone(start):
+def test_usage_error_with_closed_stderr_leaves_stdout_empty(start):
     process = start("run", "--frobnicate", stderr=None, preexec_fn=lambda: os.close(2))
     assert process.communicate(timeout=60)[0] == b""
     assert process.returncode == 2
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["tokenize", "word"]])
-def test_a_reader_that_leaves_early_is_no_error(start, checkpoint, arguments):
+def test_closed_pipe_is_not_an_error(start, checkpoint, arguments):
     reader, writer = os.pipe()
     os.close(reader)
     process = start(*arguments, stdout=writer, env={"GROK1_CHECKPOINT": str(checkpoint)})
@@ -67,24 +102,24 @@ def test_a_reader_that_leaves_early_is_no_error(start, checkpoint, arguments):
     assert (process.returncode, error) == (0, b"")
 
 
-def test_a_full_disk_is_an_error_in_one_line(start, checkpoint):
+def test_full_disk_is_a_one_line_error(start, checkpoint):
     with open("/dev/full", "wb") as full:
         process = start("tokenize", "-c", checkpoint, "word", stdout=full)
         error = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 1
-    assert error.startswith("grok1: error: cannot write to standard output (No space left on device)")
+    assert error.startswith("grok1: error: cannot write to standard output: No space left on device")
     assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        (KeyError("a\nb"), "internal error: KeyError: 'a\\nb' (run again with --verbose for the traceback)"),
+        (KeyError("a\nb"), "internal error: KeyError: 'a\\nb'; run again with --verbose for the traceback"),
         (RuntimeError("RESOURCE_EXHAUSTED: 9 bytes"), "out of memory (RESOURCE_EXHAUSTED: 9 bytes): use more"),
-        (MemoryError(), "out of memory (the system gave no more): use more devices with --mesh"),
+        (MemoryError(), "out of memory: use more devices, a smaller --batch-size"),
     ],
 )
-def test_unexpected_errors_are_one_line_and_verbose_has_the_traceback(grok1, monkeypatch, error, sentence):
+def test_unexpected_errors_are_one_line_and_verbose_adds_the_traceback(grok1, monkeypatch, error, sentence):
     def fail(*_):
         raise error
 
@@ -96,7 +131,7 @@ def test_unexpected_errors_are_one_line_and_verbose_has_the_traceback(grok1, mon
     assert "Traceback" in grok1("tokenize", "word", "--verbose").err
 
 
-def test_an_interrupt_is_130_and_silent(grok1, monkeypatch):
+def test_interrupt_exits_with_130_silently(grok1, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -105,11 +140,11 @@ def test_an_interrupt_is_130_and_silent(grok1, monkeypatch):
     assert (result.code, result.out, result.err) == (130, "", "")
 
 
-def test_devices_that_cannot_start_are_a_sentence(start, checkpoint):
+def test_unusable_devices_are_a_one_line_error(start, checkpoint):
     process = start("run", "-c", checkpoint, "word", env={"JAX_PLATFORMS": "abacus"})
     error = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 1
-    assert error.startswith("grok1: error: JAX could not start its devices")
+    assert error.startswith('grok1: error: JAX found no usable device with JAX_PLATFORMS="abacus"')
     assert error.count("\n") == 1
 
 
@@ -129,7 +164,7 @@ runpy.run_module("grok1", run_name="__main__")
 @pytest.mark.parametrize(
     "module", ["grok1.config", "click", "grok1.cli.terminal", "grok1.cli.options", "numpy.linalg", "jaxlib", "haiku"]
 )
-def test_an_interrupt_during_imports_is_130_and_silent(start, checkpoint, module):
+def test_interrupt_during_imports_exits_with_130_silently(start, checkpoint, module):
     process = start("run", "-c", checkpoint, "word", code=IMPORTING.format(module=module))
     assert process.communicate(timeout=60) == (b"", b"")
     assert process.returncode == 130
@@ -139,7 +174,7 @@ BUSY = """
 import signal, threading
 from grok1.cli.interrupt import interrupts_end_within_a_second
 
-signal.signal(signal.SIGINT, lambda *_: None)  # no exception comes through, as while XLA compiles
+signal.signal(signal.SIGINT, lambda *_: None)  # as while XLA compiles, no exception is raised
 with interrupts_end_within_a_second(
     patient={patient}, hint=lambda: print("hint", flush=True), leave=lambda: print("left", flush=True)
 ):
@@ -148,7 +183,7 @@ with interrupts_end_within_a_second(
 """
 
 
-def test_an_interrupt_ends_a_process_that_is_deep_in_a_library(start):
+def test_interrupt_ends_a_process_blocked_in_a_library(start):
     process = start(code=BUSY.format(patient=False))
     assert process.stdout.readline() == b"ready\n"
     process.send_signal(signal.SIGINT)
@@ -156,7 +191,7 @@ def test_an_interrupt_ends_a_process_that_is_deep_in_a_library(start):
     assert process.returncode == 130
 
 
-def test_a_patient_process_ends_at_the_second_interrupt(start):
+def test_patient_process_ends_at_the_second_interrupt(start):
     process = start(code=BUSY.format(patient=True))
     assert process.stdout.readline() == b"ready\n"
     process.send_signal(signal.SIGINT)
@@ -166,7 +201,7 @@ def test_a_patient_process_ends_at_the_second_interrupt(start):
     assert process.returncode == 130
 
 
-def test_an_interrupt_while_streaming(start, long_checkpoint):
+def test_interrupt_while_streaming(start, long_checkpoint):
     process = start("run", "-c", long_checkpoint, "--mesh", "1,1", "word", "-n", 2000, "--ignore-eos")
     assert process.stdout.read(1)
     process.send_signal(signal.SIGINT)
@@ -175,7 +210,7 @@ def test_an_interrupt_while_streaming(start, long_checkpoint):
 
 
 @pytest.mark.parametrize("moment", ["starting JAX", "compiling the prefill program"])
-def test_an_interrupt_before_the_text_gives_the_terminal_back(start, checkpoint, terminal, moment):
+def test_interrupt_restores_the_terminal(start, checkpoint, terminal, moment):
     process = start(
         *("run", "-c", checkpoint, "--mesh", "1,1", "word"),
         env={"JAX_ENABLE_COMPILATION_CACHE": "false", "TERM": "xterm"},
@@ -188,35 +223,35 @@ def test_an_interrupt_before_the_text_gives_the_terminal_back(start, checkpoint,
     assert (process.returncode, out) == (130, b"")
 
 
-def test_init_writes_and_describes_a_checkpoint(grok1, tmp_path):
+def test_init_writes_a_checkpoint_and_reports_it(grok1, tmp_path):
     result = grok1("init", tmp_path / "new", "--preset", "tiny", "--json")
     assert result.code == 0
-    (told,) = result.lines
-    assert told["directory"] == str(tmp_path / "new")
-    assert told["files"] == len([path for path in (tmp_path / "new").rglob("*") if path.is_file()])
-    assert told["bytes"] == sum(path.stat().st_size for path in (tmp_path / "new").rglob("*") if path.is_file())
-    assert (told["preset"], told["seed"], told["vocab_size"]) == ("tiny", 0, 1024)
+    (record,) = result.lines
+    assert record["directory"] == str(tmp_path / "new")
+    assert record["files"] == len([path for path in (tmp_path / "new").rglob("*") if path.is_file()])
+    assert record["bytes"] == sum(path.stat().st_size for path in (tmp_path / "new").rglob("*") if path.is_file())
+    assert (record["preset"], record["seed"], record["vocab_size"]) == ("tiny", 0, 1024)
     again = grok1("init", tmp_path / "new", "--preset", "tiny")
     assert (again.code, again.out) == (1, "")
     assert "--force" in again.err
     assert grok1("init", tmp_path / "new", "--preset", "tiny", "--force").code == 0
 
 
-def test_init_follows_a_given_tokenizer(grok1, tmp_path, checkpoint):
+def test_init_uses_the_vocabulary_of_a_given_tokenizer(grok1, tmp_path, checkpoint):
     tokenizer = checkpoint / "tokenizer.model"
-    (told,) = grok1("init", tmp_path / "new", "--preset", "tiny", "--tokenizer", tokenizer, "--json").lines
-    assert told["vocab_size"] == 512
+    (record,) = grok1("init", tmp_path / "new", "--preset", "tiny", "--tokenizer", tokenizer, "--json").lines
+    assert record["vocab_size"] == 512
     assert (tmp_path / "new" / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
 
 
-def test_init_of_the_release_has_no_tokenizer_of_ours(grok1, tmp_path):
+def test_init_of_the_release_trains_no_tokenizer(grok1, tmp_path):
     folder = tmp_path / "release"
     (told,) = grok1("init", folder, "--preset", "grok-1", "--hollow", "--layers", 1, "--json").lines
     assert told["vocab_size"] == 131072
     assert not (folder / "tokenizer.model").exists()
 
 
-def test_init_refuses_unknown_presets_and_bad_tokenizers(grok1, tmp_path):
+def test_init_rejects_unknown_presets_and_invalid_tokenizers(grok1, tmp_path):
     assert grok1("init", tmp_path / "new", "--preset", "huge").code == 2
     result = grok1("init", tmp_path / "new", "--preset", "tiny", "--tokenizer", __file__)
     assert result.code == 1
@@ -226,10 +261,14 @@ def test_init_refuses_unknown_presets_and_bad_tokenizers(grok1, tmp_path):
 
 def test_init_unpacks_the_trained_model(grok1, tmp_path):
     folder = tmp_path / "bard"
-    (told,) = grok1("init", folder, "--preset", "bard", "--json").lines
+    (record,) = grok1("init", folder, "--preset", "bard", "--json").lines
     files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert (told["files"], told["bytes"]) == (len(files), sum(map(len, files.values())))
-    assert (told["preset"], told["seed"], told["parameters"]) == ("bard", None, num_parameters(init.PRESETS["bard"]))
+    assert (record["files"], record["bytes"]) == (len(files), sum(map(len, files.values())))
+    assert (record["preset"], record["seed"], record["parameters"]) == (
+        "bard",
+        None,
+        num_parameters(init.PRESETS["bard"]),
+    )
     again = grok1("init", folder, "--preset", "bard")
     assert (again.code, again.out) == (1, "")
     assert "--force" in again.err
@@ -243,15 +282,15 @@ def test_init_unpacks_the_trained_model(grok1, tmp_path):
 @pytest.mark.parametrize(
     "options", [("--seed", "0"), ("--layers", "2"), ("--hollow",), ("--tokenizer", "x.model", "--seed", "1")]
 )
-def test_init_refuses_what_a_trained_model_has_no_use_for(grok1, tmp_path, options):
+def test_init_rejects_options_unused_by_a_trained_model(grok1, tmp_path, options):
     result = grok1("init", tmp_path / "bard", "--preset", "bard", *options)
     assert (result.code, result.out) == (2, "")
-    assert "bard is a trained model: leave out --" in result.err
+    assert "--preset bard is a trained model and cannot be used with --" in result.err
     assert not (tmp_path / "bard").exists()
 
 
 @pytest.mark.parametrize("damage", ["cut", "other", "method", "empty", "absent"])
-def test_init_with_a_damaged_archive_leaves_nothing(grok1, tmp_path, monkeypatch, damage):
+def test_init_with_a_damaged_archive_writes_nothing(grok1, tmp_path, monkeypatch, damage):
     archive = tmp_path / "damaged.zip"
     package_file = importlib.resources.files("grok1").joinpath(init.TRAINED["bard"])
     content = package_file.read_bytes()
@@ -260,7 +299,7 @@ def test_init_with_a_damaged_archive_leaves_nothing(grok1, tmp_path, monkeypatch
     elif damage == "other":
         middle = len(content) // 2
         archive.write_bytes(content[:middle] + bytes(64) + content[middle + 64 :])
-    elif damage == "method":  # a compression method that does not exist
+    elif damage == "method":  # unknown compression method
         entry = content.index(b"PK\x01\x02")
         archive.write_bytes(content[: entry + 10] + b"\x7f\x00" + content[entry + 12 :])
     elif damage == "empty":

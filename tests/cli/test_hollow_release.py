@@ -32,32 +32,32 @@ def measured(*command):
         (["plan", "-c", "DIR", *H200, "--json"], 1, 500_000_000),
     ],
 )
-def test_the_whole_release_takes_little_memory(command, lines, bound, hollow_release):
+def test_commands_use_little_memory_on_the_full_release(command, lines, bound, hollow_release):
     code, peak, out = measured(*[hollow_release if word == "DIR" else word for word in command])
     assert (code, len(out.splitlines())) == (0, lines)
     assert 5_000_000 < peak < bound
 
 
-def test_what_they_tell_agrees(hollow_release):
-    told = {}
+def test_plan_and_inspect_agree(hollow_release):
+    record = {}
     for name, *options in (
         ("inspect", hollow_release),
         ("verify", hollow_release),
         ("plan", "-c", hollow_release, *H200),
     ):
         _, _, out = measured(name, *options, "--json")
-        told[name] = json.loads(out)
-    assert told["inspect"]["bytes"] == told["verify"]["bytes"] == 318_239_886_140
-    assert told["inspect"]["parameters"] == told["plan"]["parameters"]
+        record[name] = json.loads(out)
+    assert record["inspect"]["bytes"] == record["verify"]["bytes"] == 318_239_886_140
+    assert record["inspect"]["parameters"] == record["plan"]["parameters"]
     # The files' headers are not loaded, and the embedding matrix is half as wide in bfloat16; what every device has
     # whole are norms and routers.
-    data = 8 * told["plan"]["weight_bytes"]
-    embedding = told["inspect"]["kinds"][0]["bytes"]
-    whole = sum(kind["bytes"] for kind in told["inspect"]["kinds"] if kind["kind"] in ("norms", "router"))
+    data = 8 * record["plan"]["weight_bytes"]
+    embedding = record["inspect"]["kinds"][0]["bytes"]
+    whole = sum(kind["bytes"] for kind in record["inspect"]["kinds"] if kind["kind"] in ("norms", "router"))
     assert data == pytest.approx(318_239_886_140 - embedding / 2 + 7 * whole, rel=1e-5)
 
 
-def test_its_content_is_told_to_be_missing(hollow_release):
+def test_content_check_reports_missing_weights(hollow_release):
     code, peak, out = measured("verify", "--content", hollow_release)
     assert code == 1
     assert "hollow" in out

@@ -14,23 +14,26 @@ def sizes(folder):
     return {path.name: path.stat().st_size for path in (folder / "ckpt-0").iterdir()}
 
 
-def test_json_tells_totals_kinds_and_config(grok1, checkpoint):
+def test_json_contains_totals_kinds_and_config(grok1, checkpoint):
     result = grok1("inspect", checkpoint, "--json")
     assert (result.code, result.err) == (0, "")
-    (told,) = result.lines
+    (record,) = result.lines
     config = ModelConfig.read(checkpoint / "config.json")
-    assert set(told) == {
+    assert set(record) == {
         *("directory", "files", "bytes", "allocated_bytes", "hollow", "parameters", "active_parameters"),
         *("config", "kinds"),
     }
-    assert told["directory"] == str(checkpoint / "ckpt-0")
-    assert (told["files"], told["bytes"]) == (26, sum(sizes(checkpoint).values()))
-    assert told["hollow"] is False
-    assert (told["parameters"], told["active_parameters"]) == (num_parameters(config), num_active_parameters(config))
-    assert ModelConfig(**told["config"]) == config
-    assert [set(kind) for kind in told["kinds"]] == [{"kind", "files", "parameters", "bytes", "share", "forms"}] * 5
-    assert sum(kind["share"] for kind in told["kinds"]) == pytest.approx(1)
-    assert told["kinds"][0]["forms"] == [{"shape": [512, 64], "dtype": "float32", "scales_shape": None, "count": 1}]
+    assert record["directory"] == str(checkpoint / "ckpt-0")
+    assert (record["files"], record["bytes"]) == (26, sum(sizes(checkpoint).values()))
+    assert record["hollow"] is False
+    assert (record["parameters"], record["active_parameters"]) == (
+        num_parameters(config),
+        num_active_parameters(config),
+    )
+    assert ModelConfig(**record["config"]) == config
+    assert [set(kind) for kind in record["kinds"]] == [{"kind", "files", "parameters", "bytes", "share", "forms"}] * 5
+    assert sum(kind["share"] for kind in record["kinds"]) == pytest.approx(1)
+    assert record["kinds"][0]["forms"] == [{"shape": [512, 64], "dtype": "float32", "scales_shape": None, "count": 1}]
 
 
 def test_json_lines_of_tensors(grok1, checkpoint):
@@ -45,7 +48,7 @@ def test_json_lines_of_tensors(grok1, checkpoint):
         assert (line["dtype"] == "int8") == (line["scales_shape"] is not None) == (line["scales_offset"] is not None)
 
 
-def test_text_has_a_row_for_each_kind(grok1, hollow_release):
+def test_text_contains_a_row_for_each_kind(grok1, hollow_release):
     out = grok1("inspect", hollow_release).out
     assert "318,239,886,140 (318.24 GB)" in out
     assert f"parameters  {num_parameters(PRESETS['grok-1']):,}, of which a token uses" in out
@@ -66,7 +69,7 @@ def test_text_has_a_row_for_each_kind(grok1, hollow_release):
     ]
 
 
-def test_text_of_tensors_is_a_line_for_each_with_the_same_numbers(grok1, hollow_release):
+def test_text_of_tensors_matches_json(grok1, hollow_release):
     out = grok1("inspect", "--tensors", hollow_release).out
     lines = grok1("inspect", "--tensors", "--json", hollow_release).lines
     rows = [line.split() for line in out.splitlines()[1:]]
@@ -80,14 +83,14 @@ def test_text_of_tensors_is_a_line_for_each_with_the_same_numbers(grok1, hollow_
         ]
 
 
-def test_hollow_is_said_only_of_files_with_holes(grok1, checkpoint, hollow_release):
+def test_only_files_with_holes_are_reported_as_hollow(grok1, checkpoint, hollow_release):
     allocated = sum(path.stat().st_blocks * 512 for path in (hollow_release / "ckpt-0").iterdir())
     assert "hollow" not in grok1("inspect", checkpoint).out
     assert f"on disk     {allocated:,}: hollow" in grok1("inspect", hollow_release).out
     assert grok1("inspect", hollow_release, "--json").lines[0]["allocated_bytes"] == allocated
 
 
-def test_without_a_folder_it_looks_where_the_other_commands_do(grok1, checkpoint, monkeypatch, tmp_path):
+def test_default_folder_is_that_of_other_commands(grok1, checkpoint, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     result = grok1("inspect")
     assert (result.code, result.out) == (1, "")
@@ -101,7 +104,7 @@ def test_without_a_folder_it_looks_where_the_other_commands_do(grok1, checkpoint
     assert grok1("inspect", checkpoint / "ckpt-0", "--json").lines[0]["directory"] == str(checkpoint / "ckpt-0")
 
 
-def test_a_damaged_checkpoint_is_an_error_in_one_line(grok1, tmp_path):
+def test_damaged_checkpoint_is_a_one_line_error(grok1, tmp_path):
     write_checkpoint(tmp_path, PRESETS["tiny"], hollow=True)
     os.truncate(tmp_path / "ckpt-0" / "tensor00002_000", 1000)
     (tmp_path / "ckpt-0" / "tensor00007_000").unlink()
@@ -112,7 +115,7 @@ def test_a_damaged_checkpoint_is_an_error_in_one_line(grok1, tmp_path):
         assert result.err.count("\n") == 1
 
 
-def test_wrong_usage(grok1, tmp_path):
+def test_usage_errors(grok1, tmp_path):
     assert grok1("inspect", tmp_path, tmp_path).code == 2
     assert grok1("init", tmp_path / "new", "--hollow").code == 2
     result = grok1("init", tmp_path / "new", "--preset", "tiny", "--hollow", "--seed", "0")
@@ -121,22 +124,22 @@ def test_wrong_usage(grok1, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_init_says_whether_it_is_hollow(grok1, tmp_path, checkpoint):
+def test_init_reports_hollow_checkpoints(grok1, tmp_path, checkpoint):
     folder = tmp_path / "new"
-    (told,) = grok1("init", folder, "--preset", "grok-1", "--hollow", "--json").lines
-    assert (told["hollow"], told["seed"], told["files"]) == (True, None, 771)
-    assert told["bytes"] == 318_239_886_140 + (folder / "config.json").stat().st_size
+    (record,) = grok1("init", folder, "--preset", "grok-1", "--hollow", "--json").lines
+    assert (record["hollow"], record["seed"], record["files"]) == (True, None, 771)
+    assert record["bytes"] == 318_239_886_140 + (folder / "config.json").stat().st_size
     tokenizer = checkpoint / "tokenizer.model"
     again = ("init", folder, "--preset", "tiny", "--hollow", "--tokenizer", tokenizer, "--json")
     assert grok1(*again).code == 1
-    (told,) = grok1(*again, "--force").lines
-    assert told["vocab_size"] == 512
+    (record,) = grok1(*again, "--force").lines
+    assert record["vocab_size"] == 512
     assert (folder / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
-    (told,) = grok1("init", folder, "--preset", "tiny", "--force", "--json").lines
-    assert (told["hollow"], told["seed"]) == (False, 0)
+    (record,) = grok1("init", folder, "--preset", "tiny", "--force", "--json").lines
+    assert (record["hollow"], record["seed"]) == (False, 0)
 
 
-def test_no_jax_is_imported(hollow_release):
+def test_inspect_does_not_import_jax(hollow_release):
     program = (
         "import sys\nfrom grok1.cli import Terminal, execute\n"
         f"assert execute(['inspect', {str(hollow_release)!r}], Terminal()) == 0\n"

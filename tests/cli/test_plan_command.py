@@ -50,7 +50,7 @@ def planned(grok1, *arguments):
     return fields
 
 
-def test_a_plan_in_text(grok1):
+def test_plan_as_text(grok1):
     result = grok1("plan", "--device", "h100-80gb", "--count", "8")
     assert (result.code, result.err) == (0, "")
     head, table, last = result.out.split("\n\n")
@@ -64,7 +64,7 @@ def test_a_plan_in_text(grok1):
     assert last.startswith("fits: ")
 
 
-def test_what_does_not_fit_comes_with_what_does(grok1):
+def test_plan_that_does_not_fit_shows_one_that_does(grok1):
     fields = planned(grok1, "--device", "h100-80gb", "--count", "4")
     assert fields["fits"] is False
     assert fields["sequences"] == 0
@@ -76,19 +76,19 @@ def test_what_does_not_fit_comes_with_what_does(grok1):
 
 
 @pytest.mark.parametrize("device", DEVICE_KINDS)
-def test_every_kind_is_planned_for(device, grok1):
+def test_plan_for_every_device_type(device, grok1):
     fields = planned(grok1, "--device", device, "--memory", "500GB")
     assert fields["count"] == 1
     assert fields["fits"] is True
     assert fields["decode_tokens_per_second"] > 0
 
 
-def test_without_a_count_the_fewest_devices_are_taken(grok1):
+def test_default_count_is_the_fewest_that_fit(grok1):
     assert planned(grok1, "--device", "h200")["count"] == 4
     assert planned(grok1, "--device", "h200", "--dtype", "float32", "--mesh", "2,8")["count"] == 16
 
 
-def test_the_devices_that_are_present(grok1, monkeypatch):
+def test_plan_for_present_devices(grok1, monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda: 10**9)
     fields = planned(grok1, "--preset", "tiny", "--mesh", "1,1")
     assert (fields["device"], fields["count"], fields["usable_bytes"]) == ("cpu", 16, 10**9)
@@ -96,7 +96,7 @@ def test_the_devices_that_are_present(grok1, monkeypatch):
     assert planned(grok1)["fits"] is False
 
 
-def test_bandwidth_and_dtype_are_the_users(grok1):
+def test_bandwidth_and_dtype_options(grok1):
     common = ["--device", "cpu", "--memory", "512GB"]
     slow, fast = (planned(grok1, *common, "--bandwidth", given) for given in ("100GB", "200GB"))
     ratio = fast["decode_tokens_per_second"] / slow["decode_tokens_per_second"]
@@ -105,7 +105,7 @@ def test_bandwidth_and_dtype_are_the_users(grok1):
     assert narrow["cache_bytes_per_sequence"] * 2 == slow["cache_bytes_per_sequence"]
 
 
-def test_the_compilers_figures_stand_beside_the_estimate(grok1):
+def test_compile_adds_the_memory_use_reported_by_the_compiler(grok1):
     options = ["--preset", "tiny", "--device", "h200", "--count", "8", "--mesh", "2,4", "--compile"]
     fields = planned(grok1, *options)
     decode, prefill = fields["compiled"]
@@ -120,7 +120,7 @@ def test_the_compilers_figures_stand_beside_the_estimate(grok1):
     assert text.splitlines()[-1] == fields["verdict"]
 
 
-def test_the_model_of_a_checkpoint(grok1, checkpoint):
+def test_plan_for_a_checkpoint(grok1, checkpoint):
     fields = planned(grok1, "-c", checkpoint, "--device", "h200", "--count", "1")
     assert (fields["model"], fields["context"]) == (str(checkpoint), 64)
 
@@ -138,14 +138,14 @@ def test_the_model_of_a_checkpoint(grok1, checkpoint):
         (["-c", "nowhere", "--preset", "tiny"], 2, "--checkpoint and --preset are both given"),
     ],
 )
-def test_what_cannot_be_planned(arguments, code, sentence, grok1):
+def test_invalid_plan_options(arguments, code, sentence, grok1):
     result = grok1("plan", *arguments)
     assert result.code == code
     assert result.out == ""
     assert sentence in " ".join(result.err.split())
 
 
-def test_a_release_that_does_not_fit_is_not_begun(grok1, hollow_release, golden, monkeypatch):
+def test_release_that_does_not_fit_is_not_loaded(grok1, hollow_release, golden, monkeypatch):
     tokenizer = golden.parent / "release" / "tokenizer.model"
     monkeypatch.setattr(memory, "available_bytes", lambda: 64 * 10**9)
     result = grok1("run", "-c", hollow_release, "--tokenizer", tokenizer, "--mesh", "1,1", "hello")
@@ -156,7 +156,7 @@ def test_a_release_that_does_not_fit_is_not_begun(grok1, hollow_release, golden,
     )
 
 
-def test_hosts_show_what_crosses_between_them_and_what_stays_idle(grok1):
+def test_hosts_show_traffic_and_unused_devices(grok1):
     fields = planned(grok1, "--device", "h100-80gb", "--hosts", "4,6")
     assert (fields["mesh"], fields["hosts"], fields["idle_devices"]) == ([1, 8], [4, 6], 2)
     assert fields["host_of_shards"] == [[0] * 4 + [1] * 4]
@@ -168,13 +168,13 @@ def test_hosts_show_what_crosses_between_them_and_what_stays_idle(grok1):
     assert re.search(r"leaves a host for each token +3.23 MB\n", text)
 
 
-def test_a_model_that_fits_a_host_is_on_each_and_only_tokens_cross(grok1):
+def test_model_that_fits_on_a_host_is_replicated_per_host(grok1):
     fields = planned(grok1, "--device", "h100-80gb", "--hosts", "8,8")
     assert (fields["mesh"], fields["crossing_bytes_per_token"]) == ([2, 8], 4)
     assert fields["host_of_shards"] == [[0] * 8, [1] * 8]
 
 
-def test_shards_that_hold_the_same_cost_memory(grok1):
+def test_duplicated_shards_cost_memory(grok1):
     few, many = (planned(grok1, "--device", "h100-80gb", "--count", str(count)) for count in (8, 16))
     whole = planned(grok1, "--device", "h100-80gb", "--count", "1", "--mesh", "1,1")["weight_bytes"]
     for fields in (few, many):
@@ -182,13 +182,13 @@ def test_shards_that_hold_the_same_cost_memory(grok1):
     assert many["replicated_weight_bytes"] > 5 * few["replicated_weight_bytes"] > 0
 
 
-def test_processors_of_several_hosts_have_a_memory_each(grok1):
+def test_cpus_of_several_hosts_have_separate_memory(grok1):
     alone = planned(grok1, "--device", "cpu", "--memory", "200GB", "--mesh", "1,2")
     both = planned(grok1, "--device", "cpu", "--memory", "200GB", "--mesh", "1,2", "--hosts", "1,1")
     assert (alone["fits"], both["fits"]) == (False, True)
 
 
-def test_a_count_that_contradicts_the_hosts_is_refused(grok1):
+def test_count_that_contradicts_hosts_is_rejected(grok1):
     result = grok1("plan", "--device", "h200", "--count", "7", "--hosts", "4,4")
     assert result.code == 2
     assert "--count 7 contradicts --hosts, which have 8 devices" in result.err

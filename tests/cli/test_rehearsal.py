@@ -19,7 +19,7 @@ def release_tokenizer():
     return path
 
 
-def test_a_prompt_is_completed_and_its_score_agrees(grok1, tmp_path, release_tokenizer):
+def test_completion_and_score_agree(grok1, tmp_path, release_tokenizer):
     folder = tmp_path / "rehearsal"
     assert grok1("init", folder, "--preset", "tiny", "--tokenizer", release_tokenizer).code == 0
     assert Checkpoint.open(folder).config.vocab_size == 131072

@@ -36,21 +36,21 @@ def assert_fails(result, *words):
         assert word in result.err
 
 
-def test_text_json_and_a_process_agree(complete, start, checkpoint):
+def test_text_json_and_subprocess_agree(complete, start, checkpoint):
     options = ["A word", "-n", 12, "--seed", 5, "--ignore-eos"]
-    (told,) = complete(*options, "--json").lines
-    assert set(told) == KEYS
-    assert (told["prompt"], told["seed"], told["sample"], told["mesh"]) == ("A word", 5, 0, [1, 1])
-    assert len(told["token_ids"]) == 12
-    assert told["finish_reason"] == "max_tokens"
+    (record,) = complete(*options, "--json").lines
+    assert set(record) == KEYS
+    assert (record["prompt"], record["seed"], record["sample"], record["mesh"]) == ("A word", 5, 0, [1, 1])
+    assert len(record["token_ids"]) == 12
+    assert record["finish_reason"] == "max_tokens"
     plain = complete(*options)
-    assert (plain.code, plain.out, plain.err) == (0, told["text"] + "\n", "")
+    assert (plain.code, plain.out, plain.err) == (0, record["text"] + "\n", "")
     process = start("run", "-c", checkpoint, "--mesh", "1,1", *options)
     out, err = process.communicate(timeout=120)
-    assert (process.returncode, out.decode(), err) == (0, told["text"] + "\n", b"")
+    assert (process.returncode, out.decode(), err) == (0, record["text"] + "\n", b"")
 
 
-def test_a_seed_gives_the_same_text_in_any_company_and_on_any_mesh(complete):
+def test_seed_gives_the_same_text_in_any_batch_and_mesh(complete):
     options = ["Some words", "-n", 10, "--ignore-eos", "--json"]
     samples = complete(*options, "--seed", 7, "--num-samples", 3).lines
     assert [line["sample"] for line in samples] == [0, 1, 2]
@@ -63,7 +63,7 @@ def test_a_seed_gives_the_same_text_in_any_company_and_on_any_mesh(complete):
     assert sharded["text"] == samples[1]["text"]
 
 
-def test_samples_as_text_have_a_line_before_each(complete):
+def test_samples_as_text_are_preceded_by_a_line(complete):
     options = ["Some words", "-n", 6, "--seed", 7, "--num-samples", 2]
     texts = [line["text"] for line in complete(*options, "--json").lines]
     first, second = (f"--- sample {i + 1} of 2, seed {7 + i} ---\n{text}\n" for i, text in enumerate(texts))
@@ -71,9 +71,9 @@ def test_samples_as_text_have_a_line_before_each(complete):
 
 
 def test_logprobs(complete):
-    (told,) = complete("word", "-n", 5, "--logprobs", 2, "--greedy", "--ignore-eos", "--json").lines
-    assert len(told["logprobs"]) == 5
-    for token, entry in zip(told["token_ids"], told["logprobs"], strict=True):
+    (record,) = complete("word", "-n", 5, "--logprobs", 2, "--greedy", "--ignore-eos", "--json").lines
+    assert len(record["logprobs"]) == 5
+    for token, entry in zip(record["token_ids"], record["logprobs"], strict=True):
         assert set(entry) == {"token_id", "logprob", "top"}
         assert len(entry["top"]) == 2
         assert entry["token_id"] == token == entry["top"][0]["token_id"]
@@ -84,12 +84,12 @@ def test_stop_text_ends_the_text_before_it(complete):
     options = ["A word", "-n", 12, "--seed", 5, "--ignore-eos", "--json"]
     text = complete(*options).lines[0]["text"]
     stop = text[3:5]
-    (told,) = complete(*options, "--stop", stop).lines
-    assert told["text"] == text[: text.index(stop)]
-    assert (told["finish_reason"], told["stop_text"]) == ("stop", stop)
+    (record,) = complete(*options, "--stop", stop).lines
+    assert record["text"] == text[: text.index(stop)]
+    assert (record["finish_reason"], record["stop_text"]) == ("stop", stop)
 
 
-def test_where_a_prompt_comes_from(complete, tmp_path):
+def test_prompt_sources(complete, tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_bytes("two [bold]lines\nñ\n\n".encode())
     options = ["-n", 2, "--json"]
@@ -108,15 +108,15 @@ def test_echo_prints_the_prompt_first(complete):
     assert complete(*options, "--echo").out == "[bold]Some words" + complete(*options).out
 
 
-def test_a_prompt_that_is_too_long(complete):
+def test_prompt_that_is_too_long(complete):
     words = " ".join(["0"] * 200)
     assert_fails(complete(words), "400 tokens", "63 fit", "context of 64", "--truncate")
-    (told,) = complete(words, "--truncate", "-n", 4, "--json").lines
-    assert len(told["prompt_token_ids"]) == 60
-    assert told["prompt"] == words
+    (record,) = complete(words, "--truncate", "-n", 4, "--json").lines
+    assert len(record["prompt_token_ids"]) == 60
+    assert record["prompt"] == words
 
 
-def test_bad_prompts(complete, tmp_path):
+def test_invalid_prompts(complete, tmp_path):
     assert_fails(complete(""), "the prompt is empty")
     assert_fails(complete(stdin=b""), "the prompt is empty")
     assert_fails(complete(stdin=b"ab\xffc"), "standard input", "0xff at offset 2")
@@ -152,7 +152,7 @@ def test_bad_prompts(complete, tmp_path):
         (["--dtype", "float16"], "'float16' is not one of"),
     ],
 )
-def test_values_out_of_range_are_wrong_usage(grok1, options, words):
+def test_values_out_of_range_are_usage_errors(grok1, options, words):
     result = grok1("run", "word", *options)
     assert (result.code, result.out) == (2, "")
     assert words in result.err
@@ -164,19 +164,19 @@ def test_greedy_agrees_with_temperature_0(complete):
     assert complete("word", "-n", 4, "--greedy", "--temp", 0).out == cold
 
 
-def test_a_mesh_that_does_not_divide_names_one_that_does(complete):
+def test_invalid_mesh_error_suggests_a_valid_mesh(complete):
     result = complete("word", mesh="1,3")
     assert_fails(result, "mesh 1,3", "8 query heads", "use --mesh 1,2")
     assert complete("word", "-n", 1, mesh="1,2").code == 0
 
 
-def test_a_missing_checkpoint_says_how_to_get_one(grok1, tmp_path, monkeypatch):
+def test_missing_checkpoint_error_explains_how_to_get_one(grok1, tmp_path, monkeypatch):
     assert_fails(grok1("run", "-c", tmp_path / "none", "word"), "none does not exist", "grok1 init")
     monkeypatch.setenv("GROK1_CHECKPOINT", str(tmp_path / "other"))
     assert_fails(grok1("run", "word"), "other does not exist")
 
 
-def test_tokenizers_that_are_missing_or_of_another_vocabulary(grok1, checkpoint, tmp_path, monkeypatch):
+def test_missing_or_mismatched_tokenizers(grok1, checkpoint, tmp_path, monkeypatch):
     bare = shutil.copytree(checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer.model"))
     assert_fails(grok1("run", "-c", bare, "word"), "no tokenizer.model", "--tokenizer FILE")
     monkeypatch.setenv("GROK1_TOKENIZER", str(checkpoint / "tokenizer.model"))

@@ -90,18 +90,18 @@ def test_rows(score, one, rows_file, tokenizer, tmp_path):
     assert corpus["standard_error"] == pytest.approx(corpus["perplexity"] * spread, rel=1e-6)
 
 
-def test_rows_of_ids_have_no_bits_per_byte_without_a_tokenizer(grok1, checkpoint, tmp_path):
+def test_token_ids_without_a_tokenizer_have_no_bits_per_byte(grok1, checkpoint, tmp_path):
     bare = shutil.copytree(checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer.model"))
     file = tmp_path / "rows.jsonl"
     file.write_text('{"token_ids": [5, 6, 7]}\n' * 2)
     result = grok1("score", "-c", bare, *ARGUMENTS, file)
     *rows, last = result.lines
-    for told in (*rows, last["corpus"]):
-        assert (told["num_bytes"], told["bits_per_byte"]) == (None, None)
-        assert math.isfinite(told["perplexity"])
+    for record in (*rows, last["corpus"]):
+        assert (record["num_bytes"], record["bits_per_byte"]) == (None, None)
+        assert math.isfinite(record["perplexity"])
 
 
-def test_a_likeliest_completion_is_greedy(score, complete, tmp_path):
+def test_greedy_completion_consists_of_most_likely_tokens(score, complete, tmp_path):
     (done,) = complete("word", "-n", 4, "--greedy", "--ignore-eos", "--json").lines
     file = tmp_path / "rows.jsonl"
     ids = done["prompt_token_ids"] + done["token_ids"]
@@ -114,14 +114,14 @@ def test_a_likeliest_completion_is_greedy(score, complete, tmp_path):
     assert [top[0]["token_id"] for top in rows[0]["top"]][first - 1 :] == done["token_ids"]
 
 
-def test_a_file_is_as_stdout_is_and_other_forms_give_the_same(score, rows_file, tmp_path):
+def test_output_file_and_other_input_formats_give_identical_results(score, rows_file, tmp_path):
     expected = score(rows_file).out
     output = tmp_path / "scores.jsonl"
-    (told,) = score(rows_file, "-o", output, "--json").lines
+    (record,) = score(rows_file, "-o", output, "--json").lines
     assert output.read_text() == expected
-    assert told["rows"] == len(ROWS)
+    assert record["rows"] == len(ROWS)
     corpus = json.loads(expected.splitlines()[-1])["corpus"]
-    assert (told["perplexity"], told["bits_per_byte"]) == (corpus["perplexity"], corpus["bits_per_byte"])
+    assert (record["perplexity"], record["bits_per_byte"]) == (corpus["perplexity"], corpus["bits_per_byte"])
     assert list(tmp_path.glob("*.journal")) == []
     packed = tmp_path / "packed.jsonl.gz"
     packed.write_bytes(gzip.compress(rows_file.read_bytes()))
@@ -141,7 +141,7 @@ def test_lines_of_text(score, one, tokenizer):
     assert corpus["corpus"]["rows"] == 2
 
 
-def test_bad_rows(score, tmp_path):
+def test_invalid_rows(score, tmp_path):
     file = tmp_path / "rows.jsonl"
     lines = [
         '{"text": "good one"}',
@@ -157,8 +157,8 @@ def test_bad_rows(score, tmp_path):
     file.write_text("\n".join(lines) + "\n")
     refused = score(file)
     assert (refused.code, refused.out) == (1, "")
-    *told, last = refused.err.splitlines()
-    assert [int(line.split("line ")[1].split(":")[0]) for line in told] == list(range(2, 10))
+    *record, last = refused.err.splitlines()
+    assert [int(line.split("line ")[1].split(":")[0]) for line in record] == list(range(2, 10))
     reasons = [
         "0 tokens, expected at least 2",
         "no completion",
@@ -169,7 +169,7 @@ def test_bad_rows(score, tmp_path):
         "no text",
         "no JSON",
     ]
-    for line, reason in zip(told, reasons, strict=True):
+    for line, reason in zip(record, reasons, strict=True):
         assert reason in line
     assert "8 of 9 rows" in last
     skipped = score(file, "--skip-bad")
@@ -250,7 +250,7 @@ def test_chunks(score, one, tokenizer, tmp_path):
         (["--restart", "--format", "txt"], 2, "--restart needs -o"),
     ],
 )
-def test_what_does_not_go_together(grok1, checkpoint, tmp_path, arguments, code, words):
+def test_conflicting_options(grok1, checkpoint, tmp_path, arguments, code, words):
     file = tmp_path / "text.txt"
     file.write_text("hardly any words")
     result = grok1("score", "-c", checkpoint, "--mesh", "1,1", file, *arguments)
@@ -267,7 +267,7 @@ def without_result_version(journal):
     return b"%08x " % zlib.crc32(text) + text + b"".join(rows)
 
 
-def test_a_killed_job_goes_on(score, start, checkpoint, rows_file, tmp_path):
+def test_killed_job_resumes(score, start, checkpoint, rows_file, tmp_path):
     rows_file.write_text(rows_file.read_text() * 40)
     expected = score(rows_file).out
     output = tmp_path / "scores.jsonl"

@@ -4,7 +4,7 @@ import stat
 READY = "\x1b[?2004h"  # what prompt_toolkit sends before it shows the prompt
 
 
-def test_a_session(start, long_checkpoint, terminal, tmp_path):
+def test_interactive_session(start, long_checkpoint, terminal, tmp_path):
     """One session through what can happen in it."""
     process = start(
         *("run", "-c", long_checkpoint, "--mesh", "1,1", "-n", 20, "--seed", 3),
@@ -37,7 +37,7 @@ def test_a_session(start, long_checkpoint, terminal, tmp_path):
     assert "+hello\n" in history.read_text()
 
 
-def test_an_interrupt_at_a_prompt_does_not_end_the_session(start, checkpoint, terminal, tmp_path):
+def test_interrupt_at_the_prompt_does_not_end_the_session(start, checkpoint, terminal, tmp_path):
     (tmp_path / "grok1").write_text("a file where the history's folder would be")
     process = start(
         *("run", "-c", checkpoint, "--mesh", "1,1", "--json", "-n", 2),
@@ -61,7 +61,7 @@ def test_an_interrupt_at_a_prompt_does_not_end_the_session(start, checkpoint, te
     assert process.wait(timeout=60) == 0
 
 
-def test_a_session_of_several_processes(start, long_checkpoint, terminal, tmp_path):
+def test_session_with_several_processes(start, long_checkpoint, terminal, tmp_path):
     process = start(
         *(
             "launch",

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from grok1.cli.loading import tell_shortfall
+from grok1.cli.loading import note_shortfall
 from grok1.cli.terminal import Terminal
 
 
@@ -19,7 +19,7 @@ from grok1.cli.terminal import Terminal
         ([], [], "it rains", ["XLA computes, which is slower than the kernels made for it: it rains"]),
     ],
 )
-def test_idle_devices_and_slower_kernels_are_said(idle, loads, fallback, notes, monkeypatch):
+def test_notes_about_idle_devices_and_slower_kernels(idle, loads, fallback, notes, monkeypatch):
     said = []
     terminal = Terminal()
     monkeypatch.setattr(terminal, "note", said.append)
@@ -29,5 +29,5 @@ def test_idle_devices_and_slower_kernels_are_said(idle, loads, fallback, notes, 
         kernels_fallback=fallback,
         mesh_shape=(2, 4),
     )
-    tell_shortfall(model, terminal)
+    note_shortfall(model, terminal)
     assert said == notes

@@ -15,7 +15,7 @@ def test_every_check_is_ok(healthy):
     assert len(healthy) == 10
 
 
-def test_a_model_that_computes_wrongly_on_all_devices_is_told(grok1, monkeypatch, tmp_path, healthy):
+def test_wrong_results_on_all_devices_are_reported(grok1, monkeypatch, tmp_path, healthy):
     logits = Model.logits
 
     def wrong(self, tokens):
@@ -31,7 +31,7 @@ def test_a_model_that_computes_wrongly_on_all_devices_is_told(grok1, monkeypatch
     assert result.err == "grok1: error: 1 check failed: logits, one and all devices\n"
 
 
-def test_a_folder_that_holds_a_checkpoint_is_left_alone(grok1, checkpoint):
+def test_existing_checkpoint_is_not_changed(grok1, checkpoint):
     before = {path: path.stat().st_mtime_ns for path in checkpoint.rglob("*")}
     result = grok1("smoke", "--keep", checkpoint)
     assert result.code == 1

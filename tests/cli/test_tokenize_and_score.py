@@ -27,7 +27,7 @@ def test_tokenize_and_detokenize_are_inverse(grok1, checkpoint, tokenizer):
     assert grok1("detokenize", "-c", checkpoint, *ids, "--json").lines == [{"text": TEXT}]
 
 
-def test_pieces_stay_in_their_lines(grok1, checkpoint, tokenizer, tmp_path):
+def test_pieces_are_escaped(grok1, checkpoint, tokenizer, tmp_path):
     file = tmp_path / "text"
     file.write_text(TEXT + "\n", encoding="utf-8")
     ids = tokenizer.encode(TEXT)
@@ -36,8 +36,8 @@ def test_pieces_stay_in_their_lines(grok1, checkpoint, tokenizer, tmp_path):
     ]
     assert [int(token) for token, _ in rows] == ids
     assert rows[-1][1] == "\\n"
-    (told,) = grok1("tokenize", "-c", checkpoint, "--json", "--file", file).lines
-    assert told == {"token_ids": ids, "pieces": tokenizer.pieces(ids)}
+    (record,) = grok1("tokenize", "-c", checkpoint, "--json", "--file", file).lines
+    assert record == {"token_ids": ids, "pieces": tokenizer.pieces(ids)}
 
 
 @pytest.mark.parametrize(
@@ -51,13 +51,13 @@ def test_pieces_stay_in_their_lines(grok1, checkpoint, tokenizer, tmp_path):
         ("[1", "is not JSON"),
     ],
 )
-def test_ids_that_are_none(grok1, checkpoint, ids, words):
+def test_invalid_token_ids(grok1, checkpoint, ids, words):
     result = grok1("detokenize", "-c", checkpoint, stdin=ids.encode())
     assert (result.code, result.out) == (1, "")
     assert words in result.err
 
 
-def test_no_tokenizer(grok1, tmp_path):
+def test_missing_tokenizer(grok1, tmp_path):
     result = grok1("tokenize", "-c", tmp_path, "word")
     assert result.code == 1
     assert "--tokenizer FILE" in result.err
@@ -73,17 +73,17 @@ def score(grok1, checkpoint):
 
 def test_score_of_a_text(score, tokenizer, tmp_path):
     ids = tokenizer.encode(TEXT)
-    (told,) = score("--text", TEXT, "--top", 2, "--json").lines
-    assert told["token_ids"] == ids
-    assert told["pieces"] == tokenizer.pieces(ids)
-    assert told["num_tokens"] == len(ids) == len(told["logprobs"]) == len(told["top"])
-    assert told["logprobs"][0] is told["top"][0] is None
-    assert told["total_logprob"] == pytest.approx(sum(told["logprobs"][1:]))
-    assert told["perplexity"] == pytest.approx(math.exp(-told["total_logprob"] / (len(ids) - 1)))
-    scored = len(TEXT.encode()) - len(told["pieces"][0].removeprefix("▁").encode())
-    bits = -math.fsum(told["logprobs"][1:]) / math.log(2)
-    assert told["bits_per_byte"] == pytest.approx(bits / scored)
-    for logprob, top in zip(told["logprobs"][1:], told["top"][1:], strict=True):
+    (record,) = score("--text", TEXT, "--top", 2, "--json").lines
+    assert record["token_ids"] == ids
+    assert record["pieces"] == tokenizer.pieces(ids)
+    assert record["num_tokens"] == len(ids) == len(record["logprobs"]) == len(record["top"])
+    assert record["logprobs"][0] is record["top"][0] is None
+    assert record["total_logprob"] == pytest.approx(sum(record["logprobs"][1:]))
+    assert record["perplexity"] == pytest.approx(math.exp(-record["total_logprob"] / (len(ids) - 1)))
+    scored = len(TEXT.encode()) - len(record["pieces"][0].removeprefix("▁").encode())
+    bits = -math.fsum(record["logprobs"][1:]) / math.log(2)
+    assert record["bits_per_byte"] == pytest.approx(bits / scored)
+    for logprob, top in zip(record["logprobs"][1:], record["top"][1:], strict=True):
         assert len(top) == 2
         assert top[0]["logprob"] >= top[1]["logprob"]
         assert logprob <= top[0]["logprob"]
@@ -92,10 +92,10 @@ def test_score_of_a_text(score, tokenizer, tmp_path):
     listed = tmp_path / "ids.json"
     listed.write_text(json.dumps(ids))
     for again in (score(file, "--json"), score("-", "--json", stdin=TEXT.encode()), score(listed, "--json")):
-        assert again.lines[0]["logprobs"] == told["logprobs"]
+        assert again.lines[0]["logprobs"] == record["logprobs"]
 
 
-def test_bits_per_byte_count_what_a_token_stands_for(score, tokenizer):
+def test_bits_per_byte_count_the_bytes_of_scored_tokens(score, tokenizer):
     ids = tokenizer.encode(TEXT)
     assert tokenizer.pieces(ids)[-7:-1] == [f"<0x{byte:02X}>" for byte in "東京".encode()]
     for tokens, count in [
@@ -103,11 +103,11 @@ def test_bits_per_byte_count_what_a_token_stands_for(score, tokenizer):
         ([ids[0], *tokenizer.encode("東")[1:3]], 2),  # part of a character
         ([ids[0], 3, 2], len("[UNK]")),
     ]:
-        (told,) = score("--ids", "--json", stdin=json.dumps(tokens).encode()).lines
-        bits = -math.fsum(told["logprobs"][1:]) / math.log(2)
-        assert told["bits_per_byte"] == pytest.approx(bits / count)
-    (told,) = score("--ids", "--json", stdin=b"5 2 0").lines
-    assert told["bits_per_byte"] is None
+        (record,) = score("--ids", "--json", stdin=json.dumps(tokens).encode()).lines
+        bits = -math.fsum(record["logprobs"][1:]) / math.log(2)
+        assert record["bits_per_byte"] == pytest.approx(bits / count)
+    (record,) = score("--ids", "--json", stdin=b"5 2 0").lines
+    assert record["bits_per_byte"] is None
     assert "bits per byte" not in score("--ids", stdin=b"5 2 0").out
 
 
@@ -121,20 +121,20 @@ def test_score_agrees_with_the_logprobs_of_a_completion(score, complete):
 
 def test_score_as_a_table(score, tokenizer):
     ids = tokenizer.encode(TEXT)
-    (told,) = score("--text", TEXT, "--json").lines
+    (record,) = score("--text", TEXT, "--json").lines
     lines = score("--text", TEXT).out.splitlines()
     assert lines[0].split() == ["index", "id", "piece", "logprob"]
     assert [int(line.split()[1]) for line in lines[1 : len(ids) + 1]] == ids
-    assert lines[2].split()[-1] == f"{told['logprobs'][1]:.4f}"
-    assert lines[-2].split() == ["perplexity", f"{told['perplexity']:.4f}"]
-    assert lines[-1] == f"bits per byte          {told['bits_per_byte']:.4f}"
+    assert lines[2].split()[-1] == f"{record['logprobs'][1]:.4f}"
+    assert lines[-2].split() == ["perplexity", f"{record['perplexity']:.4f}"]
+    assert lines[-1] == f"bits per byte          {record['bits_per_byte']:.4f}"
 
 
 def test_ids_are_scored_without_a_tokenizer(score, checkpoint, tmp_path):
     bare = shutil.copytree(checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer.model"))
-    (told,) = score("--ids", "--json", stdin=b"5 6 7", folder=bare).lines
-    assert (told["token_ids"], told["pieces"], told["bits_per_byte"]) == ([5, 6, 7], None, None)
-    assert math.isfinite(told["perplexity"])
+    (record,) = score("--ids", "--json", stdin=b"5 6 7", folder=bare).lines
+    assert (record["token_ids"], record["pieces"], record["bits_per_byte"]) == ([5, 6, 7], None, None)
+    assert math.isfinite(record["perplexity"])
     assert score("--ids", stdin=b"5 6 7", folder=bare).out.splitlines()[-1].startswith("perplexity ")
     missing = score("--text", "word", folder=bare)
     assert missing.code == 1
@@ -149,12 +149,12 @@ def test_ids_are_scored_without_a_tokenizer(score, checkpoint, tmp_path):
         (["-"], b"ab\xff", "0xff at offset 2"),
     ],
 )
-def test_texts_that_cannot_be_scored(score, arguments, stdin, words):
+def test_invalid_texts(score, arguments, stdin, words):
     result = score(*arguments, stdin=stdin)
     assert (result.code, result.out) == (1, "")
     assert words in result.err
 
 
-def test_wrong_usage_of_score(score, tmp_path):
+def test_usage_errors_of_score(score, tmp_path):
     assert score(tmp_path / "file", "--text", "word").code == 2
     assert score("--text", "word", "--top", "21").code == 2

@@ -41,14 +41,14 @@ def hollow_release(tmp_path):
     return folder.parent
 
 
-def test_a_checkpoint_that_is_right_is_one_line(grok1, checkpoint):
+def test_valid_checkpoint_prints_one_line(grok1, checkpoint):
     size = sum(path.stat().st_size for path in (checkpoint / "ckpt-0").iterdir())
     result = grok1("verify", checkpoint)
     assert (result.code, result.out, result.err) == (0, f"26 files, {size:,} bytes: right\n", "")
     assert grok1("verify", checkpoint / "ckpt-0", "--content").out == result.out
 
 
-def test_without_a_folder_it_is_the_usual_one(grok1, checkpoint, monkeypatch, tmp_path):
+def test_default_folder(grok1, checkpoint, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert "checkpoints does not exist" in grok1("verify").err
     shutil.copytree(checkpoint, "checkpoints")
@@ -57,7 +57,7 @@ def test_without_a_folder_it_is_the_usual_one(grok1, checkpoint, monkeypatch, tm
     assert "absent does not exist" in grok1("verify").err
 
 
-def test_each_file_that_is_not_right_is_a_line(grok1, damaged):
+def test_one_line_per_invalid_file(grok1, damaged):
     result = grok1("verify", damaged)
     assert result.code == 1
     lines = result.out.splitlines()
@@ -81,7 +81,7 @@ def test_json(grok1, checkpoint, damaged):
     assert [fault["fetch"] for fault in result.lines[0]["faults"]] == [True, True, False]
 
 
-def test_a_manifest_there_and_back(grok1, checkpoint, damaged, tmp_path):
+def test_manifest_round_trip(grok1, checkpoint, damaged, tmp_path):
     manifest = tmp_path / "sums"
     written = grok1("verify", checkpoint, "--write-manifest", manifest)
     assert (written.code, written.out.endswith(": right\n")) == (0, True)
@@ -93,12 +93,12 @@ def test_a_manifest_there_and_back(grok1, checkpoint, damaged, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_to_write_and_to_check_at_once_is_wrong_usage(grok1, checkpoint, tmp_path):
+def test_manifest_cannot_be_written_and_checked_together(grok1, checkpoint, tmp_path):
     result = grok1("verify", checkpoint, "--manifest", tmp_path / "a", "--write-manifest", tmp_path / "b")
     assert (result.code, result.out) == (2, "")
 
 
-def test_a_bad_line_of_a_manifest_is_named(grok1, checkpoint, tmp_path):
+def test_invalid_manifest_line_is_named(grok1, checkpoint, tmp_path):
     (tmp_path / "sums").write_text(f"{'0' * 64}  ../../etc/passwd\n")
     result = grok1("verify", checkpoint, "--manifest", tmp_path / "sums")
     assert (result.code, result.out) == (1, "")
@@ -106,7 +106,7 @@ def test_a_bad_line_of_a_manifest_is_named(grok1, checkpoint, tmp_path):
     assert len(result.err.splitlines()) == 1
 
 
-def test_it_imports_no_jax(checkpoint, tmp_path):
+def test_verify_does_not_import_jax(checkpoint, tmp_path):
     options = ["verify", str(checkpoint), "--content", "--write-manifest", str(tmp_path / "sums")]
     code = f"from grok1.cli import Terminal, execute\nimport sys\nassert execute({options}, Terminal()) == 0\n"
     code += "print([name for name in ('numpy', 'jax', 'haiku') if name in sys.modules])"
@@ -114,7 +114,7 @@ def test_it_imports_no_jax(checkpoint, tmp_path):
     assert done.stdout.splitlines()[-1] == "['numpy']"
 
 
-def test_the_release_without_its_weights_is_hollow(grok1, hollow_release):
+def test_release_without_weights_is_hollow(grok1, hollow_release):
     assert grok1("verify", hollow_release).out == "770 files, 318,239,886,140 bytes: right\n"
     result = grok1("verify", hollow_release, "--content", "--json")
     assert result.code == 1
@@ -123,7 +123,7 @@ def test_the_release_without_its_weights_is_hollow(grok1, hollow_release):
     assert "--include 'ckpt-0/*' --repo-type model --force-download" in result.lines[0]["fetch_command"]
 
 
-def test_the_release_is_fetched_again_by_a_command(grok1, hollow_release):
+def test_damaged_release_prints_a_download_command(grok1, hollow_release):
     (hollow_release / "ckpt-0" / "tensor00005_000").unlink()
     os.truncate(hollow_release / "ckpt-0" / "tensor00769_000", 100)
     lines = grok1("verify", hollow_release).out.splitlines()
@@ -134,7 +134,7 @@ def test_the_release_is_fetched_again_by_a_command(grok1, hollow_release):
     assert json.loads(grok1("verify", hollow_release, "--json").out)["fetch_command"] == lines[-1].split(": ")[1]
 
 
-def test_an_interrupt_keeps_what_is_hashed(start, terminal, hollow_release, tmp_path):
+def test_interrupt_keeps_computed_checksums(start, terminal, hollow_release, tmp_path):
     manifest = tmp_path / "sums"
     process = start(
         *("verify", hollow_release, "--write-manifest", manifest),
