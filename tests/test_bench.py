@@ -1,4 +1,4 @@
-"""What is measured of a model; not how fast it is."""
+"""Consistency of measurements; their values are not tested."""
 
 import dataclasses
 
@@ -41,7 +41,7 @@ def test_measurements_are_consistent(model):
 
 
 def test_bytes_per_step_match_the_files(model):
-    """One sequence reads everything but the experts that it does not select, and what it sees of the cache."""
+    """A sequence reads all weights except those of unselected experts, and its part of the KV cache."""
     data, shards = model.mesh_shape
     found = bench.measure(model, 16, data, 4)
     weights = 0.0

@@ -41,7 +41,7 @@ def test_config_json_round_trip(name):
 def test_preset_sizes():
     assert 15e6 < num_parameters(preset("tiny")) < 30e6
     assert 3.0e9 < num_parameters(preset("bench-3b")) < 3.6e9
-    assert preset("tiny").num_layers > 10  # where the order of the files shows
+    assert preset("tiny").num_layers > 10  # to test the order of the files
     with pytest.raises(ConfigError, match=r"grok-2.*tiny"):
         preset("grok-2")
 
@@ -92,8 +92,8 @@ def test_query_width_must_be_a_multiple_of_the_scale_groups():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda values: values.pop("emb_size"), "lacks emb_size"),
-        (lambda values: values.update(quantized=True), "unknown key 'quantized'"),
+        (lambda values: values.pop("emb_size"), "lacks the keys emb_size"),
+        (lambda values: values.update(quantized=True), 'unknown key "quantized"'),
     ],
 )
 def test_keys_must_match_the_config(change, message):

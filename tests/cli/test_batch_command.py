@@ -174,7 +174,7 @@ def test_invalid_rows_fail_before_the_model_is_loaded(batch, tmp_path, monkeypat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
     skipped = batch(file, "-n", 2, "-o", output, "--skip-bad")
     assert skipped.code == 1
-    assert f'2 of 4 rows failed: their lines in {output} have an "error"' in skipped.err
+    assert f'2 of 4 rows failed: see "error" in their lines of {output}' in skipped.err
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [("error" in row, row["index"], row["id"]) for row in rows] == [
         (False, 0, "x"),
@@ -189,12 +189,12 @@ def test_invalid_rows_fail_before_the_model_is_loaded(batch, tmp_path, monkeypat
     [
         (["missing.txt"], 1, "missing.txt does not exist"),
         (["-"], 1, "standard input has no rows"),
-        (["-", "--restart"], 2, "--restart needs -o"),
-        (["-", "--json"], 2, "--json needs -o"),
+        (["-", "--restart"], 2, "--restart requires -o"),
+        (["-", "--json"], 2, "--json requires -o"),
         (["-", "--batch-size", 0], 2, "--batch-size"),
         (["-", "-o", "nowhere/out"], 1, "in an existing folder"),
         (["-", "-o", "."], 1, "is a folder"),
-        (["-", "--temperature", -1], 2, "temperature is -1"),
+        (["-", "--temperature", -1], 2, "-1.0, expected 0 or more"),
     ],
 )
 def test_invalid_options_and_files(batch, arguments, code, words, tmp_path, monkeypatch):
@@ -208,7 +208,7 @@ def test_invalid_options_and_files(batch, arguments, code, words, tmp_path, monk
 def test_input_cannot_be_the_output(batch, prompts):
     before = prompts.read_bytes()
     result = batch(prompts, "-o", prompts, "--restart")
-    assert (result.code, "is the input" in result.err) == (1, True)
+    assert (result.code, "is both input and output" in result.err) == (1, True)
     assert prompts.read_bytes() == before
 
 

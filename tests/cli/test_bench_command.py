@@ -69,7 +69,7 @@ def test_measurements_as_a_table(grok1, checkpoint):
 def test_plot(ending, begins, grok1, checkpoint, tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / f"roofline.{ending}"
-    path.write_text("what was there before")
+    path.write_text("replaced")
     assert grok1("bench", "-c", checkpoint, "--mesh", "1,1", "--prompt", "6", "--plot", path).code == 0
     assert path.read_bytes().startswith(begins)
     assert os.listdir(tmp_path) == [path.name]
@@ -80,7 +80,7 @@ def test_devices(grok1):
     assert result.code == 0
     assert "cpu" in result.out
     assert (cpu.kernel_name() or "no kernels for this processor were built") in result.out
-    assert re.search(r"^memory of the machine +\S+ [GT]B$", result.out, re.MULTILINE)
+    assert re.search(r"^host memory +\S+ [GT]B$", result.out, re.MULTILINE)
     lines = grok1("bench", "--devices", "--json", "--kernels", "xla").lines
     assert len(lines) == 16
     assert {line["kernels"] for line in lines} == {"xla"}
@@ -89,18 +89,18 @@ def test_devices(grok1):
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
-        (("-c", "checkpoint", "--preset", "tiny"), 2, "--checkpoint and --preset are both given"),
-        (("--preset", "tiny", "--prompt", "x"), 2, "is not a whole number"),
-        (("--preset", "tiny", "--batch", "1,0"), 2, "a number below 1"),
-        (("--preset", "tiny", "--plot", "picture.gif"), 2, "ends neither in .png nor in .svg"),
-        (("--preset", "tiny", "--plot", "nowhere/picture.png"), 2, "there is no folder 'nowhere'"),
+        (("-c", "checkpoint", "--preset", "tiny"), 2, "--checkpoint and --preset cannot be used together"),
+        (("--preset", "tiny", "--prompt", "x"), 2, '"x", expected one or more positive integers'),
+        (("--preset", "tiny", "--batch", "1,0"), 2, '"1,0", expected one or more positive integers'),
+        (("--preset", "tiny", "--plot", "picture.gif"), 2, "expected a name that ends in .png or .svg"),
+        (("--preset", "tiny", "--plot", "nowhere/picture.png"), 2, 'folder "nowhere" does not exist'),
         (("--preset", "tiny", "--mesh", "1,1", "--prompt", "100000"), 1, "lower --prompt or --decode"),
-        (("--preset", "tiny", "--mesh", "2,1", "--batch", "3"), 1, "use a multiple"),
+        (("--preset", "tiny", "--mesh", "2,1", "--batch", "3"), 1, "choose a multiple"),
         (("--devices", "--threads", "0"), 2, "0 is not in the range"),
-        (("--devices", "--plot", "picture.png"), 2, "--devices measures nothing: leave out --plot"),
-        (("--devices", "--preset", "tiny"), 2, "leave out --preset"),
-        (("--preset", "tiny", "--load-memory", "1GB"), 2, "--preset reads no files: leave out --load-memory"),
-        (("--preset", "tiny", "--tokenizer", "x.model"), 2, "leave out --tokenizer"),
+        (("--devices", "--plot", "picture.png"), 2, "--plot cannot be used with --devices"),
+        (("--devices", "--preset", "tiny"), 2, "--preset cannot be used with --devices"),
+        (("--preset", "tiny", "--load-memory", "1GB"), 2, "--load-memory cannot be used with --preset"),
+        (("--preset", "tiny", "--tokenizer", "x.model"), 2, "--tokenizer cannot be used with --preset"),
     ],
 )
 def test_invalid_bench_options(arguments, code, sentence, grok1, tmp_path, monkeypatch):
@@ -135,7 +135,7 @@ def test_unwritable_plot_fails_before_loading(grok1, checkpoint, tmp_path, monke
     monkeypatch.setattr(module, "load_parameters", lambda *_: pytest.fail("weights were loaded"))
     result = grok1("bench", "-c", checkpoint, "--plot", tmp_path / "r.png")
     assert result.code == 1
-    assert "r.png cannot be written (Read-only file system): name another file with --plot" in result.err
+    assert "r.png: Read-only file system; choose another file with --plot" in result.err
 
 
 def test_plot_without_matplotlib(grok1, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The release at its full size without its data: the commands that need no weights, and the memory they take."""
+"""Commands that need no weights, and their memory use, on hollow files of the full release."""
 
 import json
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-# A process's peak is at least that of the one that started it, so one that is small starts it.
+# The peak memory of a process is at least that of its parent, so a small process starts it.
 MEASURE = """
 import json, resource, subprocess, sys
 done = subprocess.run([sys.executable, "-m", "grok1", *sys.argv[1:]], stdout=subprocess.PIPE)
@@ -18,7 +18,7 @@ H200 = ("--device", "h200", "--count", "8")
 
 
 def measured(*command):
-    """A command's exit code, peak resident memory in bytes, and what it wrote."""
+    """Return the exit code, peak resident memory in bytes, and output of a command."""
     process = subprocess.run([sys.executable, "-c", MEASURE, *map(str, command)], stdout=subprocess.PIPE, check=True)
     return json.loads(process.stdout)
 
@@ -49,8 +49,8 @@ def test_plan_and_inspect_agree(hollow_release):
         record[name] = json.loads(out)
     assert record["inspect"]["bytes"] == record["verify"]["bytes"] == 318_239_886_140
     assert record["inspect"]["parameters"] == record["plan"]["parameters"]
-    # The files' headers are not loaded, and the embedding matrix is half as wide in bfloat16; what every device has
-    # whole are norms and routers.
+    # File headers are not loaded, the embedding matrix takes half the size in bfloat16, and norms and routers are
+    # replicated on every device.
     data = 8 * record["plan"]["weight_bytes"]
     embedding = record["inspect"]["kinds"][0]["bytes"]
     whole = sum(kind["bytes"] for kind in record["inspect"]["kinds"] if kind["kind"] in ("norms", "router"))

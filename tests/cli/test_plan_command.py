@@ -54,13 +54,13 @@ def test_plan_as_text(grok1):
     result = grok1("plan", "--device", "h100-80gb", "--count", "8")
     assert (result.code, result.err) == (0, "")
     head, table, last = result.out.split("\n\n")
-    assert head == "grok-1: 315,684,820,992 parameters, of which a token uses 83,756,587,008"
+    assert head == "grok-1: 315,684,820,992 parameters, 83,756,587,008 active per token"
     rows = dict(line.rstrip().rsplit("  ", 1) for line in table.splitlines())
     rows = {label.strip(): value for label, value in rows.items()}
     assert rows["devices"] == "8 x h100-80gb"
-    assert rows["weights on each device"] == "39.6 GB"
-    assert rows["cache of 8192 tokens on each"] == "268 MB"
-    assert rows["decode, 1 sequence, at most"] == "316 tokens/s"
+    assert rows["weights per device"] == "39.6 GB"
+    assert rows["KV cache per device, 8192 tokens"] == "268 MB"
+    assert rows["maximum decode speed, 1 sequence"] == "316 tokens/s"
     assert last.startswith("fits: ")
 
 
@@ -135,7 +135,7 @@ def test_plan_for_a_checkpoint(grok1, checkpoint):
         (["--device", "h200", "--count", "4", "--mesh", "1,8"], 1, "mesh 1,8 needs 8 devices, but 4 devices are here"),
         (["--device", "h200", "--mesh", "1,5"], 1, "its 48 query heads do not divide by 5"),
         (["-c", "nowhere"], 1, "no checkpoint: nowhere does not exist"),
-        (["-c", "nowhere", "--preset", "tiny"], 2, "--checkpoint and --preset are both given"),
+        (["-c", "nowhere", "--preset", "tiny"], 2, "--checkpoint and --preset cannot be used together"),
     ],
 )
 def test_invalid_plan_options(arguments, code, sentence, grok1):
@@ -160,12 +160,12 @@ def test_hosts_show_traffic_and_unused_devices(grok1):
     fields = planned(grok1, "--device", "h100-80gb", "--hosts", "4,6")
     assert (fields["mesh"], fields["hosts"], fields["idle_devices"]) == ([1, 8], [4, 6], 2)
     assert fields["host_of_shards"] == [[0] * 4 + [1] * 4]
-    # 129 sums of 6144 bfloat16 values, each twice around a ring of 8, and 131072 float32 logits once
+    # all-reduces of 129 x 6144 bfloat16 values over a ring of 8, and an all-gather of 131072 float32 logits
     assert fields["crossing_bytes_per_token"] == (2 * 129 * 6144 * 2 + 131072 * 4) * 7 // 8
     text = grok1("plan", "--device", "h100-80gb", "--hosts", "4,6").out
-    assert re.search(r"hosts of each data row +host 0: 4 \+ host 1: 4\n", text)
-    assert re.search(r"idle +2 on host 1\n", text)
-    assert re.search(r"leaves a host for each token +3.23 MB\n", text)
+    assert re.search(r"model shards of each data row +host 0: 4 \+ host 1: 4\n", text)
+    assert re.search(r"unused devices +2 on host 1\n", text)
+    assert re.search(r"sent between hosts per token +3.23 MB\n", text)
 
 
 def test_model_that_fits_on_a_host_is_replicated_per_host(grok1):
@@ -191,4 +191,4 @@ def test_cpus_of_several_hosts_have_separate_memory(grok1):
 def test_count_that_contradicts_hosts_is_rejected(grok1):
     result = grok1("plan", "--device", "h200", "--count", "7", "--hosts", "4,4")
     assert result.code == 2
-    assert "--count 7 contradicts --hosts, which have 8 devices" in result.err
+    assert "--count is 7, but the devices of --hosts add up to 8" in result.err

@@ -1,4 +1,4 @@
-"""The everyday rehearsal: the release's tokenizer and a real prompt on a tiny model in the release's format."""
+"""Completing and scoring a prompt with the release's tokenizer on a tiny model in the release's format."""
 
 from pathlib import Path
 

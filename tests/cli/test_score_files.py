@@ -1,4 +1,4 @@
-"""`grok1 score` over rows and chunks, against the scores of the same texts one by one."""
+"""`grok1 score` of rows and chunks, compared with the scores of the same texts one by one."""
 
 import gzip
 import json
@@ -37,7 +37,7 @@ def score(grok1, checkpoint):
 
 @pytest.fixture(scope="module")
 def one(make_engine, checkpoint):
-    """The log-probabilities of ids alone; the first has none."""
+    """Log-probabilities of a text or token ids scored alone; the first token has none."""
     model = Model(make_engine(checkpoint), None)
 
     def run(ids):
@@ -182,7 +182,7 @@ def test_invalid_rows(score, tmp_path):
 
 
 def test_strides(score, one, tokenizer, rows_file, tmp_path):
-    """Windows of the command against windows cut by hand."""
+    """Compare the windows of the command with windows computed here."""
     ids = tokenizer.encode(ROWS[4]["text"])
     expected = [None] * len(ids)
     start = 0
@@ -241,13 +241,13 @@ def test_chunks(score, one, tokenizer, tmp_path):
         (["--chunk", 32], 1, "at least one chunk of 32"),
         (["--chunk", 65], 1, "context of 64"),
         (["--chunk", 3], 2, "--chunk"),
-        (["--chunk", 8, "--format", "txt"], 2, "--chunk cuts one text"),
-        (["--chunk", 8, "--stride", 4], 2, "--chunk cuts one text"),
-        (["--bos"], 2, "--bos needs --chunk"),
-        (["--format", "txt", "--json"], 2, "--json needs -o"),
-        (["--format", "txt", "--ids"], 2, "without --text and --ids"),
+        (["--chunk", 8, "--format", "txt"], 2, "--chunk cannot be used with --format or --stride"),
+        (["--chunk", 8, "--stride", 4], 2, "--chunk cannot be used with --format or --stride"),
+        (["--bos"], 2, "--bos requires --chunk"),
+        (["--format", "txt", "--json"], 2, "--json requires -o"),
+        (["--format", "txt", "--ids"], 2, "cannot be used with --text or --ids"),
         (["--per-token"], 2, "--per-token"),
-        (["--restart", "--format", "txt"], 2, "--restart needs -o"),
+        (["--restart", "--format", "txt"], 2, "--restart requires -o"),
     ],
 )
 def test_conflicting_options(grok1, checkpoint, tmp_path, arguments, code, words):
@@ -259,7 +259,7 @@ def test_conflicting_options(grok1, checkpoint, tmp_path, arguments, code, words
 
 
 def without_result_version(journal):
-    """The lines of a journal, with a first line as written before the key "result_version" existed."""
+    """Return the lines of a journal without "result_version" in the first one, as written by an older version."""
     first, *rows = journal.read_bytes().splitlines(keepends=True)
     job = json.loads(first[9:])
     del job["result_version"]

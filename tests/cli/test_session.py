@@ -1,11 +1,11 @@
 import signal
 import stat
 
-READY = "\x1b[?2004h"  # what prompt_toolkit sends before it shows the prompt
+READY = "\x1b[?2004h"  # sent by prompt_toolkit before it shows the prompt
 
 
 def test_interactive_session(start, long_checkpoint, terminal, tmp_path):
-    """One session through what can happen in it."""
+    """A session with an invalid prompt, an interrupt and a completion."""
     process = start(
         *("run", "-c", long_checkpoint, "--mesh", "1,1", "-n", 20, "--seed", 3),
         env={"XDG_STATE_HOME": str(tmp_path), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
@@ -15,12 +15,12 @@ def test_interactive_session(start, long_checkpoint, terminal, tmp_path):
     )
     terminal.read_until(READY)
 
-    terminal.type("0 " * 1100 + "\r")  # an error of one prompt does not end the session
+    terminal.type("0 " * 1100 + "\r")  # an invalid prompt does not end the session
     terminal.read_until("2047 fit in the model's context of 2048")
     terminal.read_until(READY)
 
     terminal.type("hello\r")
-    terminal.read_until("reading the prompt")
+    terminal.read_until("processing the prompt")
     process.send_signal(signal.SIGINT)
     terminal.read_until("[stopped]")
     terminal.read_until(READY)
@@ -38,7 +38,7 @@ def test_interactive_session(start, long_checkpoint, terminal, tmp_path):
 
 
 def test_interrupt_at_the_prompt_does_not_end_the_session(start, checkpoint, terminal, tmp_path):
-    (tmp_path / "grok1").write_text("a file where the history's folder would be")
+    (tmp_path / "grok1").write_text("a file in place of the folder of the history")
     process = start(
         *("run", "-c", checkpoint, "--mesh", "1,1", "--json", "-n", 2),
         env={"XDG_STATE_HOME": str(tmp_path), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
@@ -46,11 +46,11 @@ def test_interrupt_at_the_prompt_does_not_end_the_session(start, checkpoint, ter
         stderr=terminal.there,
     )
     terminal.read_until(READY)
-    terminal.type("hello\r")  # the prompt cannot be kept, and is completed all the same
+    terminal.type("hello\r")  # completed even though it cannot be saved
     assert b'"prompt": "hello"' in process.stdout.readline()
     terminal.read_until(READY)
     terminal.type("\x03")
-    terminal.read_until("Ctrl-D ends the session.")
+    terminal.read_until("Press Ctrl-D to end the session.")
     terminal.read_until(READY)
     terminal.type("discarded\x03")
     terminal.read_until(READY)

@@ -1,4 +1,4 @@
-"""What is said of a model that gets less than it could."""
+"""Notes about models that do not use all devices or native kernels."""
 
 from types import SimpleNamespace
 
@@ -12,17 +12,17 @@ from grok1.cli.terminal import Terminal
     ("idle", "loads", "fallback", "notes"),
     [
         ([], [], None, []),
-        ([0], [], None, ["1 of 9 devices stays idle: the mesh is 2,4"]),
-        ([0, 0], [], None, ["2 of 10 devices stay idle: the mesh is 2,4"]),
-        ([1, 1, 2], "abb", None, ["3 of 11 devices stay idle (3 on b): the mesh is 2,4"]),
-        ([0, 1], "ab", None, ["2 of 10 devices stay idle (1 on a, 1 on b): the mesh is 2,4"]),
-        ([], [], "it rains", ["XLA computes, which is slower than the kernels made for it: it rains"]),
+        ([0], [], None, ["1 of 9 devices is not used by the mesh 2,4."]),
+        ([0, 0], [], None, ["2 of 10 devices are not used by the mesh 2,4."]),
+        ([1, 1, 2], "abb", None, ["3 of 11 devices are not used by the mesh 2,4: 3 on b."]),
+        ([0, 1], "ab", None, ["2 of 10 devices are not used by the mesh 2,4: 1 on a, 1 on b."]),
+        ([], [], "no compiler", ["Using XLA kernels, which are slower than native kernels: no compiler"]),
     ],
 )
 def test_notes_about_idle_devices_and_slower_kernels(idle, loads, fallback, notes, monkeypatch):
-    said = []
+    printed = []
     terminal = Terminal()
-    monkeypatch.setattr(terminal, "note", said.append)
+    monkeypatch.setattr(terminal, "note", printed.append)
     model = SimpleNamespace(
         idle=[SimpleNamespace(process_index=process) for process in idle],
         loads=[{"host": host} for host in loads],
@@ -30,4 +30,4 @@ def test_notes_about_idle_devices_and_slower_kernels(idle, loads, fallback, note
         mesh_shape=(2, 4),
     )
     note_shortfall(model, terminal)
-    assert said == notes
+    assert printed == notes

@@ -26,9 +26,9 @@ def test_wrong_results_on_all_devices_are_reported(grok1, monkeypatch, tmp_path,
     result = grok1("smoke", "--keep", tmp_path / "kept", "--json")
     assert result.code == 1
     failed = [line["name"] for line in result.lines if line["result"] == "FAILED"]
-    assert failed == ["logits, one and all devices"]
+    assert failed == ["logits on one and all devices"]
     assert len(result.lines) == len(healthy)
-    assert result.err == "grok1: error: 1 check failed: logits, one and all devices\n"
+    assert result.err == "grok1: error: 1 check failed: logits on one and all devices\n"
 
 
 def test_existing_checkpoint_is_not_changed(grok1, checkpoint):

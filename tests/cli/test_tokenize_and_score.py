@@ -6,7 +6,7 @@ import pytest
 
 from grok1.text.tokenizer import Tokenizer
 
-TEXT = "Ein Füßchen\n\tund 東京\n"  # the tokenizer has 東京 in bytes only
+TEXT = "Ein Füßchen\n\tund 東京\n"  # 東京 is encoded as bytes
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +43,12 @@ def test_pieces_are_escaped(grok1, checkpoint, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("ids", "words"),
     [
-        ("1 x", "'x' is no token id"),
-        ("1.5", "'1.5' is no token id"),
+        ("1 x", 'invalid token id "x"'),
+        ("1.5", 'invalid token id "1.5"'),
         ("512", "512 is no token of this tokenizer, expected ids from 0 to 511"),
-        ("9" * 30, "30 digits"),
-        ("[1, true]", "True in the list is no token id"),
-        ("[1", "is not JSON"),
+        ("9" * 30, "of 30 digits"),
+        ("[1, true]", "input: invalid token id true"),
+        ("[1", "is not valid JSON"),
     ],
 )
 def test_invalid_token_ids(grok1, checkpoint, ids, words):
@@ -99,7 +99,7 @@ def test_bits_per_byte_count_the_bytes_of_scored_tokens(score, tokenizer):
     ids = tokenizer.encode(TEXT)
     assert tokenizer.pieces(ids)[-7:-1] == [f"<0x{byte:02X}>" for byte in "東京".encode()]
     for tokens, count in [
-        ([1, *ids], len(TEXT.encode())),  # after BOS, all of the text
+        ([1, *ids], len(TEXT.encode())),  # after BOS, the whole text
         ([ids[0], *tokenizer.encode("東")[1:3]], 2),  # part of a character
         ([ids[0], 3, 2], len("[UNK]")),
     ]:

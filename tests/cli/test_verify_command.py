@@ -14,7 +14,7 @@ from grok1.params.table import tensor_table
 
 @pytest.fixture
 def damaged(tmp_path, checkpoint):
-    """A checkpoint with a missing, a cut and an unexpected file."""
+    """A checkpoint with a missing, a truncated and an unexpected file."""
     folder = shutil.copytree(checkpoint, tmp_path / "damaged")
     (folder / "ckpt-0" / "tensor00003_000").unlink()
     cut = folder / "ckpt-0" / "tensor00025_000"
@@ -25,7 +25,7 @@ def damaged(tmp_path, checkpoint):
 
 @pytest.fixture
 def hollow_release(tmp_path):
-    """The release's files without their data, which take 318 GB of holes."""
+    """Sparse files with the sizes of the release, but without its data."""
     folder = tmp_path / "release" / "ckpt-0"
     folder.mkdir(parents=True)
     for spec in tensor_table(PRESETS["grok-1"]):
@@ -44,7 +44,7 @@ def hollow_release(tmp_path):
 def test_valid_checkpoint_prints_one_line(grok1, checkpoint):
     size = sum(path.stat().st_size for path in (checkpoint / "ckpt-0").iterdir())
     result = grok1("verify", checkpoint)
-    assert (result.code, result.out, result.err) == (0, f"26 files, {size:,} bytes: right\n", "")
+    assert (result.code, result.out, result.err) == (0, f"26 files, {size:,} bytes: ok\n", "")
     assert grok1("verify", checkpoint / "ckpt-0", "--content").out == result.out
 
 
@@ -65,15 +65,15 @@ def test_one_line_per_invalid_file(grok1, damaged):
     assert lines[1].startswith("tensor00025_000: ")
     assert lines[1].endswith(": download it again")
     assert lines[2] == "tensor00026_000 is unexpected: move it out of the folder"
-    assert lines[3:] == ["files to fetch again: tensor00003_000 tensor00025_000"]
+    assert lines[3:] == ["files to download again: tensor00003_000 tensor00025_000"]
     assert result.err == (
         f"grok1: error: {damaged}/ckpt-0: 3 of 26 files are not right: download or restore these files\n"
     )
 
 
 def test_json(grok1, checkpoint, damaged):
-    (right,) = grok1("verify", checkpoint, "--json").lines
-    assert (right["right"], right["files"], right["faults"], right["fetch_command"]) == (True, 26, [], None)
+    (valid,) = grok1("verify", checkpoint, "--json").lines
+    assert (valid["right"], valid["files"], valid["faults"], valid["fetch_command"]) == (True, 26, [], None)
     result = grok1("verify", damaged, "--json")
     assert result.code == 1
     assert result.lines[0]["right"] is False
@@ -84,7 +84,7 @@ def test_json(grok1, checkpoint, damaged):
 def test_manifest_round_trip(grok1, checkpoint, damaged, tmp_path):
     manifest = tmp_path / "sums"
     written = grok1("verify", checkpoint, "--write-manifest", manifest)
-    assert (written.code, written.out.endswith(": right\n")) == (0, True)
+    assert (written.code, written.out.endswith(": ok\n")) == (0, True)
     assert len(manifest.read_text().splitlines()) == 1 + 2 * 28
     assert grok1("verify", checkpoint, "--manifest", manifest).code == 0
     result = grok1("verify", damaged, "--manifest", manifest)
@@ -115,7 +115,7 @@ def test_verify_does_not_import_jax(checkpoint, tmp_path):
 
 
 def test_release_without_weights_is_hollow(grok1, hollow_release):
-    assert grok1("verify", hollow_release).out == "770 files, 318,239,886,140 bytes: right\n"
+    assert grok1("verify", hollow_release).out == "770 files, 318,239,886,140 bytes: ok\n"
     result = grok1("verify", hollow_release, "--content", "--json")
     assert result.code == 1
     assert [fault["file"] for fault in result.lines[0]["faults"]] == ["ckpt-0"]
@@ -128,7 +128,7 @@ def test_damaged_release_prints_a_download_command(grok1, hollow_release):
     os.truncate(hollow_release / "ckpt-0" / "tensor00769_000", 100)
     lines = grok1("verify", hollow_release).out.splitlines()
     assert lines[-1] == (
-        "to fetch again: hf download xai-org/grok-1 ckpt-0/tensor00005_000 ckpt-0/tensor00769_000 --repo-type model "
+        "to download again: hf download xai-org/grok-1 ckpt-0/tensor00005_000 ckpt-0/tensor00769_000 --repo-type model "
         f"--force-download --local-dir {hollow_release}"
     )
     assert json.loads(grok1("verify", hollow_release, "--json").out)["fetch_command"] == lines[-1].split(": ")[1]
