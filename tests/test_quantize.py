@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import reference
 
-from grok1.params.weights import QuantizedMatrix
+from grok1.params.weights import Panels, QuantizedMatrix, panels_shape
 
 
 def random_weight(shape, groups, seed=0):
@@ -30,3 +30,21 @@ def test_it_is_one_pytree():
     np.testing.assert_array_equal(doubled.values, weight.values)
     np.testing.assert_array_equal(doubled.scales.astype(jnp.float32), 2 * weight.scales.astype(jnp.float32))
     assert len(jax.tree.leaves(weight)) == 2
+
+
+@pytest.mark.parametrize(("rows", "columns", "groups"), [(8, 16, 1), (6, 20, 2), (10, 1, 1), (24, 33, 4)])
+def test_panels_hold_quads_of_four_rows_and_sixteen_columns(rows, columns, groups):
+    """Value (k, n) of group g is byte k % 4 of column n % 16 in quad k // 4 of panel n // 16, plus 128."""
+    rng = np.random.default_rng(rows)
+    values = rng.integers(-128, 128, (rows, columns)).astype(np.int8)
+    scales = jnp.ones((groups, columns), jnp.bfloat16)
+    per_group = rows // groups
+    quads = -(-per_group // 4)
+    panels = rng.integers(0, 256, panels_shape((rows, columns), groups)).astype(np.uint8)
+    for k in range(rows):
+        for n in range(columns):
+            group, row = divmod(k, per_group)
+            panels[n // 16, group * quads + row // 4, 4 * (n % 16) + row % 4] = int(values[k, n]) + 128
+    packed = QuantizedMatrix(jnp.asarray(panels), scales, layout=Panels(per_group))
+    assert packed.shape == (rows, columns)
+    np.testing.assert_array_equal(packed.unpack().values, values)

@@ -14,7 +14,7 @@ from grok1.errors import JobError, TokenizerError
 from grok1.jobs.batch import CompletionJob
 from grok1.jobs.rows import RowDefaults, row_seed
 from grok1.jobs.source import MAX_LINE_BYTES, Source
-from grok1.request import SamplingOptions
+from grok1.request import MAX_SEED, SamplingOptions
 
 CONFIG = PRESETS["tiny"]
 LETTERS = Letters()
@@ -99,6 +99,12 @@ def test_seeds_are_of_the_job_and_the_place():
     assert len({row_seed(seed, index) for seed in range(30) for index in range(30)}) == 900
 
 
+def test_the_last_sample_of_a_row_may_have_the_largest_seed(rows):
+    (row,) = rows('{"prompt": "x", "seed": 9223372036854775804, "n": 4}\n')
+    request = row.task.request
+    assert (request.options.seed, request.num_samples) == (MAX_SEED - 3, 4)
+
+
 def test_token_ids(rows):
     assert row(rows, prompt_token_ids=[1, 2]).task.tokens == [1, 2]
     assert row(rows, prompt=[1, 2]).task.tokens == [1, 2]
@@ -170,7 +176,7 @@ def test_lines_of_an_openai_batch(rows):
         ('{"prompt": "x", "n": 0}', "n is 0, expected 1 to 1024"),
         ('{"prompt": "x", "n": 1025}', "n is 1025, expected 1 to 1024"),
         ('{"prompt": "x", "stop": ["a", 2]}', "expected a text or a list of texts"),
-        ('{"prompt": "x", "stop": [""]}', "stop is ('',)"),
+        ('{"prompt": "x", "stop": [""]}', 'stop is [""]'),
         ('{"prompt": "x", "echo": 1}', "echo is 1"),
         ('{"prompt": "x", "id": 1.5}', "id is 1.5"),
         (b'{"prompt": "\xff"}', "it is no JSON"),

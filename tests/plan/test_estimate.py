@@ -224,3 +224,9 @@ def test_a_cpu_of_unknown_memory_is_asked_for(monkeypatch):
     monkeypatch.setattr(memory, "total_bytes", lambda: None)
     with pytest.raises(DeviceKindError, match="say it with --memory"):
         named_devices("cpu", 1)
+
+
+def test_workspace_of_the_release():
+    # 2048 positions x (131072 logits + 2 x 2 x 32768 / 8 expert activations + 8 x 6144 others) x 4 bytes
+    assert estimate(mesh=(1, 8)).workspace_bytes == 1_610_612_736
+    assert estimate(mesh=(1, 1), kind=CPU).workspace_bytes == 512 * (131072 + 131072 + 49152) * 4
