@@ -61,7 +61,7 @@ class SamplingOptions:
         help="Sampling temperature. 0 always chooses the most likely token, 1 samples from the model's own "
         "distribution, and higher values give more varied text.",
         valid=lambda value: 0 <= value < math.inf,
-        expected="0 or more",
+        expected="a finite number, 0 or more",
         dtype="float32",
         neutral=0,
     )
@@ -70,7 +70,7 @@ class SamplingOptions:
         metavar="K",
         help="Sample only from the K most likely tokens; 0 turns this off.",
         valid=lambda value: 0 <= value < 2**31,
-        expected="0 or more",
+        expected=f"0 to {2**31 - 1}",
         dtype="int32",
         neutral=0,
     )
@@ -80,7 +80,7 @@ class SamplingOptions:
         help="Sample only from the smallest set of most likely tokens whose total probability is at least P, with "
         "0 < P <= 1; 1 turns this off.",
         valid=lambda value: 0 < value <= 1,
-        expected="above 0 and at most 1",
+        expected="a number above 0 and at most 1",
         dtype="float32",
         neutral=1,
     )

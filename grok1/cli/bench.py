@@ -37,7 +37,7 @@ def _plot_file(ctx: click.Context, param: click.Parameter, value: Path | None) -
     if value is None:
         return None
     if value.suffix.lower() not in (".png", ".svg"):
-        raise click.BadParameter(f'"{value}", expected a name that ends in .png or .svg.')
+        raise click.BadParameter(f'expected a name that ends in .png or .svg, got "{value}".')
     if not value.parent.is_dir():
         raise click.BadParameter(f'folder "{value.parent}" does not exist.')
     return value
@@ -274,9 +274,9 @@ def _table(
         ["kernels", model.kernels],
         ["measured memory bandwidth", f"{limits.read_bytes_per_second / 1e9:.1f} GB/s"],
         [f"measured {limits.matrix_product}", f"{limits.matrix_operations_per_second / 1e12:.3g} TOP/s"],
-        ["load time, with start of JAX", f"{load_seconds:.1f} s"],
+        ["load time, including JAX startup", f"{load_seconds:.1f} s"],
         ["compile time", f"{model.engine.compile_seconds:.1f} s"],
-        ["peak memory of the process", "unknown" if peak is None else format_bytes(peak)],
+        ["peak host memory", "unknown" if peak is None else format_bytes(peak)],
     ]
     if on_devices is not None:
         facts.append(["peak memory per device", format_bytes(on_devices)])

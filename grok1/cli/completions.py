@@ -131,8 +131,8 @@ class CompletionPrinter:
             "stopped at "
             + ", ".join(dict.fromkeys(_FINISH_REASONS[completion.finish_reason] for completion in completions))
         )
-        last = f" to {completions[-1].seed}" if len(completions) > 1 else ""
-        parts.append(f"seed {first.seed}{last}")
+        several = len(completions) > 1
+        parts.append(f"seeds {first.seed} to {completions[-1].seed}" if several else f"seed {first.seed}")
         return "[" + " · ".join(parts) + "]"
 
 

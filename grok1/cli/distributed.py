@@ -25,7 +25,7 @@ _OWN = {
     *("checkpoint", "tokenizer", "threads", "load_memory", "quiet", "verbose"),
     *("distributed", "coordinator", "num_processes", "process_id", "coordinator_bind", "start_timeout"),
 }
-_ENVIRONMENT = ("GROK1_KERNELS", "JAX_PLATFORMS")  # variables that must be the same in all processes
+_ENVIRONMENT = ("GROK1_KERNELS", "JAX_PLATFORMS")  # variables that must be equal on all processes
 
 _TERMINATION_SECONDS = 20.0
 

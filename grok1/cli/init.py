@@ -25,8 +25,7 @@ from grok1.jobs.result_json import json_line
     required=True,
     type=click.Choice(list(PRESETS)),
     help="Model to write: bard (5 million parameters, trained on Shakespeare), or one with random weights: tiny (20 "
-    "million), bench-3b (3.3 billion), grok-1 (314 billion, 318 GB like the release) or grok-1-slice (8 of its 64 "
-    "layers).",
+    "million), bench-3b (3.3 billion), grok-1 (as large as the release, 318 GB) or grok-1-slice (8 of its 64 layers).",
 )
 @layers_option
 @click.option(

@@ -49,7 +49,7 @@ class _MeshType(click.ParamType):
         except ValueError:
             data = model = 0
         if data < 1 or model < 1:
-            self.fail(f'"{value}", expected two positive integers, such as 1,8.', param, ctx)
+            self.fail(f'expected two positive integers such as 1,8, got "{value}".', param, ctx)
         return data, model
 
 
@@ -71,7 +71,7 @@ class ByteSize(click.ParamType):
             self.fail(f"{error}.", param, ctx)
         if size < self.at_least:
             least = f"at least {format_bytes(self.at_least)}" if self.at_least > 1 else "more than 0"
-            self.fail(f'"{value}", expected {least}.', param, ctx)
+            self.fail(f'expected {least}, got "{value}".', param, ctx)
         return size
 
 
@@ -87,7 +87,7 @@ class Numbers(click.ParamType):
         except ValueError:
             numbers = (0,)
         if min(numbers) < 1:
-            self.fail(f'"{value}", expected one or more positive integers, such as 64,512.', param, ctx)
+            self.fail(f'expected one or more positive integers such as 64,512, got "{value}".', param, ctx)
         return numbers
 
 
@@ -320,7 +320,7 @@ def _sampling_option(field: dataclasses.Field[Any]) -> Callable[[Command], Comma
 
     def check(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
         if not field.metadata.get("valid", lambda value: True)(value):
-            raise click.BadParameter(f"{json_value(value)}, expected {field.metadata['expected']}.")
+            raise click.BadParameter(f"expected {field.metadata['expected']}, got {json_value(value)}.")
         return value
 
     return click.option(
@@ -352,7 +352,7 @@ def sampling_options(command: Command) -> Command:
         sampling = SamplingOptions(**values)
         if sampling.seed is not None and sampling.seed > (largest := MAX_SEED - (num_samples - 1)):
             raise click.BadParameter(
-                f"{sampling.seed}, expected at most {largest} with {num_samples} samples.", param_hint="'--seed'"
+                f"expected at most {largest} for {num_samples} samples, got {sampling.seed}.", param_hint="'--seed'"
             )
         return command(*args, sampling=sampling, num_samples=num_samples, **given)
 

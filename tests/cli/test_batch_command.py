@@ -194,7 +194,7 @@ def test_invalid_rows_fail_before_the_model_is_loaded(batch, tmp_path, monkeypat
         (["-", "--batch-size", 0], 2, "--batch-size"),
         (["-", "-o", "nowhere/out"], 1, "in an existing folder"),
         (["-", "-o", "."], 1, "is a folder"),
-        (["-", "--temperature", -1], 2, "-1.0, expected 0 or more"),
+        (["-", "--temperature", -1], 2, "expected a finite number, 0 or more, got -1.0"),
     ],
 )
 def test_invalid_options_and_files(batch, arguments, code, words, tmp_path, monkeypatch):

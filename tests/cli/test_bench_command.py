@@ -90,8 +90,8 @@ def test_devices(grok1):
     ("arguments", "code", "sentence"),
     [
         (("-c", "checkpoint", "--preset", "tiny"), 2, "--checkpoint and --preset cannot be used together"),
-        (("--preset", "tiny", "--prompt", "x"), 2, '"x", expected one or more positive integers'),
-        (("--preset", "tiny", "--batch", "1,0"), 2, '"1,0", expected one or more positive integers'),
+        (("--preset", "tiny", "--prompt", "x"), 2, 'expected one or more positive integers such as 64,512, got "x"'),
+        (("--preset", "tiny", "--batch", "1,0"), 2, 'expected one or more positive integers such as 64,512, got "1,0"'),
         (("--preset", "tiny", "--plot", "picture.gif"), 2, "expected a name that ends in .png or .svg"),
         (("--preset", "tiny", "--plot", "nowhere/picture.png"), 2, 'folder "nowhere" does not exist'),
         (("--preset", "tiny", "--mesh", "1,1", "--prompt", "100000"), 1, "lower --prompt or --decode"),
