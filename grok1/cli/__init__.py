@@ -52,7 +52,7 @@ class _LazyGroup(click.Group):
         return command
 
 
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(VERSION, prog_name="grok1", message="%(prog)s %(version)s")
 def cli() -> None:
     """Run the Grok-1 language model from its released checkpoint.

@@ -135,7 +135,7 @@ mesh_option = click.option(
     "--mesh",
     type=_MeshType(),
     metavar="DATA,MODEL",
-    show_default="1,N with the largest N that the model can be split across",
+    show_default="the model split across as many devices as possible",
     help="Device mesh: DATA copies of the model, each split across MODEL devices. Sequences are divided among the "
     "copies.",
 )
