@@ -289,8 +289,8 @@ def test_a_missing_process_0_is_reported(tiny, spawn, port):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("--start-timeout", 3), "--start-timeout is for several processes"),
-        (("--coordinator-bind", "::"), "--coordinator-bind is for several processes"),
+        (("--start-timeout", 3), "--start-timeout requires --distributed or --coordinator"),
+        (("--coordinator-bind", "::"), "--coordinator-bind requires --distributed or --coordinator"),
     ],
 )
 def test_options_for_several_processes_need_a_cluster(tiny, spawn, words, sentence):
@@ -302,8 +302,8 @@ def test_options_for_several_processes_need_a_cluster(tiny, spawn, words, senten
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [
-        (("-n", 2, "--", "init", "x"), 2, "'init' is not run by several processes"),
-        (("-n", 3, "--", "run", "x"), 1, "there are 2 virtual devices for 3 processes"),
+        (("-n", 2, "--", "init", "x"), 2, '"init" cannot be launched'),
+        (("-n", 3, "--", "run", "x"), 1, "found 2 virtual devices, expected at least one for each of 3 processes"),
         (("-n", 2, "--", "run", "--nonsense"), 2, "No such option"),
     ],
 )
