@@ -1,4 +1,5 @@
 # ruff: noqa: E402 - the environment is set before JAX is imported
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -6,11 +7,9 @@ _ROOT = Path(__file__).parents[1]
 
 # Before JAX is imported: 16 devices on any machine, and compiled programs kept from one run to the next. Most of the
 # time goes to compiling, which takes half as long without optimization; the programs compute the same.
-_FLAGS = (
-    "--xla_force_host_platform_device_count=16",
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",
-)
+_FLAGS = ["--xla_force_host_platform_device_count=16", "--xla_backend_optimization_level=0"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later versions have no such flag
+    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 _given = os.environ.get("XLA_FLAGS", "").split()  # test processes inherit the flags of the process that starts them
 os.environ["XLA_FLAGS"] = " ".join([*_given, *(flag for flag in _FLAGS if flag not in _given)])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

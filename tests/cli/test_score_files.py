@@ -181,7 +181,7 @@ def test_invalid_rows(score, tmp_path):
     assert corpus["corpus"]["rows"] == 1
 
 
-def test_strides(score, one, tokenizer, rows_file, tmp_path):
+def test_strides(score, one, grok1, checkpoint, tokenizer, rows_file, tmp_path):
     """Compare the windows of the command with windows computed here."""
     ids = tokenizer.encode(ROWS[4]["text"])
     expected = [None] * len(ids)
@@ -196,7 +196,8 @@ def test_strides(score, one, tokenizer, rows_file, tmp_path):
     file.write_text(json.dumps({"token_ids": ids}) + "\n")
     row, _ = score(file, "--stride", 10, "--per-token").lines
     assert row["logprobs"] == pytest.approx(expected[1:], abs=1e-3)
-    (told,) = score("--ids", "--json", "--stride", 10, stdin=json.dumps(ids).encode()).lines
+    alone = ("score", "-c", checkpoint, "--mesh", "1,1", "--ids", "--json", "--stride", 10)
+    (told,) = grok1(*alone, stdin=json.dumps(ids).encode()).lines
     assert told["logprobs"][1:] == pytest.approx(expected[1:], abs=1e-3)
     refused = score(rows_file, "--stride", 65)
     assert refused.code == 1
