@@ -1,1 +1,1 @@
-"""What fits where, and how fast it could be."""
+"""Estimates of memory and speed on given devices."""

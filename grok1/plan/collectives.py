@@ -1,4 +1,4 @@
-"""Collective operations, counted in the text of a compiled program."""
+"""Count of the collective operations in the text of a compiled program."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def collectives(text: str) -> tuple[Collectives, ...]:
 
 
 def _computations(text: str) -> dict[str, list[str]]:
-    """The lines of each computation, by its name."""
+    """Return the lines of each computation by its name."""
     found: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in text.splitlines():
@@ -69,7 +69,7 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _reachable(computations: dict[str, list[str]], names: set[str]) -> set[str]:
-    """Those computations and all that they call."""
+    """Return the given computations and all that they call."""
     reached: set[str] = set()
     while names:
         reached |= names
@@ -79,7 +79,7 @@ def _reachable(computations: dict[str, list[str]], names: set[str]) -> set[str]:
 
 
 def _array_bytes(shape: str) -> int:
-    """Bytes of an array or a tuple of arrays, such as `(bf16[1,6144]{1,0}, f32[8]{0})`."""
+    """Return the bytes of an array or a tuple of arrays, such as `(bf16[1,6144]{1,0}, f32[8]{0})`."""
     return sum(
         _item_bytes(dtype) * math.prod(int(size) for size in sizes.split(",") if size)
         for dtype, sizes in _ARRAY.findall(shape)
@@ -87,5 +87,5 @@ def _array_bytes(shape: str) -> int:
 
 
 def _item_bytes(dtype: str) -> int:
-    """Bytes of XLA's `pred`, `bf16`, `f32`, `s8`, `u32` and their like."""
+    """Return the size in bytes of an XLA type such as `pred`, `bf16`, `f32`, `s8` or `u32`."""
     return 1 if dtype == "pred" else int(re.sub(r"\D*(\d+).*", r"\1", dtype)) // 8

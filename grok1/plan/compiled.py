@@ -1,4 +1,4 @@
-"""What the compiler reports about the decode and prefill steps, without a checkpoint or the devices.
+"""Compilation of the decode and prefill steps without a checkpoint or devices, and what the compiler reports.
 
 The engine's programs are lowered for abstract arrays, for virtual CPU devices or for descriptions of GPUs or TPUs.
 """
@@ -88,7 +88,7 @@ _LIBTPU_ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """What the compiler reports about a step; all bytes are those of one device.
+    """The compiler's report on a step; all bytes are per device.
 
     Attributes:
         name: "decode" or "prefill".
@@ -156,7 +156,7 @@ def compile_steps(
     engine = Engine(config, abstract_parameters(config, mesh, dtype), mesh, dtype, kernels=kernels)
     rows = engine.data_rows
     if slots < 1 or slots % rows:
-        raise MeshError(f"{slots} sequences do not divide by the mesh's {rows} data rows: use a multiple of {rows}")
+        raise MeshError(f"{slots} sequences cannot be divided among {rows} data rows: use a multiple of {rows}")
     length = engine.chunk_bucket(min(prefill_tokens, engine.max_chunk))
     for key in (StepKey("decode", slots), StepKey("prefill", slots, rows, length)):
         if progress is not None:
@@ -180,7 +180,7 @@ def compile_steps(
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes that one device holds of a tree of arrays or of `jax.ShapeDtypeStruct`s with their shardings."""
+    """Return the bytes per device of a tree of arrays, or of `jax.ShapeDtypeStruct`s with shardings."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
@@ -221,7 +221,7 @@ def _memory(program: jax.stages.Compiled) -> dict[str, int]:
 
 
 def virtual_cpu_mesh(config: ModelConfig, shape: tuple[int, int]) -> Mesh:
-    """A (data, model) mesh of virtual CPU devices.
+    """Make a (data, model) mesh of virtual CPU devices.
 
     Raises:
         MeshError: if JAX has started with too few, or the model does not divide.
@@ -232,14 +232,14 @@ def virtual_cpu_mesh(config: ModelConfig, shape: tuple[int, int]) -> Mesh:
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise MeshError(
-            f"mesh {shape[0]},{shape[1]} needs {count} virtual devices, but JAX has {len(devices)} here: "
-            f"start anew with JAX_NUM_CPU_DEVICES={count} in the environment"
+            f"mesh {shape[0]},{shape[1]} needs {count} virtual devices, but JAX has {len(devices)}: "
+            f"set JAX_NUM_CPU_DEVICES={count} in the environment"
         )
     return make_mesh(config, shape, devices)
 
 
 def topology_mesh(kind: str, config: ModelConfig, shape: tuple[int, int]) -> Mesh:
-    """A (data, model) mesh of the described devices of a whole TPU slice, in the order of real ones.
+    """Make a (data, model) mesh of the devices of a described TPU slice, in the order of real ones.
 
     Raises:
         CompileError: if the TPU compiler is not installed or refuses the slice.
@@ -256,12 +256,12 @@ def topology_mesh(kind: str, config: ModelConfig, shape: tuple[int, int]) -> Mes
 
 
 def gpu_compiler_is_installed() -> bool:
-    """Whether programs can be compiled for NVIDIA GPUs."""
+    """Return whether programs can be compiled for NVIDIA GPUs."""
     return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") is not None for version in (12, 13))
 
 
 def gpu_mesh(kind: str, config: ModelConfig, shape: tuple[int, int]) -> Mesh:
-    """A (data, model) mesh of described NVIDIA GPUs of a kind in `GPUS`, eight per host.
+    """Make a (data, model) mesh of described NVIDIA GPUs of a kind in `GPUS`, eight per host.
 
     Raises:
         CompileError: if the GPU compiler is not installed or refuses them.
@@ -269,9 +269,7 @@ def gpu_mesh(kind: str, config: ModelConfig, shape: tuple[int, int]) -> Mesh:
     """
     count = shape[0] * shape[1]
     if count > _GPUS_OF_HOST and count % _GPUS_OF_HOST:
-        raise MeshError(
-            f"{count} GPUs are no whole hosts of {_GPUS_OF_HOST}: use --count with a multiple of {_GPUS_OF_HOST}"
-        )
+        raise MeshError(f"--count is {count}, expected a multiple of {_GPUS_OF_HOST}, the number of GPUs per host")
     if not gpu_compiler_is_installed():
         raise CompileError("the compiler for GPUs is not installed: pip install '.[cuda12]'")
     hosts = max(1, count // _GPUS_OF_HOST)
@@ -301,7 +299,7 @@ def _describe(platform: str, name: str, refusal: tuple[str, str], **options: Any
 
 
 def _target_config(kind: str) -> str:
-    """XLA's description of a GPU, `GpuTargetConfigProto` as text."""
+    """Return XLA's description of a GPU, a `GpuTargetConfigProto` in text format."""
     gpu, figures = _GPUS[kind], DEVICE_KINDS[kind]
     assert figures.memory_bytes is not None
     assert figures.bandwidth is not None
@@ -334,14 +332,14 @@ def _target_config(kind: str) -> str:
 
 
 def topology_name(kind: str, count: int) -> str:
-    """The shape of the TPU slice with `count` chips, such as "4x8".
+    """Return the shape of the TPU slice with `count` chips, such as "4x8".
 
     Raises:
         MeshError: if there is no such kind or slice.
     """
     if kind not in TOPOLOGIES:
-        raise MeshError(f"no TPU slices are known of kind {kind!r}: choose one of {', '.join(TOPOLOGIES)}")
+        raise MeshError(f"unknown kind of TPU slice {kind!r}: expected one of {', '.join(TOPOLOGIES)}")
     slices = TOPOLOGIES[kind]
     if count not in slices:
-        raise MeshError(f"there is no {kind} slice of {count} chips: choose one of {', '.join(map(str, slices))}")
+        raise MeshError(f"there is no {kind} slice of {count} chips: expected one of {', '.join(map(str, slices))}")
     return slices[count]

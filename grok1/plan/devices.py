@@ -1,4 +1,4 @@
-"""Published figures of devices, and the devices that are present. Importing this does not import JAX."""
+"""Specifications of devices, and detection of those present. Importing this does not import JAX."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from grok1.errors import DeviceKindError
 from grok1.host import memory
 
 GPU_MEMORY_FRACTION = 0.92
-"""Fraction of a GPU's memory that JAX may take; the rest is for the driver, collectives and kernels."""
+"""Fraction of a GPU's memory that JAX may use; the rest is for the driver, collectives and kernels."""
 
 _USABLE = {"gpu": GPU_MEMORY_FRACTION, "tpu": 0.97, "cpu": 0.95}
 
 
 @dataclasses.dataclass(frozen=True)
 class DeviceKind:
-    """A kind of device, with its vendor's figures; None where they are not known.
+    """A kind of device and its vendor's specifications; None where unknown.
 
     Attributes:
         name: as `--device` takes it.
@@ -40,7 +40,7 @@ class DeviceKind:
 
     @property
     def dtype(self) -> DTypeName:
-        """Default dtype of activations and of the key/value cache."""
+        """Default dtype of activations and of the KV cache."""
         return default_dtype(self.platform)
 
     @property
@@ -97,11 +97,11 @@ DEVICE_KINDS = {
         DeviceKind("cpu", "cpu", None, 204.8 * _GB, 4.1 * _TFLOPS),
     )
 }
-"""The kinds that `--device` knows."""
+"""The kinds of device that `--device` accepts."""
 
 
 def named_devices(name: str, count: int, memory_bytes: int | None = None) -> Devices:
-    """Devices that need not be present.
+    """Describe devices that need not be present.
 
     Args:
         name: a name of `DEVICE_KINDS`.
@@ -113,15 +113,15 @@ def named_devices(name: str, count: int, memory_bytes: int | None = None) -> Dev
     """
     kind = DEVICE_KINDS.get(name.lower())
     if kind is None:
-        raise DeviceKindError(f"there is no device kind {name!r}: choose one of {', '.join(DEVICE_KINDS)}")
+        raise DeviceKindError(f"unknown device kind {name!r}: expected one of {', '.join(DEVICE_KINDS)}")
     total = memory_bytes or kind.memory_bytes or memory.total_bytes()
     if total is None:
-        raise DeviceKindError("how much memory this machine has is not known: say it with --memory, such as 512GB")
+        raise DeviceKindError("cannot determine the memory of this machine: specify it with --memory, such as 512GB")
     return Devices(dataclasses.replace(kind, memory_bytes=total), count, int(total * _USABLE[kind.platform]))
 
 
 def present_devices(devices: Sequence[Any]) -> Devices:
-    """JAX devices of one kind, with the memory that is free on them now."""
+    """Describe JAX devices of one kind and the memory that is free on them now."""
     first = devices[0]
     if first.platform == "cpu":
         kind = dataclasses.replace(DEVICE_KINDS["cpu"], memory_bytes=memory.total_bytes())
@@ -132,7 +132,7 @@ def present_devices(devices: Sequence[Any]) -> Devices:
 
 
 def _kind_of(device: Any) -> DeviceKind:
-    """The kind of a JAX device; without figures if its name is not known."""
+    """Return the kind of a JAX device, without specifications if its name is unknown."""
     name = device.device_kind
     kinds = [kind for kind in DEVICE_KINDS.values() if kind.jax_name and kind.jax_name in name.lower()]
     if kinds:
@@ -146,7 +146,7 @@ def _free_bytes(device: Any) -> int | None:
 
 
 def make_virtual_devices(count: int) -> None:
-    """Let the CPU be `count` JAX devices, unless JAX has started or the user has chosen a number."""
+    """Make JAX show the CPU as `count` devices, unless JAX has started or the user has set a number."""
     import jax
 
     chosen = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")

@@ -1,4 +1,4 @@
-"""Bytes of weights and cache on each device, and the speeds that memory and arithmetic allow.
+"""Memory per device, and upper bounds of speed from memory bandwidth and arithmetic.
 
 Bytes are those of the arrays that loading makes and the engine keeps. Speeds are upper bounds: a step takes as long as
 reading its bytes at full bandwidth or its operations at the peak rate, whichever is longer. Communication between
@@ -75,7 +75,7 @@ class Estimate:
 
     @property
     def workspace_bytes(self) -> int:
-        """About what the largest step needs besides weights and cache on one device.
+        """Approximate memory of the largest step on one device, in addition to weights and cache.
 
         Scoring a chunk keeps the float32 logits of every position, and for each expert that a token selects its float32
         activations, gate and up.
@@ -139,7 +139,7 @@ class Estimate:
         return weights * self.weight_bytes + rows * self.workspace_bytes
 
     def needed_bytes(self, sequences: int = 1) -> int:
-        """Bytes that one memory must hold for that many sequences of full context at a time."""
+        """Return the bytes needed in one memory for `sequences` sequences of full context at a time."""
         rows = -(-sequences // self.mesh[0])
         return self.fixed_bytes + rows * self._memories[1] * self.cache_bytes
 
@@ -159,7 +159,7 @@ class Estimate:
     # Speed
 
     def decode_read_bytes(self, batch: int, context: int) -> int:
-        """Bytes that one device has to read for a decoding step.
+        """Return the bytes that one device reads in a decoding step.
 
         Assumes that sequences select experts evenly and independently: together they select
         `experts * (1 - (1 - selected / experts) ** sequences)` on average.
@@ -175,17 +175,17 @@ class Estimate:
         return round(weights) + rows * context * self._cache_position_bytes
 
     def decode_seconds(self, batch: int, context: int) -> float | None:
-        """Least time of a decoding step of `batch` sequences; None if the devices' speed is not known."""
+        """Return a lower bound in seconds for a decoding step of `batch` sequences; None if speeds are unknown."""
         operations = -(-batch // self.mesh[0]) * self.operations(1, context)
         return self._seconds(self.decode_read_bytes(batch, context), operations)
 
     def decode_tokens_per_second(self, batch: int, context: int) -> float | None:
-        """Upper bound for `batch` sequences together; None if the devices' speed is not known."""
+        """Return an upper bound in tokens/s for all of `batch` sequences; None if speeds are unknown."""
         seconds = self.decode_seconds(batch, context)
         return None if seconds is None else batch / seconds
 
     def prefill_seconds(self, tokens: int) -> float | None:
-        """Least time to read a prompt, in chunks that each read the weights; None if the speed is not known."""
+        """Return a lower bound in seconds for prefill, in chunks that each read the weights; None if unknown."""
         total = 0.0
         for start in range(0, tokens, self._chunk):
             count = min(self._chunk, tokens - start)
@@ -197,12 +197,12 @@ class Estimate:
         return total
 
     def prefill_tokens_per_second(self, tokens: int) -> float | None:
-        """Upper bound for reading one prompt of that length; None if the devices' speed is not known."""
+        """Return an upper bound in tokens/s for prefill of one prompt; None if speeds are unknown."""
         seconds = self.prefill_seconds(tokens)
         return None if seconds is None else tokens / seconds
 
     def operations(self, tokens: int, context: float) -> float:
-        """Multiplications and additions of one device for tokens that attend to `context` positions on average."""
+        """Return the operations of one device for tokens that attend to `context` positions on average."""
         config = self.config
         attention = 4 * config.num_layers * config.q_size * context
         return tokens * (2 * num_active_parameters(config) + attention) / self.mesh[1]
@@ -216,7 +216,7 @@ class Estimate:
 
 
 def next_fit(estimate: Estimate) -> Estimate | None:
-    """The smallest change with which a model fits; None if there is none.
+    """Return the smallest change with which a model fits, or None if there is none.
 
     Tries other meshes of the same devices, then bfloat16 activations on them, then more devices of the kind.
     """
@@ -235,7 +235,7 @@ def next_fit(estimate: Estimate) -> Estimate | None:
 
 
 def smallest_fit(config: ModelConfig, devices: Devices, dtype: str) -> Estimate:
-    """The smallest number of such devices that a model fits on, or the largest that it can be divided over.
+    """Return the smallest number of such devices on which a model fits, or the largest that it can be split across.
 
     The count of `devices` does not matter; `dtype` is that of activations and of the cache.
     """
@@ -247,7 +247,7 @@ def smallest_fit(config: ModelConfig, devices: Devices, dtype: str) -> Estimate:
 
 
 def widest_split(estimate: Estimate) -> Estimate:
-    """The estimate with the model divided over as many devices as it can be."""
+    """Return the estimate for the largest number of devices that the model can be split across."""
     shards = possible_model_shards(estimate.config, _MOST_SHARDS)[-1]
     devices = dataclasses.replace(estimate.devices, count=max(shards, estimate.devices.count))
     return dataclasses.replace(estimate, devices=devices, mesh=(1, shards), hosts=None)

@@ -1,4 +1,4 @@
-"""Whether a model fits, in one sentence, and the smallest change with which it would."""
+"""The conclusion of an estimate in one sentence: whether a model fits, or what to change so that it does."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from grok1.plan.estimate import Estimate, next_fit, widest_split
 
 
 def verdict(estimate: Estimate) -> str:
-    """One sentence: whether a model fits, and if not, what would help."""
+    """Return a sentence that says whether a model fits and, if not, what would help."""
     if estimate.devices.usable_bytes is None:
-        return f"not known: it needs {_needed(estimate)}, and how much there is could not be found out"
+        return f"unknown: the model needs {_needed(estimate)}; the available memory could not be determined"
     if estimate.fits:
         context = estimate.config.sequence_len
         noun = "sequence" if estimate.sequences == 1 else "sequences"
@@ -19,10 +19,10 @@ def verdict(estimate: Estimate) -> str:
 
 
 def room(estimate: Estimate) -> int | None:
-    """How many sequences of full context fit at a time; None if it is not known.
+    """Return the number of sequences of full context that fit at a time; None if memory is unknown.
 
     Raises:
-        TooSmallError: if none does; the message names the smallest change that would help.
+        TooSmallError: if none fits; the message names the smallest change that would help.
     """
     if estimate.fits is False:
         raise TooSmallError(f"{_shortage(estimate)}: {_remedy(estimate)}")
@@ -31,13 +31,13 @@ def room(estimate: Estimate) -> int | None:
 
 def _shortage(estimate: Estimate) -> str:
     usable = format_bytes(estimate.devices.usable_bytes or 0)
-    where = "on this machine" if estimate.devices.kind.shares_memory else "on each device"
-    return f"the model needs {_needed(estimate)}, but {usable} can be had {where}"
+    where = "on this machine" if estimate.devices.kind.shares_memory else "per device"
+    return f"the model needs {_needed(estimate)}, but {usable} is available {where}"
 
 
 def _needed(estimate: Estimate) -> str:
     weights = estimate.weight_bytes
-    where = " on each device"
+    where = " per device"
     if estimate.devices.kind.shares_memory:
         weights, where = weights * estimate.mesh[1], " of memory"
     total = format_bytes(estimate.needed_bytes())
@@ -47,12 +47,13 @@ def _needed(estimate: Estimate) -> str:
 def _remedy(estimate: Estimate) -> str:
     fit = next_fit(estimate)
     if fit is None and estimate.devices.kind.shares_memory:
-        return f"use a machine that has {format_bytes(estimate.needed_bytes())} free"
+        return f"use a machine with {format_bytes(estimate.needed_bytes())} of free memory"
     if fit is None:
         most = widest_split(estimate)
         need = format_bytes(most.needed_bytes())
         return (
-            f"use devices with more memory, as the model divides over at most {most.mesh[1]} and needs {need} on each"
+            f"use devices with more memory: the model can be split across at most {most.mesh[1]} devices and then needs "
+            f"{need} on each"
         )
     options = []
     if fit.devices.count > estimate.devices.count:

@@ -216,13 +216,13 @@ def test_named_devices():
     assert named_devices("H200", 4).count == 4
     assert 0.9 * 141e9 < named_devices("h200", 1).usable_bytes < 141e9
     assert named_devices("h200", 1, 10**9).usable_bytes < 10**9
-    with pytest.raises(DeviceKindError, match="no device kind 'abacus': choose one of a100"):
+    with pytest.raises(DeviceKindError, match="unknown device kind 'abacus': expected one of a100"):
         named_devices("abacus", 1)
 
 
 def test_a_cpu_of_unknown_memory_is_asked_for(monkeypatch):
     monkeypatch.setattr(memory, "total_bytes", lambda: None)
-    with pytest.raises(DeviceKindError, match="say it with --memory"):
+    with pytest.raises(DeviceKindError, match="specify it with --memory"):
         named_devices("cpu", 1)
 
 

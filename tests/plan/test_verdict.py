@@ -26,39 +26,39 @@ def told(mesh, usable, kind=GPU, dtype="bfloat16", count=None):
         (told((1, 8), 60 * GB), "fits: the weights and 70 sequences of 8192 tokens at a time"),
         (
             told((1, 4), 60 * GB),
-            "does not fit: the model needs 81.5 GB on each device (79.2 GB of weights, and one sequence), but 60.0 GB "
-            "can be had on each device; it fits with 8 such devices and --mesh 1,8",
+            "does not fit: the model needs 81.5 GB per device (79.2 GB of weights, and one sequence), but 60.0 GB "
+            "is available per device; it fits with 8 such devices and --mesh 1,8",
         ),
         (
             told((4, 2), 60 * GB),
-            "does not fit: the model needs 161 GB on each device (158 GB of weights, and one sequence), but 60.0 GB "
-            "can be had on each device; it fits with --mesh 1,8",
+            "does not fit: the model needs 161 GB per device (158 GB of weights, and one sequence), but 60.0 GB "
+            "is available per device; it fits with --mesh 1,8",
         ),
         (
             told((1, 16), 15 * GB),
-            "does not fit: the model needs 21.7 GB on each device (19.9 GB of weights, and one sequence), but 15.0 GB "
-            "can be had on each device; it fits with 32 such devices and --mesh 1,32",
+            "does not fit: the model needs 21.7 GB per device (19.9 GB of weights, and one sequence), but 15.0 GB "
+            "is available per device; it fits with 32 such devices and --mesh 1,32",
         ),
         (
             told((1, 16), 2 * GB),
-            "does not fit: the model needs 21.7 GB on each device (19.9 GB of weights, and one sequence), but 2.00 GB "
-            "can be had on each device; use devices with more memory, as the model divides over at most 256 and needs "
-            "3.39 GB on each",
+            "does not fit: the model needs 21.7 GB per device (19.9 GB of weights, and one sequence), but 2.00 GB "
+            "is available per device; use devices with more memory: the model can be split across at most 256 devices "
+            "and then needs 3.39 GB on each",
         ),
         (
             told((1, 1), 64 * GB, CPU, "float32"),
-            "does not fit: the model needs 323 GB of memory (318 GB of weights, and one sequence), but 64.0 GB can be "
-            "had on this machine; use a machine that has 323 GB free",
+            "does not fit: the model needs 323 GB of memory (318 GB of weights, and one sequence), but 64.0 GB is "
+            "available on this machine; use a machine with 323 GB of free memory",
         ),
         (
             told((1, 1), 321 * GB, CPU, "float32"),
-            "does not fit: the model needs 323 GB of memory (318 GB of weights, and one sequence), but 321 GB can be "
-            "had on this machine; it fits with --dtype bfloat16",
+            "does not fit: the model needs 323 GB of memory (318 GB of weights, and one sequence), but 321 GB is "
+            "available on this machine; it fits with --dtype bfloat16",
         ),
         (
             told((1, 8), None),
-            "not known: it needs 41.5 GB on each device (39.6 GB of weights, and one sequence), and how much there is "
-            "could not be found out",
+            "unknown: the model needs 41.5 GB per device (39.6 GB of weights, and one sequence); the available "
+            "memory could not be determined",
         ),
     ],
 )
@@ -75,7 +75,7 @@ def test_loading_begins_only_where_there_is_room(make_checkpoint, monkeypatch):
 
     monkeypatch.setattr(memory, "available_bytes", lambda: planned.needed_bytes(1) - 1)
     stages = set()
-    with pytest.raises(TooSmallError, match="can be had on this machine"):
+    with pytest.raises(TooSmallError, match="is available on this machine"):
         load(folder, mesh=(1, 2), progress=lambda progress: stages.add(progress.stage))
     assert stages == {"checking"}
 
