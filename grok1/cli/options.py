@@ -67,8 +67,8 @@ class ByteSize(click.ParamType):
             return value
         try:
             size = parse_bytes(value)
-        except ValueError as error:
-            self.fail(f"{error}.", param, ctx)
+        except ValueError:
+            self.fail(f'expected a size such as 512MB, 80GB or 2GiB, got "{value}".', param, ctx)
         if size < self.at_least:
             least = f"at least {format_bytes(self.at_least)}" if self.at_least > 1 else "more than 0"
             self.fail(f'expected {least}, got "{value}".', param, ctx)

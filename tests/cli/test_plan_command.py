@@ -129,7 +129,7 @@ def test_plan_for_a_checkpoint(grok1, checkpoint):
     ("arguments", "code", "sentence"),
     [
         (["--device", "abacus"], 2, "'abacus' is not one of"),
-        (["--device", "cpu", "--memory", "lots"], 2, "'lots' is not a size: expected a number and a unit"),
+        (["--device", "cpu", "--memory", "lots"], 2, 'expected a size such as 512MB, 80GB or 2GiB, got "lots"'),
         (["--device", "cpu", "--memory", "0GB"], 2, "expected more than 0"),
         (["--device", "h200", "--count", "0"], 2, "0 is not in the range"),
         (["--device", "h200", "--count", "4", "--mesh", "1,8"], 1, "mesh 1,8 needs 8 devices, but 4 devices are here"),
