@@ -52,8 +52,8 @@ def _remedy(estimate: Estimate) -> str:
         most = widest_split(estimate)
         need = format_bytes(most.needed_bytes())
         return (
-            f"use devices with more memory: the model can be split across at most {most.mesh[1]} devices and then needs "
-            f"{need} on each"
+            f"use devices with more memory: the model can be split across at most {most.mesh[1]} devices and then "
+            f"needs {need} on each"
         )
     options = []
     if fit.devices.count > estimate.devices.count:
