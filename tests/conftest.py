@@ -29,13 +29,14 @@ import numpy as np
 import pytest
 import reference
 from built import require_kernels
+from configs import SMALL
 
 from grok1 import cli
 from grok1.checkpoint.load import load_parameters
 from grok1.checkpoint.reader import Checkpoint
 from grok1.checkpoint.writer import write_checkpoint
 from grok1.cli.terminal import Terminal
-from grok1.config import PRESETS, ModelConfig
+from grok1.config import PRESETS
 from grok1.engine.engine import Engine
 from grok1.model import Model
 from grok1.ops.cpu import library as cpu
@@ -227,18 +228,7 @@ def grok1(monkeypatch):
 @pytest.fixture(scope="session")
 def small_config():
     """Two layers and a short context."""
-    return ModelConfig(
-        vocab_size=64,
-        emb_size=48,
-        key_size=4,
-        num_q_heads=8,
-        num_kv_heads=4,
-        num_layers=2,
-        widening_factor=2,
-        num_experts=4,
-        sequence_len=48,
-        attn_output_multiplier=0.5,
-    )
+    return SMALL
 
 
 @pytest.fixture(scope="session")

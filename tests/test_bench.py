@@ -4,31 +4,18 @@ import dataclasses
 
 import numpy as np
 import pytest
+from configs import TEXT
 
-from grok1.config import ModelConfig
 from grok1.diagnose import bench
 from grok1.engine.engine import Engine
 from grok1.errors import RequestError
 from grok1.model import random_model
 from grok1.params.table import tensor_table
 
-CONFIG = ModelConfig(
-    vocab_size=96,
-    emb_size=32,
-    key_size=8,
-    num_q_heads=4,
-    num_kv_heads=2,
-    num_layers=3,
-    widening_factor=3,
-    num_experts=4,
-    num_selected_experts=2,
-    sequence_len=64,
-)
-
 
 @pytest.fixture(scope="module", params=[(1, 1), (2, 2)], ids=str)
 def model(request):
-    return random_model(CONFIG, mesh=request.param)
+    return random_model(TEXT, mesh=request.param)
 
 
 def test_measurements_are_consistent(model):
@@ -45,18 +32,18 @@ def test_bytes_per_step_match_the_files(model):
     data, shards = model.mesh_shape
     found = bench.measure(model, 16, data, 4)
     weights = 0.0
-    for spec in tensor_table(CONFIG):
+    for spec in tensor_table(TEXT):
         size = np.prod(spec.shape) * spec.dtype.itemsize + 2 * np.prod(spec.scales_shape or 0)
         share = 0.5 if "/moe/" in spec.module else 1
         copies = data * (shards if "norm" in spec.module or "router" in spec.module else 1)
         weights += size * share * copies
-    cache = data * (16 + 2 + 2) * CONFIG.num_layers * 2 * CONFIG.num_kv_heads * CONFIG.key_size * 4
+    cache = data * (16 + 2 + 2) * TEXT.num_layers * 2 * TEXT.num_kv_heads * TEXT.key_size * 4
     assert found.decode_bytes_per_step == pytest.approx(weights + cache, rel=0.01)
 
 
 def test_prompt_of_several_chunks(monkeypatch):
     monkeypatch.setattr(Engine, "max_chunk", 16)
-    found = bench.measure(random_model(CONFIG, mesh=(1, 1)), 40, 2, 2)
+    found = bench.measure(random_model(TEXT, mesh=(1, 1)), 40, 2, 2)
     assert found.prefill_seconds > 0
 
 
@@ -65,7 +52,7 @@ def test_prompt_of_several_chunks(monkeypatch):
     [(60, 2, 8, "lower --prompt"), (8, 3, 1, "multiple"), (8, 1 << 40, 1, "lower --batch")],
 )
 def test_impossible_measurements(prompt, batch, decode, match):
-    model = random_model(CONFIG, mesh=(2, 1))
+    model = random_model(TEXT, mesh=(2, 1))
     with pytest.raises(RequestError, match=match):
         bench.measure(model, prompt, batch, decode)
 
@@ -76,14 +63,14 @@ def test_limits(model, monkeypatch):
     limits = bench.measure_limits(model)
     assert limits.read_bytes_per_second > 0
     assert limits.matrix_operations_per_second > 0
-    plain = bench.measure_limits(random_model(CONFIG, mesh=(1, 1), kernels="xla"))
+    plain = bench.measure_limits(random_model(TEXT, mesh=(1, 1), kernels="xla"))
     assert plain.matrix_product == "float32 matrix product"
 
 
 def test_weight_bytes(model):
-    plain = random_model(CONFIG, mesh=(1, 1), kernels="xla")
+    plain = random_model(TEXT, mesh=(1, 1), kernels="xla")
     sizes = [
-        np.prod(spec.shape) * spec.dtype.itemsize + 2 * np.prod(spec.scales_shape or 0) for spec in tensor_table(CONFIG)
+        np.prod(spec.shape) * spec.dtype.itemsize + 2 * np.prod(spec.scales_shape or 0) for spec in tensor_table(TEXT)
     ]
     assert bench.weight_bytes(plain) == sum(sizes)
     assert bench.weight_bytes(model) >= sum(sizes)
@@ -91,8 +78,8 @@ def test_weight_bytes(model):
 
 def test_random_models_differ_by_seed():
     tokens = [3, 4, 5]
-    first, again = (random_model(CONFIG, mesh=(1, 1), seed=1).logits(tokens) for _ in range(2))
-    other = random_model(dataclasses.replace(CONFIG), mesh=(1, 1), seed=2).logits(tokens)
+    first, again = (random_model(TEXT, mesh=(1, 1), seed=1).logits(tokens) for _ in range(2))
+    other = random_model(dataclasses.replace(TEXT), mesh=(1, 1), seed=2).logits(tokens)
     np.testing.assert_array_equal(first, again)
     assert np.isfinite(first).all()
     assert not np.array_equal(first, other)

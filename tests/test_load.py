@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import reference
 from built import require_kernels
+from configs import SHARDED
 
 from grok1.checkpoint import byte_ranges, load
 from grok1.checkpoint.reader import Checkpoint
 from grok1.checkpoint.shards import HostShard, local_shards
-from grok1.config import ModelConfig
 from grok1.errors import CheckpointError
 from grok1.host.memory import MIN_LOAD_MEMORY, MemoryBudget
 from grok1.ops.cpu import library as cpu
@@ -21,23 +21,12 @@ from grok1.params.sharding import make_mesh
 from grok1.params.tree import parameter_arrays
 from grok1.params.weights import QuantizedMatrix
 
-CONFIG = ModelConfig(
-    vocab_size=32,
-    emb_size=16,
-    key_size=2,
-    num_q_heads=16,
-    num_kv_heads=4,
-    num_layers=12,
-    widening_factor=3,
-    num_experts=3,
-    sequence_len=8,
-)
 MESHES = [(1, 1), (1, 2), (2, 8), (1, 16), (4, 2)]
 
 
 @pytest.fixture(scope="module")
 def folder(make_checkpoint):
-    return make_checkpoint(CONFIG)
+    return make_checkpoint(SHARDED)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +43,7 @@ def stacks(folder):
     stacked = {path: _parts(files[path]) for path in paths}
     for path in files:
         if path.startswith(first):
-            layers = [_parts(files[path.replace("_0/", f"_{i}/", 1)]) for i in range(CONFIG.num_layers)]
+            layers = [_parts(files[path.replace("_0/", f"_{i}/", 1)]) for i in range(SHARDED.num_layers)]
             weights, scales = zip(*layers, strict=True)
             both = np.stack(weights), None if scales[0] is None else np.stack(scales)
             stacked[path.replace("_0/", "/", 1)] = both
@@ -83,9 +72,9 @@ def part_of_shard(path, array, is_scales, shard, shards):
         case [*_, "multi_head_attention", "query", "w"] | [*_, "moe", "linear" | "linear_v", "w"]:
             return share(-1)
         case [*_, "multi_head_attention", "key" | "value", "w"]:
-            query_heads = np.split(np.arange(CONFIG.num_q_heads), shards)[shard]
-            heads = np.unique(query_heads * CONFIG.num_kv_heads // CONFIG.num_q_heads)
-            columns = (heads[:, None] * CONFIG.key_size + np.arange(CONFIG.key_size)).reshape(-1)
+            query_heads = np.split(np.arange(SHARDED.num_q_heads), shards)[shard]
+            heads = np.unique(query_heads * SHARDED.num_kv_heads // SHARDED.num_q_heads)
+            columns = (heads[:, None] * SHARDED.key_size + np.arange(SHARDED.key_size)).reshape(-1)
             return array[..., columns]
         case [*_, "multi_head_attention", "linear", "w"] | [*_, "moe", "linear_1", "w"]:
             return rows_scales() if is_scales else share(-2)
@@ -122,7 +111,7 @@ def assert_devices_hold_their_parts(params, stacks, mesh, dtype):
 
 @pytest.mark.parametrize(("shape", "dtype"), [*((shape, np.float32) for shape in MESHES), ((2, 8), ml_dtypes.bfloat16)])
 def test_each_device_holds_its_slices(shape, dtype, checkpoint, stacks):
-    mesh = make_mesh(CONFIG, shape)
+    mesh = make_mesh(SHARDED, shape)
     params = load.load_parameters(checkpoint, mesh, dtype)
     assert_devices_hold_their_parts(params, stacks, mesh, dtype)
 
@@ -144,7 +133,7 @@ def test_packed_weights_are_the_same_on_each_device(shape, load_memory, checkpoi
         monkeypatch.setattr(load, "MIN_LOAD_MEMORY", 0)
         monkeypatch.setattr(load, "STAGING_BYTES", 64)
         monkeypatch.setattr(byte_ranges, "STAGING_BYTES", 64)
-    mesh = make_mesh(CONFIG, shape)
+    mesh = make_mesh(SHARDED, shape)
     params = load.load_parameters(checkpoint, mesh, load_memory=load_memory, pack=cpu.pack_box)
     places = {device: place for place, device in np.ndenumerate(mesh.devices)}
     packed = 0
@@ -167,7 +156,7 @@ def as_accelerators(monkeypatch):
 
 @pytest.mark.parametrize(("shape", "dtype"), [((2, 2), ml_dtypes.bfloat16), ((1, 8), np.float32)])
 def test_filling_arrays_on_the_devices_gives_the_same(shape, dtype, checkpoint, stacks, as_accelerators):
-    mesh = make_mesh(CONFIG, shape)
+    mesh = make_mesh(SHARDED, shape)
     reports = []
     params = load.load_parameters(checkpoint, mesh, dtype, lambda *report: reports.append(report))
     assert_devices_hold_their_parts(params, stacks, mesh, dtype)
@@ -190,7 +179,7 @@ def test_little_memory_cuts_pieces_and_is_never_exceeded(shape, on_host, checkpo
                 yield
 
     monkeypatch.setattr(load, "MemoryBudget", Watched)
-    mesh = make_mesh(CONFIG, shape)
+    mesh = make_mesh(SHARDED, shape)
     params = load.load_parameters(checkpoint, mesh, ml_dtypes.bfloat16, load_memory=1000)
     assert_devices_hold_their_parts(params, stacks, mesh, ml_dtypes.bfloat16)
     assert len(held) > len(checkpoint.table)
@@ -209,14 +198,14 @@ def test_little_memory_cuts_pieces_and_is_never_exceeded(shape, on_host, checkpo
 
 def test_too_little_memory_is_refused(checkpoint):
     with pytest.raises(ValueError, match=r"load_memory is 15.0 MB, expected at least 16.0 MB"):
-        load.load_parameters(checkpoint, make_mesh(CONFIG, (1, 1)), load_memory=15_000_000)
+        load.load_parameters(checkpoint, make_mesh(SHARDED, (1, 1)), load_memory=15_000_000)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 16), (4, 2)])
 def test_no_byte_is_read_twice(shape, folder, stacks):
     """On one machine that has all shards: also of what several of them hold."""
     checkpoint = Checkpoint.open(folder)
-    load.load_parameters(checkpoint, make_mesh(CONFIG, shape))
+    load.load_parameters(checkpoint, make_mesh(SHARDED, shape))
     arrays = [array for both in stacks.values() for array in both if array is not None]
     assert checkpoint.bytes_read == sum(array.nbytes for array in arrays)
 
@@ -256,7 +245,7 @@ def _bytes_read_by_process():
 
 def test_shards_that_hold_the_same_share_it(checkpoint):
     """Key/value heads of 16 shards, of which there are 4, and scale groups, of which there are 8."""
-    params = load.load_parameters(checkpoint, make_mesh(CONFIG, (1, 16)))
+    params = load.load_parameters(checkpoint, make_mesh(SHARDED, (1, 16)))
     for path, is_scales, array in leaves(params):
         distinct = {shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards}
         match path.split("/")[-2:], is_scales:
@@ -273,13 +262,13 @@ def test_files_leave_the_page_cache_only_where_memory_is_short(crowded, folder, 
     monkeypatch.setattr(load, "available_bytes", lambda: needed if crowded else 2 * needed)
     forgotten = []
     monkeypatch.setattr(Checkpoint, "forget", lambda self, index: forgotten.append(index))
-    load.load_parameters(checkpoint, make_mesh(CONFIG, (1, 2)), load_memory=MIN_LOAD_MEMORY)
+    load.load_parameters(checkpoint, make_mesh(SHARDED, (1, 2)), load_memory=MIN_LOAD_MEMORY)
     assert sorted(forgotten) == (list(range(len(checkpoint.table))) if crowded else [])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_devices_of_a_cpu_share_the_memory_of_data_rows(dtype, checkpoint):
-    mesh = make_mesh(CONFIG, (4, 2))
+    mesh = make_mesh(SHARDED, (4, 2))
     for path, is_scales, array in leaves(load.load_parameters(checkpoint, mesh, dtype)):
         at = {shard.device: shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards}
         for column in mesh.devices.T:
@@ -289,7 +278,7 @@ def test_devices_of_a_cpu_share_the_memory_of_data_rows(dtype, checkpoint):
 @pytest.mark.parametrize("shape", [(1, 1), (1, 16), (4, 2)])
 def test_progress_rises_to_the_bytes_that_are_read(shape, checkpoint):
     reports = []
-    mesh = make_mesh(CONFIG, shape)
+    mesh = make_mesh(SHARDED, shape)
     params = load.load_parameters(checkpoint, mesh, progress=lambda *report: reports.append(report))
     done, totals = zip(*reports, strict=True)
     assert list(done) == sorted(done)
@@ -304,4 +293,4 @@ def test_a_file_cut_short_while_loading_is_an_error(folder, tmp_path):
     path = copy / "ckpt-0" / "tensor00007_000"
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(CheckpointError, match="tensor00007_000"):
-        load.load_parameters(opened, make_mesh(CONFIG, (1, 2)))
+        load.load_parameters(opened, make_mesh(SHARDED, (1, 2)))

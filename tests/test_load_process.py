@@ -7,21 +7,10 @@ import sys
 import textwrap
 
 import pytest
+from configs import LARGE_WEIGHTS
 
-from grok1.config import ModelConfig
 from grok1.host.memory import MIN_LOAD_MEMORY
 
-CONFIG = ModelConfig(
-    vocab_size=1024,
-    emb_size=1024,
-    key_size=64,
-    num_q_heads=16,
-    num_kv_heads=8,
-    num_layers=6,
-    widening_factor=6,
-    num_experts=2,
-    sequence_len=64,
-)
 SLACK = 64 << 20
 """For threads' stacks, compiled programs and whatever else JAX takes."""
 
@@ -51,7 +40,7 @@ def status(field):
 
 @pytest.fixture(scope="module")
 def folder(make_checkpoint):
-    return make_checkpoint(CONFIG)
+    return make_checkpoint(LARGE_WEIGHTS)
 
 
 @pytest.fixture(scope="module")

@@ -7,30 +7,17 @@ import subprocess
 import sys
 
 import pytest
+from configs import TEXT
 
 from grok1.checkpoint.writer import write_checkpoint
-from grok1.config import ModelConfig
 from grok1.text.train_tokenizer import train_small_tokenizer
-
-CONFIG = ModelConfig(
-    vocab_size=512,
-    emb_size=64,
-    key_size=8,
-    num_q_heads=8,
-    num_kv_heads=4,
-    num_layers=2,
-    widening_factor=3,
-    num_experts=4,
-    sequence_len=64,
-    attn_output_multiplier=0.35,
-)
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """A small model with a tokenizer."""
     folder = tmp_path_factory.mktemp("cli") / "model"
-    write_checkpoint(folder, CONFIG, tokenizer=train_small_tokenizer(CONFIG.vocab_size))
+    write_checkpoint(folder, TEXT, tokenizer=train_small_tokenizer(TEXT.vocab_size))
     return folder
 
 
@@ -38,8 +25,8 @@ def checkpoint(tmp_path_factory):
 def long_checkpoint(tmp_path_factory):
     """The same model with a long context."""
     folder = tmp_path_factory.mktemp("cli") / "long"
-    config = dataclasses.replace(CONFIG, sequence_len=2048)
-    write_checkpoint(folder, config, tokenizer=train_small_tokenizer(CONFIG.vocab_size))
+    config = dataclasses.replace(TEXT, sequence_len=2048)
+    write_checkpoint(folder, config, tokenizer=train_small_tokenizer(TEXT.vocab_size))
     return folder
 
 

@@ -1,6 +1,5 @@
 """What is read for prompts that share a batch, when, and that nothing of it shows in the results."""
 
-import dataclasses
 import itertools
 from types import SimpleNamespace
 
@@ -14,9 +13,8 @@ from grok1.request import EncodedRequest, SamplingOptions
 
 
 @pytest.fixture(scope="module")
-def engine(make_checkpoint, make_engine, small_config):
-    """Of a context of 400 tokens; all experts are selected, so that no rounding changes which."""
-    return make_engine(make_checkpoint(dataclasses.replace(small_config, sequence_len=400, num_experts=2)))
+def engine(long_folder, make_engine):
+    return make_engine(long_folder)
 
 
 @pytest.fixture
@@ -158,8 +156,8 @@ def test_the_next_step_is_dispatched_before_tokens_are_read(engine, monkeypatch)
     assert received == 20
 
 
-def test_data_rows_read_beside_each_other(make_checkpoint, make_engine, small_config, steps):
-    rows = make_engine(make_checkpoint(dataclasses.replace(small_config, sequence_len=400, num_experts=2)), (2, 2))
+def test_data_rows_read_beside_each_other(long_folder, make_engine, steps):
+    rows = make_engine(long_folder, (2, 2))
     requests = [request(prompt(100, seed=i)) for i in range(2)]
     found = run(rows, requests, 2, lanes=4)
     reading = [step for step in steps if step != "decode"]

@@ -1,11 +1,11 @@
 """The harness's own evaluation over small tasks of local data, against scores computed one by one."""
 
-import dataclasses
 import json
 import math
 from types import SimpleNamespace
 
 import pytest
+from configs import TEXT_ALL_EXPERTS
 
 from grok1.text.tokenizer import Tokenizer
 from grok1.text.train_tokenizer import train_small_tokenizer
@@ -34,10 +34,8 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(make_checkpoint, make_engine, small_config, tokenizer):
-    """All experts are selected, so that no rounding changes which."""
-    config = dataclasses.replace(small_config, vocab_size=512, sequence_len=64, num_experts=2)
-    return Model(make_engine(make_checkpoint(config)), tokenizer)
+def model(make_checkpoint, make_engine, tokenizer):
+    return Model(make_engine(make_checkpoint(TEXT_ALL_EXPERTS)), tokenizer)
 
 
 @pytest.fixture
@@ -146,10 +144,9 @@ def test_what_a_task_cannot_ask_for(model):
         Grok1LM(model=model).generate_until([SimpleNamespace(args=("x", {"num_beams": 4}))])
 
 
-def test_the_harness_loads_a_checkpoint(make_checkpoint, small_config, tokenizer):
-    config = dataclasses.replace(small_config, vocab_size=512, sequence_len=64, num_experts=2)
+def test_the_harness_loads_a_checkpoint(make_checkpoint, tokenizer):
     adapter = lm_eval.api.registry.get_model("grok1").create_from_arg_string(
-        f"checkpoint={make_checkpoint(config)},tokenizer={tokenizer.source},mesh=1x1,dtype=float32",
+        f"checkpoint={make_checkpoint(TEXT_ALL_EXPERTS)},tokenizer={tokenizer.source},mesh=1x1,dtype=float32",
         {"batch_size": "auto", "device": None, "max_batch_size": None},
     )
     assert isinstance(adapter, Grok1LM)

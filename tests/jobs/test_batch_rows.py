@@ -1,13 +1,14 @@
 """Every row of a job against the same row alone."""
 
+import dataclasses
 import json
 import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from configs import TEXT_ALL_EXPERTS
 
-from grok1.config import ModelConfig
 from grok1.errors import JobError
 from grok1.jobs.batch import CompletionJob
 from grok1.jobs.rows import RowDefaults
@@ -19,21 +20,9 @@ from grok1.request import SamplingOptions
 from grok1.text.tokenizer import Tokenizer
 from grok1.text.train_tokenizer import train_small_tokenizer
 
-CONFIG = ModelConfig(
-    vocab_size=512,
-    emb_size=48,
-    key_size=4,
-    num_q_heads=8,
-    num_kv_heads=4,
-    num_layers=2,
-    widening_factor=2,
-    num_experts=2,  # all are selected, so that no rounding changes which
-    sequence_len=128,
-    attn_output_multiplier=0.5,
-)
-
-
 BATCHING = {"batch_size": 5, "lanes": 4, "logprobs": True}
+
+CONFIG = dataclasses.replace(TEXT_ALL_EXPERTS, sequence_len=128)
 
 
 def completion_job(path, tokenizer=None, **defaults):

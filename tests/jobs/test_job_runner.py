@@ -1,17 +1,19 @@
 """The runner of jobs, with a model and a reporter of the test's own."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import threading
 from types import SimpleNamespace
 
 import pytest
+from configs import TEXT
 
 from grok1.checkpoint.audit.fingerprint import fingerprint
 from grok1.checkpoint.reader import Checkpoint
 from grok1.checkpoint.writer import write_checkpoint
-from grok1.config import VERSION, ModelConfig
+from grok1.config import VERSION
 from grok1.errors import JobError
 from grok1.jobs.batch import CompletionJob
 from grok1.jobs.journal import Journal
@@ -21,17 +23,7 @@ from grok1.jobs.score import ScoringJob
 from grok1.jobs.source import Source
 from grok1.request import SamplingOptions, TokenLogprobs
 
-CONFIG = ModelConfig(
-    vocab_size=512,
-    emb_size=64,
-    key_size=8,
-    num_q_heads=8,
-    num_kv_heads=4,
-    num_layers=1,
-    widening_factor=2,
-    num_experts=2,
-    sequence_len=16,
-)
+CONFIG = dataclasses.replace(TEXT, sequence_len=16)
 
 
 class Log:

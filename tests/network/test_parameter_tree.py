@@ -6,31 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from configs import SHARDED
 
 from grok1.checkpoint.load import load_parameters
 from grok1.checkpoint.reader import Checkpoint
-from grok1.config import ModelConfig
 from grok1.network import KVCache, ModelShard, network
 from grok1.params.sharding import make_mesh
 from grok1.params.table import parameter_table
 from grok1.params.tree import abstract_parameters
 
-CONFIG = ModelConfig(
-    vocab_size=32,
-    emb_size=16,
-    key_size=2,
-    num_q_heads=16,
-    num_kv_heads=4,
-    num_layers=3,
-    widening_factor=3,
-    num_experts=3,
-    sequence_len=8,
-)
-
 
 @pytest.fixture(scope="module")
 def checkpoint(make_checkpoint):
-    return Checkpoint.open(make_checkpoint(CONFIG))
+    return Checkpoint.open(make_checkpoint(SHARDED))
 
 
 def initialise(shard):
@@ -47,18 +35,18 @@ def describe(tree):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_network_asks_for_what_is_loaded(dtype, checkpoint):
-    asked = jax.eval_shape(functools.partial(initialise, ModelShard(CONFIG, dtype=jnp.dtype(dtype))))
-    loaded = load_parameters(checkpoint, make_mesh(CONFIG, (1, 1)), np.dtype(dtype))
+    asked = jax.eval_shape(functools.partial(initialise, ModelShard(SHARDED, dtype=jnp.dtype(dtype))))
+    loaded = load_parameters(checkpoint, make_mesh(SHARDED, (1, 1)), np.dtype(dtype))
     assert jax.tree.structure(asked) == jax.tree.structure(loaded)
     assert describe(asked) == describe(loaded)
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (2, 8), (1, 16)])
 def test_each_shard_asks_for_its_part_of_what_is_loaded(shape, checkpoint):
-    mesh = make_mesh(CONFIG, shape)
+    mesh = make_mesh(SHARDED, shape)
     loaded = load_parameters(checkpoint, mesh)
     specs = jax.tree.map(lambda array: array.sharding.spec, loaded)
-    shard = ModelShard(CONFIG, shape[1])
+    shard = ModelShard(SHARDED, shape[1])
     asked = jax.eval_shape(
         jax.shard_map(functools.partial(initialise, shard), mesh=mesh, in_specs=(), out_specs=specs, check_vma=False)
     )
@@ -68,18 +56,18 @@ def test_each_shard_asks_for_its_part_of_what_is_loaded(shape, checkpoint):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 8), (1, 16)])
 def test_the_abstract_tree_is_of_what_is_loaded(shape, dtype, checkpoint):
-    mesh = make_mesh(CONFIG, shape)
+    mesh = make_mesh(SHARDED, shape)
     loaded = load_parameters(checkpoint, mesh, np.dtype(dtype))
-    abstract = abstract_parameters(CONFIG, mesh, np.dtype(dtype))
+    abstract = abstract_parameters(SHARDED, mesh, np.dtype(dtype))
     assert jax.tree.structure(abstract) == jax.tree.structure(loaded)
     assert describe(abstract) == describe(loaded)
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.sharding == b.sharding, abstract, loaded)))
 
 
 def test_modules_and_parameters_have_the_releases_names():
-    asked = jax.eval_shape(functools.partial(initialise, ModelShard(CONFIG)))
+    asked = jax.eval_shape(functools.partial(initialise, ModelShard(SHARDED)))
     names = {f"{module}/{name}" for module, parameters in asked.items() for name in parameters}
-    assert names == {spec.path for spec in parameter_table(CONFIG)}
+    assert names == {spec.path for spec in parameter_table(SHARDED)}
     assert names == {
         "language_model/in_out_embed/embeddings",
         "language_model/rms_norm/scale",

@@ -9,8 +9,9 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from configs import NEVER_LOADED
 
-from grok1.config import PRESETS, ModelConfig
+from grok1.config import PRESETS
 from grok1.engine.engine import Engine
 from grok1.engine.programs import StepKey
 from grok1.errors import CompileError, MeshError
@@ -26,18 +27,6 @@ from grok1.plan.compiled import (
     topology_mesh,
     topology_name,
     virtual_cpu_mesh,
-)
-
-WIDE = ModelConfig(  # an expert of a device is larger than everything that a step holds beside the weights
-    vocab_size=64,
-    emb_size=1024,
-    key_size=16,
-    num_q_heads=16,
-    num_kv_heads=8,
-    num_layers=3,
-    widening_factor=6,
-    sequence_len=64,
-    attn_output_multiplier=0.25,
 )
 
 
@@ -69,15 +58,15 @@ def test_arguments_are_what_a_loaded_model_holds(make_checkpoint, make_engine, s
 
 
 def test_no_weight_matrix_is_among_the_temporaries():
-    expert = WIDE.emb_size * WIDE.ffn_size // 2  # elements of a matrix of a device
-    for step in _steps(WIDE, (2, 2), slots=4).values():
+    expert = NEVER_LOADED.emb_size * NEVER_LOADED.ffn_size // 2  # elements of a matrix of a device
+    for step in _steps(NEVER_LOADED, (2, 2), slots=4).values():
         assert 0 < step.temporary_bytes < 4 * expert, step.name  # one in float32
 
 
 def test_exchanges_of_a_layer():
-    steps = _steps(WIDE, (2, 2), slots=4)
-    row = 4 * WIDE.emb_size
-    logits = 4 * WIDE.vocab_size
+    steps = _steps(NEVER_LOADED, (2, 2), slots=4)
+    row = 4 * NEVER_LOADED.emb_size
+    logits = 4 * NEVER_LOADED.vocab_size
     assert steps["decode"].collectives == (
         Collectives("all-gather", 0, 0, 1, 2 * logits),
         Collectives("all-reduce", 2, 2 * 2 * row, 1, 2 * row),
@@ -91,14 +80,14 @@ def test_exchanges_of_a_layer():
 @pytest.mark.parametrize("kernels", [XLA, GPU, TPU], ids=lambda kernels: kernels.backend)
 def test_two_sums_of_a_layer_are_of_bfloat16_activations(kernels):
     # In the program that JAX hands to the compiler: those for processors exchange what is wider.
-    mesh = virtual_cpu_mesh(WIDE, (1, 8))
+    mesh = virtual_cpu_mesh(NEVER_LOADED, (1, 8))
     dtype = ml_dtypes.bfloat16
-    engine = Engine(WIDE, abstract_parameters(WIDE, mesh, dtype), mesh, dtype, kernels=kernels)
+    engine = Engine(NEVER_LOADED, abstract_parameters(NEVER_LOADED, mesh, dtype), mesh, dtype, kernels=kernels)
     for key, tokens in ((StepKey("decode", 1), 1), (StepKey("prefill", 1, 1, 16), 16)):
         text = engine.lower(key).as_text()
         # One for the embedding of the tokens, and two in the loop over the layers.
         sums = re.findall(r'"stablehlo\.all_reduce".*?\}\) : \(tensor<([\w.]+)>\)', text, re.DOTALL)
-        assert sums == [*2 * [f"1x{tokens}x{WIDE.emb_size}xbf16"], f"{tokens}x{WIDE.emb_size}xbf16"]
+        assert sums == [*2 * [f"1x{tokens}x{NEVER_LOADED.emb_size}xbf16"], f"{tokens}x{NEVER_LOADED.emb_size}xbf16"]
         assert set(re.findall(r"stablehlo\.(all_\w+|collective_\w+|reduce_scatter)", text)) == {
             "all_reduce",
             "all_gather",
