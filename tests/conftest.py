@@ -47,6 +47,11 @@ from grok1.ops.xla.kernels import CPU_LIMITS
 from grok1.params.sharding import make_mesh
 
 
+def pytest_collection_modifyitems(items):
+    """Start with the files that take longest, which start processes, so that both test processes end together."""
+    items.sort(key=lambda item: item.path.parent.name not in ("cli", "multihost"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _compile_once():
     """Share compiled programs among the engines of equal models on equal meshes, as each command makes its own."""
