@@ -98,7 +98,7 @@ def mixed_rows():
         yield row
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [30, pytest.param(300, marks=pytest.mark.slow)])
 def test_every_row_equals_the_same_row_alone(count, job, model):
     rows = list(mixed_rows())[:count]
     results = job(rows)
