@@ -15,7 +15,7 @@ from grok1.params.tree import abstract_parameters
 def _computation(program):
     """The program's text without what differs from one place in the source to the next."""
     text = program.as_text()
-    text = text[text.index("\n\n%") :] if "\nFileNames" in text else text
+    text = re.split(r"\n\n(?=%|ENTRY)", text, maxsplit=1)[-1]  # after the tables of source locations
     return re.sub(r", metadata=\{[^}]*\}", "", text)
 
 
