@@ -12,7 +12,8 @@ import click
 
 from grok1.cli.columns import columns
 from grok1.cli.loading import ModelChoice, load_model, open_model, start_jax
-from grok1.cli.options import Numbers, is_given, layers_option, model_options, output_options
+from grok1.cli.options import is_given, layers_option, model_options, output_options
+from grok1.cli.param_types import Numbers
 from grok1.cli.terminal import OutputError, Terminal, pass_terminal
 from grok1.config import PRESETS, VERSION, ModelConfig, default_dtype, preset
 from grok1.host.atomic_write import atomic_write

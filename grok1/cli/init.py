@@ -10,7 +10,8 @@ from pathlib import Path
 
 import click
 
-from grok1.cli.options import complete_directory, is_given, layers_option, output_options
+from grok1.cli.options import is_given, layers_option, output_options
+from grok1.cli.param_types import complete_directory
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.config import PRESETS, TRAINED, ModelConfig
 from grok1.config import preset as preset_config

@@ -10,14 +10,14 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 from click.core import ParameterSource
-from click.shell_completion import CompletionItem
 
 from grok1.cli.loading import ModelChoice
+from grok1.cli.param_types import ByteSize, MeshShape, complete_directory
 from grok1.cli.terminal import Terminal
 from grok1.config import DTypeName, KernelsName
 from grok1.errors import json_value
 from grok1.host.memory import DEFAULT_LOAD_MEMORY, MIN_LOAD_MEMORY
-from grok1.host.sizes import format_bytes, parse_bytes
+from grok1.host.sizes import format_bytes
 from grok1.multihost.cluster import START_TIMEOUT, detected_cluster, given_cluster
 from grok1.request import MAX_SEED, SamplingOptions
 
@@ -38,62 +38,6 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
         return command
 
     return add
-
-
-class _MeshType(click.ParamType):
-    name = "DATA,MODEL"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        try:
-            data, model = (int(part) for part in value.split(","))
-        except ValueError:
-            data = model = 0
-        if data < 1 or model < 1:
-            self.fail(f'expected two positive integers such as 1,8, got "{value}".', param, ctx)
-        return data, model
-
-
-class ByteSize(click.ParamType):
-    """A size in bytes, such as 80GB or 512MiB, parsed into an int of at least `at_least`."""
-
-    name = "SIZE"
-
-    def __init__(self, at_least: int = 1):
-        self.at_least = at_least
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Parse the size."""
-        if isinstance(value, int):
-            return value
-        try:
-            size = parse_bytes(value)
-        except ValueError:
-            self.fail(f'expected a size such as 512MB, 80GB or 2GiB, got "{value}".', param, ctx)
-        if size < self.at_least:
-            least = f"at least {format_bytes(self.at_least)}" if self.at_least > 1 else "more than 0"
-            self.fail(f'expected {least}, got "{value}".', param, ctx)
-        return size
-
-
-class Numbers(click.ParamType):
-    """One or more positive integers, such as 64,512, parsed into a tuple."""
-
-    name = "N[,N...]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """Parse the numbers."""
-        try:
-            numbers = tuple(int(part) for part in value.split(","))
-        except ValueError:
-            numbers = (0,)
-        if min(numbers) < 1:
-            self.fail(f'expected one or more positive integers such as 64,512, got "{value}".', param, ctx)
-        return numbers
-
-
-def complete_directory(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Complete the name of a folder in the shell; a `shell_complete` of click."""
-    return [CompletionItem(incomplete, type="dir")]
 
 
 _CHECKPOINT = click.option(
@@ -133,7 +77,7 @@ layers_option = click.option(
 )
 mesh_option = click.option(
     "--mesh",
-    type=_MeshType(),
+    type=MeshShape(),
     metavar="DATA,MODEL",
     show_default="the model split across as many devices as possible",
     help="Device mesh: DATA copies of the model, each split across MODEL devices. Sequences are divided among the "

@@ -11,15 +11,8 @@ import click
 
 from grok1.cli.columns import columns
 from grok1.cli.loading import import_jax, start_jax
-from grok1.cli.options import (
-    ByteSize,
-    Numbers,
-    complete_directory,
-    is_given,
-    layers_option,
-    mesh_option,
-    output_options,
-)
+from grok1.cli.options import is_given, layers_option, mesh_option, output_options
+from grok1.cli.param_types import ByteSize, Numbers, complete_directory
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.config import PRESETS, DTypeName, ModelConfig, preset
 from grok1.host.sizes import format_bytes

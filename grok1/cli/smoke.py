@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from grok1.cli.options import complete_directory, output_options
+from grok1.cli.options import output_options
+from grok1.cli.param_types import complete_directory
 from grok1.cli.terminal import Terminal, pass_terminal
 from grok1.errors import Grok1Error
 from grok1.jobs.result_json import json_line
