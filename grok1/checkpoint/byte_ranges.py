@@ -50,7 +50,7 @@ class RangeReader:
         os.close(self._descriptor)
 
     def read(self, target: memoryview, offset: int) -> None:
-        """Fills `target`, of bytes, starting at `offset`.
+        """Fill `target`, of bytes, starting at `offset`.
 
         Raises:
             CheckpointError: if the file ends too early or cannot be read.
@@ -70,7 +70,7 @@ class RangeReader:
             done += count
 
     def read_runs(self, target: memoryview, offset: int, width: int, stride: int) -> None:
-        """Fills `target` with runs of `width` bytes that start at `offset` and every `stride` bytes after it."""
+        """Fill `target` with runs of `width` bytes that start at `offset` and every `stride` bytes after it."""
         for begin in range(0, len(target), width):
             run = target[begin : begin + width]
             try:
@@ -84,24 +84,24 @@ class RangeReader:
             offset += stride
 
     def expect(self, offset: int, length: int) -> None:
-        """Tells the system that these bytes are read next, where it supports that."""
+        """Start readahead of these bytes, where the system supports it."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
     def forget(self) -> None:
-        """Drops the file from the page cache, where the system supports it."""
+        """Drop the file from the page cache, where the system supports it."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_columns(file: RangeReader, offset: int, row_bytes: int, columns: Sequence[tuple[int, np.ndarray]]) -> None:
-    """Reads columns of a row-major matrix of bytes, and nothing else of it.
+    """Read columns of a row-major matrix of bytes without reading the others.
 
     Adjacent columns are read together and copied from a small buffer. A contiguous column is read in place.
 
     Args:
         file: the file.
-        offset: where the matrix begins.
+        offset: start of the matrix in the file.
         row_bytes: length of a row.
         columns: for each its first byte in the row, and the array to fill: uint8 [rows, width], C-contiguous.
 
@@ -121,7 +121,7 @@ def read_columns(file: RangeReader, offset: int, row_bytes: int, columns: Sequen
 
 
 def _adjacent(columns: Sequence[tuple[int, np.ndarray]]) -> list[list[tuple[int, np.ndarray]]]:
-    """Groups columns without a gap between them."""
+    """Group columns without a gap between them."""
     groups: list[list[tuple[int, np.ndarray]]] = []
     end = -1
     for start, out in sorted(columns, key=lambda column: column[0]):
@@ -136,7 +136,7 @@ def _adjacent(columns: Sequence[tuple[int, np.ndarray]]) -> list[list[tuple[int,
 def _read_rows(
     file: RangeReader, offset: int, row_bytes: int, width: int, columns: Sequence[tuple[int, np.ndarray]]
 ) -> None:
-    """Reads adjacent columns through a buffer."""
+    """Read adjacent columns through a buffer."""
     begin, rows = columns[0][0], len(columns[0][1])
     block = min(rows, STAGING_BYTES // width)
     staging = np.empty((block, width), np.uint8)
@@ -150,7 +150,7 @@ def _read_rows(
 
 
 def _read_runs(file: RangeReader, offset: int, row_bytes: int, start: int, out: np.ndarray) -> None:
-    """Reads a column run by run, announcing some runs ahead to keep the disk busy."""
+    """Read a column run by run, announcing some runs ahead to keep the disk busy."""
     target, width = out.reshape(-1).data, out.shape[1]
     if width == row_bytes:
         file.check()
@@ -165,9 +165,9 @@ def _read_runs(file: RangeReader, offset: int, row_bytes: int, start: int, out: 
 
 
 def became_shorter(path: Path) -> CheckpointError:
-    """The error for a file that was truncated while in use."""
-    return CheckpointError(f"{path} became shorter since it was opened: leave the files alone and start again")
+    """Return the error for a file that was truncated while in use."""
+    return CheckpointError(f"{path} was truncated while it was being read; restore the file and run the command again")
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"cannot read {path} ({error.strerror}): check the file and its disk")
+    return CheckpointError(f"cannot read {path}: {error.strerror}; check the file and its disk")

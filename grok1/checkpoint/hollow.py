@@ -1,4 +1,4 @@
-"""Hollow tensor files, whose array data are holes: they read as zeros and take no space on the disk."""
+"""Hollow tensor files: sparse files whose array data read as zeros and take no disk space."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from grok1.errors import CheckpointError
 from grok1.params.table import TensorFile
 
 _BLOCK = 4096  # filesystems allocate multiples of this
-_LARGE = 1 << 20  # smaller files do not show whether the filesystem keeps holes
+_LARGE = 1 << 20  # smaller files do not show whether the filesystem supports sparse files
 
 
 def allocated_bytes(status: os.stat_result) -> int:
-    """Bytes that a file takes on the disk; fewer than its size if it has holes."""
+    """Return the disk space of a file in bytes; less than its size if it is sparse."""
     return status.st_blocks * 512  # the unit of st_blocks, not the filesystem's
 
 
 def hollow_disk_bytes(spec: TensorFile) -> int:
-    """Upper bound of the bytes that the hollow file takes on the disk: its literal bytes, in whole blocks."""
+    """Return an upper bound of the disk space of the hollow file: its literal bytes, in whole blocks."""
     literals = [segment for segment in tensor_segments(spec) if not isinstance(segment, Payload)]
-    # A run may begin in one block and end in another.
+    # A run may cross a block boundary.
     return min(tensor_file_size(spec), sum(len(segment) + 2 * _BLOCK for segment in literals))
 
 
 def write_hollow_tensors(folder: Path, table: tuple[TensorFile, ...], progress: ByteProgress | None = None) -> None:
-    """Writes tensor files of the right size and framing without their arrays' data.
+    """Write tensor files of the right size and framing without their arrays' data.
 
     Args:
         folder: an existing folder.
@@ -36,7 +36,7 @@ def write_hollow_tensors(folder: Path, table: tuple[TensorFile, ...], progress: 
         progress: called after each file; counts holes too.
 
     Raises:
-        CheckpointError: if the filesystem fills holes and lacks the space for filled files.
+        CheckpointError: if the filesystem does not support sparse files and lacks the space for full ones.
         OSError: if a file cannot be written.
     """
     done, total = 0, sum(tensor_file_size(spec) for spec in table)
@@ -64,7 +64,8 @@ def _check_room_for_filled(folder: Path, spec: TensorFile, allocated: int, remai
     free = shutil.disk_usage(folder).free
     if remaining > free:
         raise CheckpointError(
-            f"the filesystem fills the holes of files: {spec.file_name} took {allocated / 1e6:,.0f} MB of it, expected "
-            f"less than 1 MB, and the other files would take {remaining / 1e9:,.2f} GB where {free / 1e9:,.2f} GB are "
-            "free; choose a folder on a filesystem that keeps holes, such as ext4, XFS, btrfs or APFS"
+            f"the filesystem does not support sparse files: {spec.file_name} uses {allocated / 1e6:,.0f} MB instead of "
+            f"less than 1 MB, and the other files need {remaining / 1e9:,.2f} GB with {free / 1e9:,.2f} GB free; "
+            "choose a "
+            "filesystem that supports them, such as ext4, XFS, btrfs or APFS"
         )

@@ -43,7 +43,7 @@ def load_parameters(
     load_memory: int = DEFAULT_LOAD_MEMORY,
     pack: PackBox | None = None,
 ) -> hk.Params:
-    """Reads a checkpoint onto a mesh.
+    """Read a checkpoint onto a mesh.
 
     Args:
         checkpoint: an opened checkpoint, whose structure has been checked.
@@ -58,7 +58,7 @@ def load_parameters(
 
     Raises:
         CheckpointError: if a file cannot be read.
-        MemoryError: if there is no memory for the weights.
+        MemoryError: if the weights do not fit in memory.
         ValueError: if `load_memory` is less than `MIN_LOAD_MEMORY`, or `pack` is given for other devices.
     """
     if load_memory < MIN_LOAD_MEMORY:
@@ -88,7 +88,7 @@ def fill_shards(
     progress: ByteProgress | None = None,
     load_memory: int = DEFAULT_LOAD_MEMORY,
 ) -> None:
-    """Fills the shards of each array, file by file in the order of the layers.
+    """Fill the shards of each array, file by file in the order of the layers.
 
     Arguments and errors are those of `load_parameters`; the arrays may have some of the layers only.
     """
@@ -152,7 +152,7 @@ class _Piece:
 
 
 def _cut(array: ParameterArray, shards: Sequence[Shard], load_memory: int) -> Iterator[_Piece]:
-    """Cuts an array into pieces, all its shards together, so that several fit into `load_memory`."""
+    """Cut an array into pieces, all its shards together, so that several fit into `load_memory`."""
     piece_bytes = min(_PACKED_PIECE_BYTES if array.packed else _PIECE_BYTES, load_memory // _PIECES - STAGING_BYTES)
     shape = box_shape(shards[0].key)
     for layer in range(len(array.files)):
@@ -161,7 +161,7 @@ def _cut(array: ParameterArray, shards: Sequence[Shard], load_memory: int) -> It
 
 
 def _boxes(shape: Sequence[int], size: int) -> Iterator[Box]:
-    """Cuts an array into contiguous boxes of at most `size` items, nearly all of one shape."""
+    """Cut an array into contiguous boxes of at most `size` items, nearly all of one shape."""
     axis = next(i for i in range(len(shape)) if math.prod(shape[i + 1 :]) <= size)
     length = size // math.prod(shape[axis + 1 :])
     length = -(-shape[axis] // -(-shape[axis] // length))

@@ -32,7 +32,7 @@ def in_parallel(
     progress: ByteProgress | None,
     threads: int | None = None,
 ) -> Generator[tuple[Item, Result], None, None]:
-    """Runs `work` for each item in threads, and yields items with their results in order of completion.
+    """Run `work` for each item in threads, and yields items with their results in order of completion.
 
     If the consumer stops, by closing the iterator or by an exception such as KeyboardInterrupt, the workers stop at
     their next `advance`.

@@ -24,7 +24,7 @@ _CHUNK_WORDS = 1 << 17  # 64-bit words drawn at a time: 1 MiB, which stays in th
 
 
 def random_chunks(spec: TensorFile, scales: bool, *, seed: int) -> Iterator[np.ndarray]:
-    """The data of one array in order, in chunks of a megabyte.
+    """Return the data of one array in order, in chunks of a megabyte.
 
     Args:
         spec: the tensor.

@@ -29,10 +29,10 @@ _Read = tuple[_Ranges, np.ndarray]  # a slice, and where it goes
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The folder of tensor files: `path/ckpt-0`, or `path` itself if it holds tensor files.
+    """Return the folder of tensor files: `path/ckpt-0`, or `path` itself if it holds tensor files.
 
     Raises:
-        CheckpointError: if there is neither; the message says how to get a checkpoint.
+        CheckpointError: if there is neither.
     """
     try:
         inner = path / CHECKPOINT_DIR
@@ -40,13 +40,12 @@ def find_checkpoint(path: Path) -> Path:
             return inner
         if path.is_dir() and holds_tensor_files(path):
             return path
-        found = f"{path} holds no {CHECKPOINT_DIR}" if path.exists() else f"{path} does not exist"
+        found = f"{path} has no {CHECKPOINT_DIR} directory" if path.exists() else f"{path} does not exist"
     except OSError as error:
-        raise CheckpointError(f"cannot look into {path} ({error.strerror}): check its permissions") from None
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; check its permissions") from None
     raise CheckpointError(
-        f"no checkpoint: {found}, expected a folder with {CHECKPOINT_DIR} or its tensor files; "
-        "name one with -c DIR, download the release as checkpoints/README.md describes, or write a small trained model "
-        "with `grok1 init bard --preset bard` and name it with `-c bard`"
+        f"no checkpoint found: {found}; pass its directory with -c DIR, download the release (see "
+        "checkpoints/README.md), or create a small model with `grok1 init bard --preset bard` and pass -c bard"
     )
 
 
@@ -59,8 +58,13 @@ def holds_tensor_files(directory: Path) -> bool:
     return any(_FILE_NAME.fullmatch(name) for name in os.listdir(directory))
 
 
+def parent_folder(directory: Path) -> Path:
+    """Return the parent of a folder, relative if its own path is, for messages."""
+    return directory.parent if directory.name not in ("", "..") else directory.absolute().parent
+
+
 def stated_or_release(directory: Path) -> tuple[ModelConfig, bool]:
-    """The config of a folder of tensor files, and whether a `config.json` in it or beside it states it.
+    """Return the config of a folder of tensor files, and whether it comes from a `config.json` in or next to it.
 
     Without such a file the checkpoint must be the release.
 
@@ -68,11 +72,11 @@ def stated_or_release(directory: Path) -> tuple[ModelConfig, bool]:
         ConfigError: if the file is invalid.
         CheckpointError: if it is not a regular file.
     """
-    for path in (directory / "config.json", directory.absolute().parent / "config.json"):
+    for path in (directory / "config.json", parent_folder(directory) / "config.json"):
         if path.is_file():
             return ModelConfig.read(path), True
         if path.exists():
-            raise CheckpointError(f"{path} is no regular file, expected a model config: move it away")
+            raise CheckpointError(f"{path} is not a regular file, expected a model config; move or delete it")
     return PRESETS["grok-1"], False
 
 
@@ -100,7 +104,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
-        """Finds a checkpoint and checks every file of it; reads no array.
+        """Find a checkpoint and checks every file of it; reads no array.
 
         Args:
             path: a folder that holds `ckpt-0`, or the folder of tensor files itself.
@@ -124,7 +128,7 @@ class Checkpoint:
         return sum(tensor.file_bytes for tensor in self.tensors)
 
     def weight_view(self, index: int) -> np.ndarray:
-        """The array of file `index` (float32, or a quantized weight's int8), mapped read-only, maybe unaligned.
+        """Return the array of file `index` (float32, or a quantized weight's int8), mapped read-only, maybe unaligned.
 
         All views of a file share one file descriptor, which is closed with the last of them.
 
@@ -134,12 +138,12 @@ class Checkpoint:
         return self._view(index, self.tensors[index].array)
 
     def scales_view(self, index: int) -> np.ndarray | None:
-        """The bfloat16 scales of file `index`, mapped like `weight_view`; None if it is not quantized."""
+        """Return the bfloat16 scales of file `index`, mapped like `weight_view`; None if it is not quantized."""
         stored = self.tensors[index].scales
         return None if stored is None else self._view(index, stored)
 
     def read_into(self, index: int, out: np.ndarray, key: tuple[slice, ...] = (), *, scales: bool = False) -> None:
-        """Fills `out` with one slice of an array, like `read_slices`."""
+        """Fill `out` with one slice of an array, like `read_slices`."""
         self.read_slices(index, [(key, out)], scales=scales)
 
     def read_slices(
@@ -150,7 +154,7 @@ class Checkpoint:
         scales: bool = False,
         check: Check = lambda: None,
     ) -> None:
-        """Fills arrays with slices of one array of a file, using at most `STAGING_BYTES` of further memory.
+        """Fill arrays with slices of one array of a file, using at most `STAGING_BYTES` of further memory.
 
         Slices that differ in one axis only, such as columns, are read together.
 
@@ -182,7 +186,7 @@ class Checkpoint:
             self.bytes_read += file.bytes_read
 
     def forget(self, index: int) -> None:
-        """Drops a file from the page cache, where the system supports it."""
+        """Drop a file from the page cache, where the system supports it."""
         with RangeReader(self._path(index)) as file:
             file.forget()
 
@@ -204,32 +208,33 @@ class Checkpoint:
                     with path.open("rb") as file:
                         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 except (OSError, ValueError) as error:  # ValueError: an empty file
-                    raise CheckpointError(f"cannot map {path} ({error}): check the file and its disk") from None
+                    raise CheckpointError(f"cannot map {path}: {error}; check the file and its disk") from None
                 self._mappings[index] = mapping
             return mapping
 
 
 def faults_sentence(
-    directory: Path, faults: Sequence[FileFault], expected: int, *, has_config: bool, told: int = 3
+    directory: Path, faults: Sequence[FileFault], expected: int, *, has_config: bool, max_listed: int = 3
 ) -> str:
-    """An error message that counts the faults of a checkpoint and lists the first `told` of them.
+    """Return an error message that counts the faults of a checkpoint and lists the first `max_listed` of them.
 
     Args:
         directory: the folder of tensor files.
         faults: one or more.
         expected: number of files that there should be.
         has_config: whether the checkpoint has a `config.json`.
-        told: number of faults to list.
+        max_listed: number of faults to list.
     """
-    sentence = "; ".join(str(fault) for fault in faults[:told])
-    if told and len(faults) > told:
-        sentence += f"; and {len(faults) - told} more"
-    advice = "download or restore these files"
+    sentence = "; ".join(str(fault) for fault in faults[:max_listed])
+    if max_listed and len(faults) > max_listed:
+        sentence += f"; and {len(faults) - max_listed} more"
+    advice = "download or restore them"
     if not has_config:
-        advice += ", or put a config.json beside the folder if it is not the release"
+        advice += ", or add a config.json if this is not the release"
     count = len({fault.file for fault in faults})
     verb = "is" if count == 1 else "are"
-    return f"{directory}: {count} of {expected} files {verb} not right: " + (f"{sentence}; " if told else "") + advice
+    found = f": {sentence}" if max_listed else ""
+    return f"{directory}: {count} of {expected} files {verb} missing or damaged{found}; {advice}"
 
 
 def _ranges(shape: tuple[int, ...], key: tuple[slice, ...]) -> _Ranges:
@@ -245,12 +250,12 @@ def _ranges(shape: tuple[int, ...], key: tuple[slice, ...]) -> _Ranges:
 
 
 def _last_cut(shape: tuple[int, ...], ranges: _Ranges) -> int:
-    """The last axis that is not read whole; 0 if all are."""
+    """Return the last axis that is not read whole; 0 if all are."""
     return max((i for i, part in enumerate(ranges) if part != (0, shape[i])), default=0)
 
 
 def _side_by_side(shape: tuple[int, ...], reads: list[_Read]) -> list[list[_Read]]:
-    """Groups slices that differ in the last axis that is cut and in no other."""
+    """Group slices that differ in the last axis that is cut and in no other."""
     groups: dict[tuple[int, _Ranges], list[_Read]] = defaultdict(list)
     for ranges, out in reads:
         axis = _last_cut(shape, ranges)
@@ -259,7 +264,7 @@ def _side_by_side(shape: tuple[int, ...], reads: list[_Read]) -> list[list[_Read
 
 
 def _read_side_by_side(file: RangeReader, stored: StoredArray, reads: list[_Read]) -> None:
-    """Reads slices that lie side by side, as columns of matrices: one matrix where no axis before the last is cut."""
+    """Read slices that lie side by side, as columns of matrices: one matrix where no axis before the last is cut."""
     shape, ranges = stored.shape, reads[0][0]
     axis = _last_cut(shape, ranges)
     strides = [math.prod(shape[i + 1 :]) * stored.dtype.itemsize for i in range(len(shape))]

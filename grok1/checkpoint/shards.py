@@ -52,11 +52,11 @@ class Shard(abc.ABC):
 
     @abc.abstractmethod
     def put(self, box: Box, buffer: np.ndarray) -> list[jax.Array]:
-        """Stores a box that was read; the buffer is free again when the returned arrays are ready."""
+        """Store a box that was read; the buffer is free again when the returned arrays are ready."""
 
     @abc.abstractmethod
     def arrays(self) -> list[jax.Array]:
-        """The shard on each of its devices, once every box was put."""
+        """Return the shard on each of its devices, once every box was put."""
 
 
 class HostShard(Shard):
@@ -70,18 +70,18 @@ class HostShard(Shard):
             self.staged_item_bytes = 0
 
     def buffer(self, box: Box) -> np.ndarray:
-        """The box itself, or new memory if its dtype is to be converted."""
+        """Return the box itself, or new memory if its dtype is to be converted."""
         target = self._whole[box]
         return target if target.dtype == self._file_dtype else np.empty(target.shape, self._file_dtype)
 
     def put(self, box: Box, buffer: np.ndarray) -> list[jax.Array]:
-        """Converts the dtype if needed."""
+        """Convert the dtype if needed."""
         if buffer.dtype != self._whole.dtype:
             self._whole[box] = buffer
         return []
 
     def arrays(self) -> list[jax.Array]:
-        """The same memory for each device."""
+        """Return the same memory for each device."""
         return [jax.device_put(self._whole, device, may_alias=True) for device in self._devices]
 
 
@@ -105,7 +105,7 @@ class PackedShard(HostShard):
         return np.empty(box_shape(box), self._file_dtype)
 
     def put(self, box: Box, buffer: np.ndarray) -> list[jax.Array]:
-        """Packs the box."""
+        """Pack the box."""
         *lead, rows, columns = box
         for index in np.ndindex(*buffer.shape[:-2]):
             matrix = tuple(axis.start + i for axis, i in zip(lead, index, strict=True))
@@ -126,7 +126,7 @@ class DeviceShard(Shard):
         return _aligned_empty(box_shape(box), self._file_dtype)
 
     def put(self, box: Box, buffer: np.ndarray) -> list[jax.Array]:
-        """Sends the box to the devices, which convert its dtype if needed."""
+        """Send the box to the devices, which convert its dtype if needed."""
         start = np.array([axis.start for axis in box], np.int32)
         landed = []
         with self._lock:

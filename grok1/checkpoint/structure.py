@@ -64,9 +64,9 @@ class Structure:
 
 
 def find_faults(directory: Path, config: ModelConfig) -> Structure:
-    """Scans every file of a checkpoint; reads no array.
+    """Scan every file of a checkpoint; reads no array.
 
-    Swapped files of the same shape go unnoticed: a file does not say which layer it belongs to.
+    Swapped files of the same shape are not detected, because a file does not record its layer.
 
     Args:
         directory: the folder of tensor files.
@@ -111,11 +111,11 @@ def _tensor_names(directory: Path) -> set[str]:
         with os.scandir(directory) as entries:
             return {entry.name for entry in entries if entry.name.startswith(_FILE_PREFIX)}
     except OSError as error:
-        raise CheckpointError(f"cannot list {directory} ({error.strerror}): check its permissions") from None
+        raise CheckpointError(f"cannot list {directory}: {error.strerror}; check its permissions") from None
 
 
 def _size_clause(path: Path, spec: TensorFile) -> str:
-    """How much longer or shorter a file is than it should be; empty if unknown."""
+    """Return a clause that compares the size of a file with its expected size; empty if they are equal or unknown."""
     try:
         size = path.stat().st_size
     except OSError:
@@ -123,8 +123,8 @@ def _size_clause(path: Path, spec: TensorFile) -> str:
     expected = tensor_file_size(spec)
     if not path.is_file() or size == expected:
         return ""
-    difference, word = abs(size - expected), "cut" if size < expected else "too long"
-    return f"; it is {word} by {difference:,} byte{'s' * (difference != 1)} ({size:,}, expected {expected:,})"
+    difference, word = abs(size - expected), "short" if size < expected else "long"
+    return f"; {difference:,} byte{'s' * (difference != 1)} too {word} ({size:,}, expected {expected:,})"
 
 
 def _signature(arrays: StoredTensor | TensorFile) -> _Signature:
@@ -132,16 +132,16 @@ def _signature(arrays: StoredTensor | TensorFile) -> _Signature:
 
 
 def _mismatch(spec: TensorFile, found: StoredTensor, unfilled: Mapping[_Signature, Sequence[TensorFile]]) -> FileFault:
-    """The fault of a file with the wrong arrays, which may be those of the nearest other file of `unfilled`."""
+    """Return the fault of a file with the wrong arrays, which may be those of the nearest other file of `unfilled`."""
     (array, scales), (expected_array, expected_scales) = _signature(found), _signature(spec)
     if array != expected_array:
-        fault = f"holds {array}, expected {expected_array}"
+        fault = f"contains {array}, expected {expected_array}"
     else:
-        fault = f"holds scales of {scales}, expected scales of {expected_scales}"
+        fault = f"contains scales {scales}, expected {expected_scales}"
     advice = "download it again"
     candidates = unfilled.get((array, scales), ())
     other = min(candidates, key=lambda candidate: abs(candidate.index - spec.index), default=None)
     if other is not None:
-        fault += f"; it holds what {other.file_name} ({other.parameter}) should"
-        advice = "give the files their right names, or download both again"
+        fault += f"; it has the contents of {other.file_name} ({other.parameter})"
+        advice = "rename the files, or download both again"
     return FileFault(spec.file_name, f"({spec.parameter}) {fault}", advice)

@@ -43,7 +43,7 @@ def write_checkpoint(
     tokenizer: bytes | None = None,
     progress: ByteProgress | None = None,
 ) -> None:
-    """Writes `config.json`, `tokenizer.model` and `ckpt-0` into a folder, all or nothing.
+    """Write `config.json`, `tokenizer.model` and `ckpt-0` into a folder, all or nothing.
 
     If the writer fails or is interrupted, the folder is left unchanged; if it is killed, a hidden folder remains. Data
     is not synced to the disk: after a power failure, write the checkpoint again.
@@ -59,11 +59,11 @@ def write_checkpoint(
         progress: called once a megabyte, or once per hollow file.
 
     Raises:
-        CheckpointError: if a checkpoint exists, space is insufficient, a file cannot be written, or the filesystem
-            fills the holes of hollow files and lacks the space for them.
+        CheckpointError: if a checkpoint exists, disk space is insufficient, a file cannot be written, or the
+            filesystem does not support sparse files and lacks the space for full ones.
     """
     if seed < 0:
-        raise CheckpointError(f"the seed is {seed}, expected 0 or more: choose another")
+        raise CheckpointError(f"seed is {seed}, expected 0 or more")
     table = tensor_table(config)
     tensor_bytes = sum(hollow_disk_bytes(spec) if hollow else tensor_file_size(spec) for spec in table)
     with _new_checkpoint(directory, tensor_bytes + len(tokenizer or b""), len(table), force) as new:
@@ -80,7 +80,7 @@ def write_checkpoint(
 def unpack_checkpoint(
     archive: Path, directory: Path, *, force: bool = False, progress: ByteProgress | None = None
 ) -> None:
-    """Writes the checkpoint of a zip file into a folder, all or nothing, as `write_checkpoint` does.
+    """Write the checkpoint of a zip file into a folder, all or nothing, as `write_checkpoint` does.
 
     Args:
         archive: a zip file of `config.json`, `tokenizer.model` and `ckpt-0`.
@@ -95,7 +95,7 @@ def unpack_checkpoint(
         with zipfile.ZipFile(archive) as packed:
             members = packed.infolist()
             if not any(member.filename.startswith(f"{CHECKPOINT_DIR}/") for member in members):
-                raise zipfile.BadZipFile(f"it holds no {CHECKPOINT_DIR}")
+                raise zipfile.BadZipFile(f"no {CHECKPOINT_DIR} in the archive")
             total = sum(member.file_size for member in members)
             with _new_checkpoint(directory, total, len(members), force) as new:
                 done = 0
@@ -105,7 +105,7 @@ def unpack_checkpoint(
                     if progress is not None:
                         progress(done, total)
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"cannot unpack {archive} ({error}): install grok1 again") from None
+        raise CheckpointError(f"cannot unpack {archive}: {error}; reinstall grok1") from None
 
 
 @contextlib.contextmanager
@@ -114,7 +114,6 @@ def _new_checkpoint(directory: Path, nbytes: int, num_files: int, force: bool) -
 
     `ckpt-0` is moved last, so that an unfinished one, or one of another config, is never visible.
     """
-    directory = directory.absolute()
     with _plain_errors(directory):
         _check_target(directory, force)
         _check_space(directory, nbytes + _BLOCK * (num_files + 4))
@@ -133,15 +132,15 @@ def _existing(directory: Path) -> list[str]:
 def _check_target(directory: Path, force: bool) -> None:
     if not directory.is_dir():
         if os.path.lexists(directory):
-            raise CheckpointError(f"{directory} is a file, expected a folder: choose another name")
+            raise CheckpointError(f"{directory} is a file, expected a directory; choose another path")
         return
     if holds_tensor_files(directory):
         # A config.json beside them would change what these files mean.
-        raise CheckpointError(f"{directory} holds tensor files itself: choose another folder for the new checkpoint")
+        raise CheckpointError(f"{directory} already contains tensor files; choose another directory")
     existing = _existing(directory)
     if existing and not force:
         raise CheckpointError(
-            f"{directory} holds {' and '.join(existing)} already: choose another folder, or replace it with --force"
+            f"{directory} already contains {', '.join(existing)}; choose another directory or overwrite with --force"
         )
 
 
@@ -150,8 +149,8 @@ def _check_space(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(present).free
     if needed > free:
         raise CheckpointError(
-            f"{directory} needs {needed / 1e9:,.2f} GB and its disk has {free / 1e9:,.2f} GB free: "
-            "make room or choose another disk"
+            f"not enough disk space for {directory}: {needed / 1e9:,.2f} GB needed, {free / 1e9:,.2f} GB free; "
+            "free disk space or choose another disk"
         )
 
 
@@ -172,7 +171,7 @@ def _write_tensors(folder: Path, table: tuple[TensorFile, ...], chunks: Chunks, 
 
 
 def _swap(directory: Path, scratch: Path) -> None:
-    """Moves the old checkpoint into the scratch folder and the new one out of it, or nothing at all."""
+    """Move the old checkpoint into the scratch folder and the new one out of it, or nothing at all."""
     old, new = scratch / "old", scratch / "new"
     old.mkdir()
     moves = [(directory / name, old / name) for name in _existing(directory)]  # ckpt-0 is the first to go
@@ -193,8 +192,7 @@ def _undo(moves: list[tuple[Path, Path]], old: Path) -> None:
                 os.rename(target, source)
     except OSError as error:
         raise CheckpointError(
-            f"the new checkpoint could not take the old one's place, nor be undone ({error.strerror}): "
-            f"the old one is in {old}, move it back by hand"
+            f"cannot replace the old checkpoint or restore it: {error.strerror}; it is in {old}, move it back by hand"
         ) from None
 
 
@@ -215,7 +213,7 @@ def _scratch_folder(directory: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _new_folders(directory: Path) -> Iterator[None]:
-    """Creates the folder and its parents; if the block fails, removes those that it created."""
+    """Create the folder and its parents; if the block fails, removes those that it created."""
     missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     try:
@@ -234,9 +232,9 @@ def _plain_errors(directory: Path) -> Iterator[None]:
     except OSError as error:
         name = error.filename or directory
         if error.errno == errno.ENOSPC:
-            advice = "the disk is full: make room or choose another disk"
+            advice = "No space left on device; free disk space or choose another disk"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            advice = f"{error.strerror}: choose a folder that you may write to"
+            advice = f"{error.strerror}; choose a writable directory"
         else:
-            advice = f"{error.strerror or error}: choose another folder"
+            advice = f"{error.strerror or error}; choose another directory"
         raise CheckpointError(f"cannot write {name}: {advice}") from None

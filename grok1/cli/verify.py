@@ -89,7 +89,7 @@ def command(
         if report.hollow:
             raise CheckpointError(f"{report.directory} is hollow and contains no weights: download the weights")
         raise CheckpointError(
-            faults_sentence(report.directory, report.faults, report.files, has_config=report.stated, told=0)
+            faults_sentence(report.directory, report.faults, report.files, has_config=report.stated, max_listed=0)
         )
 
 

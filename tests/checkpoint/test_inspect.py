@@ -123,5 +123,5 @@ def test_forms_of_the_experts(release):
 def test_a_file_that_is_gone_since_it_was_opened(checkpoint_copy):
     checkpoint = Checkpoint.open(checkpoint_copy)
     (checkpoint_copy / "ckpt-0" / "tensor00005_000").unlink()
-    with pytest.raises(CheckpointError, match=r"cannot look at .*tensor00005_000"):
+    with pytest.raises(CheckpointError, match=r"cannot read .*tensor00005_000"):
         inspect_checkpoint(checkpoint)

@@ -90,20 +90,20 @@ class TestEachKindOfTensor:
         path.write_bytes(path.read_bytes()[:-1])
         report = verify(files)
         assert faulty(report) == [name(index)]
-        assert f"cut by 1 byte ({size - 1:,}, expected {size:,})" in report.faults[0].fault
+        assert f"1 byte too short ({size - 1:,}, expected {size:,})" in report.faults[0].fault
 
     def test_grown_by_a_byte(self, files, index):
         path = files / name(index)
         path.write_bytes(path.read_bytes() + b"\0")
         report = verify(files)
         assert faulty(report) == [name(index)]
-        assert "too long by 1 byte " in report.faults[0].fault
+        assert "1 byte too long " in report.faults[0].fault
 
     def test_another_shape(self, files, rewrite, index):
         rewrite(index, lambda array, scales: (np.concatenate([array, array], axis=-1), scales))
         report = verify(files)
         assert faulty(report) == [name(index)]
-        assert f"({KINDS[index]}) holds " in report.faults[0].fault
+        assert f"({KINDS[index]}) contains " in report.faults[0].fault
 
     def test_another_dtype(self, files, rewrite, index):
         rewrite(index, lambda array, scales: (array.astype(np.float64), scales))
@@ -120,8 +120,8 @@ class TestEachKindOfTensor:
         report = verify(files)
         assert faulty(report) == sorted([name(index), name(other)])
         by_file = {fault.file: fault for fault in report.faults}
-        assert f"it holds what {name(other)} (" in by_file[name(index)].fault
-        assert f"it holds what {name(index)} ({KINDS[index]}) should" in by_file[name(other)].fault
+        assert f"it has the contents of {name(other)} (" in by_file[name(index)].fault
+        assert f"it has the contents of {name(index)} ({KINDS[index]})" in by_file[name(other)].fault
 
 
 def swap(first, second):
@@ -146,7 +146,7 @@ def test_names_shifted_by_one_are_seen_by_shape(files):
     report = verify(files)
     first = report.faults[0]
     assert first.file == name(5)
-    assert f"holds what {name(6)} (" in first.fault
+    assert f"has the contents of {name(6)} (" in first.fault
     assert report.faults[-1].file == name(133)
 
 
@@ -178,34 +178,34 @@ def fill(value, part=...):
 
 
 @pytest.mark.parametrize(
-    ("index", "change", "told"),
+    ("index", "change", "fault"),
     [
-        (28, set_scale(np.nan), "of which 1 is NaN or infinite"),
-        (27, set_scale(np.inf), "of which 1 is NaN or infinite"),
-        (31, set_scale(0.0), "of which 1 is zero"),
-        (30, set_scale(-0.5), "of which 1 is negative"),
-        (30, set_scale(-0.0), "of which 1 is zero"),
-        (33, set_value(np.nan), "1 of 16 values that are NaN or infinite"),
-        (1, set_value(-np.inf), "1 of 16 values that are NaN or infinite"),
-        (37, set_value(np.nan), "1 of 48 values that are NaN or infinite"),
-        (0, set_value(np.inf), "1 of 384 values that are NaN or infinite"),
-        (0, fill(0), "is all zero"),
-        (36, fill(0), "is all zero"),
-        (37, fill(0.5), "has the same value, 0.5, everywhere"),
-        (29, fill(7), "is the same value, 7, everywhere"),
-        (32, fill(0), "is all zero"),
-        (26, fill(0), "has all zero in 0, 1, 2 of 3 matrices"),
-        (26, fill(0, 1), "has all zero in 1 of 3 matrices"),
-        (27, fill(0, (2, slice(4, 6))), "one value only in scale group 18 of 24"),
-        (30, fill(-3, slice(0, 2)), "one value only in scale group 0 of 8"),
+        (28, set_scale(np.nan), "has 1 NaN or infinite scales"),
+        (27, set_scale(np.inf), "has 1 NaN or infinite scales"),
+        (31, set_scale(0.0), "has 1 zero scales"),
+        (30, set_scale(-0.5), "has 1 negative scales"),
+        (30, set_scale(-0.0), "has 1 zero scales"),
+        (33, set_value(np.nan), "1 NaN or infinite values of 16"),
+        (1, set_value(-np.inf), "1 NaN or infinite values of 16"),
+        (37, set_value(np.nan), "1 NaN or infinite values of 48"),
+        (0, set_value(np.inf), "1 NaN or infinite values of 384"),
+        (0, fill(0), "has only zeros"),
+        (36, fill(0), "has only zeros"),
+        (37, fill(0.5), "has only the value 0.5"),
+        (29, fill(7), "has only the value 7"),
+        (32, fill(0), "has only zeros"),
+        (26, fill(0), "has only zeros in matrices 0, 1, 2 of 3"),
+        (26, fill(0, 1), "has only zeros in matrices 1 of 3"),
+        (27, fill(0, (2, slice(4, 6))), "a single value in scale group 18 of 24"),
+        (30, fill(-3, slice(0, 2)), "a single value in scale group 0 of 8"),
     ],
 )
-def test_arrays_that_no_weight_can_be(files, rewrite, index, change, told):
+def test_arrays_that_no_weight_can_be(files, rewrite, index, change, fault):
     rewrite(index, change)
     assert verify(files).faults == []  # the structure is right
     report = verify(files, content=True)
     assert faulty(report) == [name(index)]
-    assert told in report.faults[0].fault
+    assert fault in report.faults[0].fault
     assert report.warnings == []
 
 
@@ -214,7 +214,7 @@ def test_a_stretch_of_zeros_within_a_matrix(files, rewrite, monkeypatch):
     rewrite(31, fill(0, slice(3, 5)))
     report = verify(files, content=True)
     assert faulty(report) == [name(31)]
-    assert "has 32 bytes of zeros" in report.faults[0].fault
+    assert "has 32 zero bytes" in report.faults[0].fault
 
 
 def test_all_content_faults_of_a_checkpoint_at_once(files, rewrite):
@@ -232,7 +232,7 @@ def test_unlikely_values_are_warnings(files, rewrite):
     assert report.faults == []
     assert [warning.file for warning in report.warnings] == [name(29), name(33)]
     assert "-128 8 times in 128" in report.warnings[0].fault
-    assert "down to -1" in report.warnings[1].fault
+    assert "as low as -1" in report.warnings[1].fault
 
 
 def test_few_different_values_are_a_warning(tmp_path, dump):
@@ -268,7 +268,7 @@ def test_a_hollow_checkpoint_is_one_fault(tmp_path):
     (tmp_path / "config.json").write_text(config.to_json())
     made = [write_hollow(folder / spec.file_name, spec) for spec in tensor_table(config)]
     if not any(made):
-        pytest.skip("this disk makes no holes")
+        pytest.skip("the filesystem does not support sparse files")
     assert verify(tmp_path).faults == []
     report = verify(tmp_path, content=True)
     assert report.hollow
@@ -281,7 +281,7 @@ def test_a_hollow_file_among_good_ones(tmp_path):
     write_checkpoint(tmp_path / "model", config)
     spec = tensor_table(config)[4]
     if not write_hollow(tmp_path / "model" / "ckpt-0" / spec.file_name, spec):
-        pytest.skip("this disk makes no holes")
+        pytest.skip("the filesystem does not support sparse files")
     report = verify(tmp_path / "model", content=True)
     assert not report.hollow
     assert faulty(report) == [spec.file_name]
@@ -368,7 +368,7 @@ def test_a_flipped_byte_is_found(manifest, files):
     assert verify(files).faults == []
     report = verify(files, manifest=manifest)
     assert faulty(report) == [name(26), "tokenizer.model"]
-    assert "the manifest says" in report.faults[0].fault
+    assert ", expected " in report.faults[0].fault
     assert report.to_fetch == [name(26), "tokenizer.model"]
 
 
@@ -379,7 +379,7 @@ def test_layers_in_numeric_order_are_told_by_hash(manifest, files):
     assert verify(files, content=True).faults == []
     report = verify(files, manifest=manifest)
     assert faulty(report) == [name(index) for index in range(26, 50)]
-    assert f"holds what {name(38)} should" in report.faults[0].fault
+    assert f"has the contents of {name(38)}" in report.faults[0].fault
     assert report.to_fetch == []
 
 
@@ -427,17 +427,17 @@ HASH = "0" * 64
     [
         (f"{HASH}  /etc/passwd", "absolute path"),
         (f"{HASH}  C:/tensor", "absolute path"),
-        (f"{HASH}  ../ckpt-0/{name(0)}", "'..'"),
-        (f"{HASH}  ckpt-0/../../x", "'..'"),
-        (f"{HASH}  ckpt-0//x", "empty"),
+        (f"{HASH}  ../ckpt-0/{name(0)}", "invalid path"),
+        (f"{HASH}  ckpt-0/../../x", "invalid path"),
+        (f"{HASH}  ckpt-0//x", "invalid path"),
         (f"{HASH}  ckpt-0\\x", "characters"),
         (f"{HASH}  a\x1bb", "characters"),
-        (f"{HASH} {name(0)}", "is not a SHA-256"),
-        (f"{HASH[1:]}  {name(0)}", "is not a SHA-256"),
-        (f"{'g' * 64}  {name(0)}", "is not a SHA-256"),
-        (f"{HASH}", "is not a SHA-256"),
-        (f"{'1' * 64}  ckpt-0/{name(0)}", "comes twice"),
-        (b"\xff\xfe", "not UTF-8"),
+        (f"{HASH} {name(0)}", "invalid line"),
+        (f"{HASH[1:]}  {name(0)}", "invalid line"),
+        (f"{'g' * 64}  {name(0)}", "invalid line"),
+        (f"{HASH}", "invalid line"),
+        (f"{'1' * 64}  ckpt-0/{name(0)}", "listed twice"),
+        (b"\xff\xfe", "invalid UTF-8"),
     ],
 )
 def test_lines_that_no_manifest_has(tmp_path, written, line, why):

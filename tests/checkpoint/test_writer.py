@@ -156,7 +156,7 @@ def test_what_is_there_is_not_replaced(tmp_path, name):
     (tmp_path / name).write_text("mine")
     (tmp_path / "notes.txt").write_text("mine as well")
     before = contents(tmp_path)
-    with pytest.raises(CheckpointError, match=f"holds {re.escape(name)} already.*--force"):
+    with pytest.raises(CheckpointError, match=f"already contains {re.escape(name)}.*--force"):
         write_checkpoint(tmp_path, one_layer())
     assert contents(tmp_path) == before
 
@@ -190,20 +190,20 @@ def test_other_content_is_kept(tmp_path):
 
 @pytest.mark.parametrize("force", [False, True])
 def test_a_folder_of_tensor_files_is_no_place_for_a_config(written, force):
-    with pytest.raises(CheckpointError, match="holds tensor files itself"):
+    with pytest.raises(CheckpointError, match="already contains tensor files"):
         write_checkpoint(written / "ckpt-0", one_layer(), force=force)
 
 
 def test_a_file_in_the_way(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"file is a file, expected a folder"):
+    with pytest.raises(CheckpointError, match=r"file is a file, expected a directory"):
         write_checkpoint(tmp_path / "file", one_layer())
     with pytest.raises(CheckpointError, match=r"Not a directory"):
         write_checkpoint(tmp_path / "file" / "model", one_layer())
 
 
 def test_a_negative_seed(tmp_path):
-    with pytest.raises(CheckpointError, match="the seed is -1, expected 0 or more"):
+    with pytest.raises(CheckpointError, match="seed is -1, expected 0 or more"):
         write_checkpoint(tmp_path, one_layer(), seed=-1)
 
 
@@ -211,7 +211,7 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypat
     config = PRESETS["grok-1"]
     free = SimpleNamespace(free=318_000_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    with pytest.raises(CheckpointError, match=r"needs 318\.24 GB and its disk has 318\.00 GB free"):
+    with pytest.raises(CheckpointError, match=r"318\.24 GB needed, 318\.00 GB free"):
         write_checkpoint(tmp_path / "new" / "model", config)
     assert not (tmp_path / "new").exists()
 
@@ -219,8 +219,8 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("error", "raised", "sentence"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), CheckpointError, "the disk is full"),
-        (OSError(errno.EACCES, "Permission denied"), CheckpointError, "a folder that you may write to"),
+        (OSError(errno.ENOSPC, "No space left on device"), CheckpointError, "No space left on device; free disk space"),
+        (OSError(errno.EACCES, "Permission denied"), CheckpointError, "choose a writable directory"),
         (OSError(errno.EIO, "Input/output error"), CheckpointError, "Input/output error"),
         (KeyboardInterrupt("stop"), KeyboardInterrupt, "stop"),
     ],
@@ -276,7 +276,7 @@ def test_what_cannot_be_moved_back_is_not_deleted(tmp_path, monkeypatch):
     monkeypatch.setattr(writer.os, "rename", fail_from_the_third)
     with pytest.raises(CheckpointError, match="move it back by hand") as caught:
         write_checkpoint(tmp_path, one_layer(vocab_size=48), force=True)
-    old = re.search(r"the old one is in (.*), move", str(caught.value))[1]
+    old = re.search(r"it is in (.*), move", str(caught.value))[1]
     assert contents(Path(old) / "ckpt-0") == before
 
 

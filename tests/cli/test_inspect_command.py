@@ -111,7 +111,9 @@ def test_damaged_checkpoint_is_a_one_line_error(grok1, tmp_path):
     for options in ([], ["--tensors"], ["--json"]):
         result = grok1("inspect", tmp_path, *options)
         assert (result.code, result.out) == (1, "")
-        assert re.search(r"2 of 146 files are not right: .*tensor00002_000.*tensor00007_000 is missing", result.err)
+        assert re.search(
+            r"2 of 146 files are missing or damaged: .*tensor00002_000.*tensor00007_000 is missing", result.err
+        )
         assert result.err.count("\n") == 1
 
 

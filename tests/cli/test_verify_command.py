@@ -67,7 +67,7 @@ def test_one_line_per_invalid_file(grok1, damaged):
     assert lines[2] == "tensor00026_000 is unexpected: move it out of the folder"
     assert lines[3:] == ["files to download again: tensor00003_000 tensor00025_000"]
     assert result.err == (
-        f"grok1: error: {damaged}/ckpt-0: 3 of 26 files are not right: download or restore these files\n"
+        f"grok1: error: {damaged}/ckpt-0: 3 of 26 files are missing or damaged; download or restore them\n"
     )
 
 

@@ -24,7 +24,7 @@ _CHUNK = 4 << 20  # bytes that each thread holds
 _SAMPLE = 64 << 10  # values of each chunk that go into the histogram
 _FEW_VALUES = 16  # of the 255 that int8 weights use
 _ENOUGH = 4096  # values, for a histogram that says something
-_RARE = 1e-3  # of all values: -128 is no value of a symmetric quantization
+_RARE = 1e-3  # of all values: symmetric quantization does not produce -128
 _HOLLOW_MIN = 64 << 10  # bytes of a file, below which a disk's blocks say nothing
 _PROBES = 32
 _PROBE = 4096
@@ -61,7 +61,7 @@ def is_hollow(path: Path, tensor: StoredTensor) -> bool:
 
 
 def check_content(path: Path, spec: TensorFile, tensor: StoredTensor, advance: Advance) -> ContentReport:
-    """Reads the arrays of one file and looks for values that no weight has.
+    """Read the arrays of one file and looks for values that no weight has.
 
     Args:
         path: the file.
@@ -96,7 +96,7 @@ class _ArrayReader:
         file.seek(stored.offset)
 
     def read(self, size: int) -> Iterator[np.ndarray]:
-        """The next `size` values."""
+        """Return the next `size` values."""
         rest = size * self._dtype.itemsize
         whole = len(self._buffer) // self._dtype.itemsize * self._dtype.itemsize
         while rest:
@@ -105,7 +105,7 @@ class _ArrayReader:
             while filled < len(piece):
                 count = self._file.readinto(piece[filled:])  # type: ignore[attr-defined]
                 if not count:
-                    raise OSError("the file became shorter while it was read")
+                    raise OSError("the file was truncated while it was being read")
                 filled += count
             rest -= len(piece)
             self._advance(len(piece))
@@ -121,13 +121,13 @@ def _check_floats(spec: TensorFile, array: _ArrayReader, report: ContentReport) 
         low = min(low, float(np.min(chunk, where=finite, initial=np.inf)))
         high = max(high, float(np.max(chunk, where=finite, initial=-np.inf)))
     if not_finite:
-        report.faults.append(f"has {not_finite:,} of {array.size:,} values that are NaN or infinite")
+        report.faults.append(f"has {not_finite:,} NaN or infinite values of {array.size:,}")
     if low == high == 0:
-        report.faults.append("is all zero")
+        report.faults.append("has only zeros")
     elif low == high and spec.kind is not Kind.NORMS:
-        report.faults.append(f"has the same value, {low:g}, everywhere")
+        report.faults.append(f"has only the value {low:g}")
     elif spec.kind is Kind.NORMS and low < 0:
-        report.warnings.append(f"has norm scales down to {low:g}, expected none below 0")
+        report.warnings.append(f"has norm scales as low as {low:g}, expected 0 or more")
 
 
 def _check_scales(array: _ArrayReader, report: ContentReport) -> None:
@@ -141,8 +141,7 @@ def _check_scales(array: _ArrayReader, report: ContentReport) -> None:
         negative += int(np.count_nonzero((bits > 0x8000) & ~odd))
     for count, what in ((not_finite, "NaN or infinite"), (zero, "zero"), (negative, "negative")):
         if count:
-            verb = "is" if count == 1 else "are"
-            report.faults.append(f"has {array.size:,} scales of which {count:,} {verb} {what}")
+            report.faults.append(f"has {count:,} {what} scales of {array.size:,}")
 
 
 def _check_values(spec: TensorFile, array: _ArrayReader, report: ContentReport) -> None:
@@ -166,16 +165,16 @@ def _check_values(spec: TensorFile, array: _ArrayReader, report: ContentReport) 
     _report_constants(constants, spec.groups, array.size // groups, report)
     constant = any(value is not None for value in constants)
     if hollow_bytes and not constant:
-        report.faults.append(f"has {hollow_bytes:,} bytes of zeros in stretches of {_CHUNK:,} and more")
+        report.faults.append(f"has {hollow_bytes:,} zero bytes in runs of {_CHUNK:,} or more")
     used, sampled = int(np.count_nonzero(histogram)), int(histogram.sum())
     if not constant and used < _FEW_VALUES and sampled >= _ENOUGH:
-        report.warnings.append(f"has only {used} different values in {sampled:,}, expected most of 255")
+        report.warnings.append(f"has only {used} different values in {sampled:,}, expected nearly 255")
     if lowest > _RARE * array.size:
-        report.warnings.append(f"has the value -128 {lowest:,} times in {array.size:,}, expected -127 to 127 only")
+        report.warnings.append(f"has the value -128 {lowest:,} times in {array.size:,}, expected only -127 to 127")
 
 
 def _report_constants(constants: list[int | None], per_matrix: int, size: int, report: ContentReport) -> None:
-    """Reports scale groups and whole matrices that are constant.
+    """Report scale groups and whole matrices that are constant.
 
     Args:
         constants: the value of each constant group; None for others.
@@ -189,15 +188,15 @@ def _report_constants(constants: list[int | None], per_matrix: int, size: int, r
     matrices = {number: part.pop() for number, part in enumerate(parts) if len(part) == 1 and None not in part}
     for value in sorted(set(matrices.values()), key=str):
         numbers = [number for number, found in matrices.items() if found == value]
-        which = "" if len(parts) == 1 else f"{_listed(numbers)} of {len(parts)} matrices "
-        told = "all zero" if value == 0 else f"the same value, {value}, everywhere"
-        report.faults.append(f"is {told}" if not which else f"has {told} in {which}".rstrip())
+        which = "" if len(parts) == 1 else f"matrices {_listed(numbers)} of {len(parts)}"
+        values = "only zeros" if value == 0 else f"only the value {value}"
+        report.faults.append(f"has {values} in {which}" if which else f"has {values}")
     groups = [
         number for number, value in enumerate(constants) if value is not None and number // per_matrix not in matrices
     ]
     if groups:
         report.faults.append(
-            f"has one value only in scale {'group' if len(groups) == 1 else 'groups'} {_listed(groups)} "
+            f"has a single value in scale {'group' if len(groups) == 1 else 'groups'} {_listed(groups)} "
             f"of {len(constants)}"
         )
 

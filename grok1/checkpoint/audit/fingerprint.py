@@ -1,4 +1,4 @@
-"""Tells checkpoints apart without reading all of them."""
+"""Fingerprints of checkpoints, from samples of their files."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _SAMPLE_BYTES = 4096
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """A SHA-256, hexadecimal, of the config, and of the size and samples of each file.
+    """Return a SHA-256, hexadecimal, of the config, and of the size and samples of each file.
 
-    The samples are 4096 bytes at the beginning, in the middle and at the end. A damaged byte between them goes
-    unnoticed; `verify` finds it.
+    The samples are 4096 bytes at the beginning, in the middle and at the end. A damaged byte between them is
+    not detected; `verify` detects it.
 
     Raises:
         OSError: if a file cannot be read.
@@ -34,7 +34,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def _samples(path: Path) -> tuple[int, bytes]:
-    """The size of a file, and samples of it."""
+    """Return the size of a file, and samples of it."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
         samples = []
@@ -45,24 +45,24 @@ def _samples(path: Path) -> tuple[int, bytes]:
 
 
 def fingerprint_parts(checkpoint: Checkpoint) -> dict[str, str]:
-    """Descriptions of the config, the size and samples of each file, and the manifest if there is one, by name.
+    """Return descriptions of the config, the size and samples of each file, and the manifest if there is one, by name.
 
     Raises:
         OSError: if a file cannot be read.
     """
-    told = {"its config": json.dumps(dataclasses.asdict(checkpoint.config), sort_keys=True)}
+    parts = {"its config": json.dumps(dataclasses.asdict(checkpoint.config), sort_keys=True)}
     for spec in checkpoint.table:
         size, samples = _samples(checkpoint.directory / spec.file_name)
-        told[spec.file_name] = f"{size} bytes, {hashlib.sha256(samples).hexdigest()[:16]}"
+        parts[spec.file_name] = f"{size} bytes, {hashlib.sha256(samples).hexdigest()[:16]}"
     for folder in (checkpoint.directory, checkpoint.directory.absolute().parent):
         if (folder / MANIFEST).is_file():
-            told[MANIFEST] = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:16]
+            parts[MANIFEST] = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:16]
             break
-    return told
+    return parts
 
 
 def compare(one: Mapping[str, str], other: Mapping[str, str]) -> str | None:
-    """The first name by which two results of `fingerprint_parts` differ; None if they are of the same checkpoint.
+    """Return the first name by which two results of `fingerprint_parts` differ; None for the same checkpoint.
 
     A manifest that only one of them has makes no difference.
     """

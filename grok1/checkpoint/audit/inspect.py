@@ -98,12 +98,12 @@ class Inspection:
         return self.parameters - experts + selected
 
     def kinds(self) -> list[KindSummary]:
-        """The tensors by kind."""
+        """Return the tensors by kind."""
         return [_summary(kind, [tensor for tensor in self.tensors if tensor.spec.kind is kind]) for kind in Kind]
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
-    """Looks at an opened checkpoint; reads no array.
+    """Look at an opened checkpoint; reads no array.
 
     Raises:
         CheckpointError: if a file is gone since it was opened.
@@ -124,7 +124,7 @@ def _entry(checkpoint: Checkpoint, spec: TensorFile) -> TensorEntry:
     try:
         status = os.stat(path)
     except OSError as error:
-        raise CheckpointError(f"cannot look at {path} ({error.strerror}): check the file and its disk") from None
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; check the file and its disk") from None
     return TensorEntry(spec, checkpoint.tensors[spec.index], status.st_size, allocated_bytes(status))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 from collections.abc import Generator, Mapping
@@ -46,7 +47,7 @@ class Entry:
 
 
 def write_manifest(manifest: Path, entries: Mapping[str, Entry], folder: str) -> None:
-    """Writes a manifest atomically.
+    """Write a manifest atomically.
 
     Args:
         manifest: replaced if it exists.
@@ -66,12 +67,12 @@ def write_manifest(manifest: Path, entries: Mapping[str, Entry], folder: str) ->
 
 
 def cannot_write(path: Path, error: OSError) -> CheckpointError:
-    """The error that a manifest or its cache of hashes cannot be written."""
-    return CheckpointError(f"cannot write {path} ({error.strerror}): make room, or choose another place")
+    """Return the error that a manifest or its cache of hashes cannot be written."""
+    return CheckpointError(f"cannot write {path}: {error.strerror}; free disk space or choose another path")
 
 
 def read_manifest(manifest: Path) -> dict[str, Entry]:
-    """Reads a manifest of `write_manifest` or `sha256sum`, which is not trusted.
+    """Read a manifest of `write_manifest` or `sha256sum`, which is not trusted.
 
     Raises:
         CheckpointError: if it cannot be read, or a line is not a hash and a relative name; the message names the line.
@@ -80,11 +81,13 @@ def read_manifest(manifest: Path) -> dict[str, Entry]:
         with open_regular(manifest) as file:
             data = file.read(_MAX_MANIFEST + 1)
     except ScanError as error:
-        raise CheckpointError(f"{manifest}: {error.fault}; name a manifest") from None
+        raise CheckpointError(f"{manifest}: {error.fault}; pass a manifest file") from None
     except OSError as error:
-        raise CheckpointError(f"cannot read {manifest} ({error.strerror}): name a manifest that you may read") from None
+        raise CheckpointError(f"cannot read {manifest}: {error.strerror}; check the path and its permissions") from None
     if len(data) > _MAX_MANIFEST:
-        raise CheckpointError(f"{manifest} has more than {_MAX_MANIFEST:,} bytes, expected a manifest: name another")
+        raise CheckpointError(
+            f"{manifest} is larger than {_MAX_MANIFEST:,} bytes and is not a manifest; pass another file"
+        )
     entries: dict[str, Entry] = {}
     size: int | None = None
     for number, line in enumerate(data.split(b"\n"), start=1):
@@ -97,35 +100,42 @@ def read_manifest(manifest: Path) -> dict[str, Entry]:
             name, sha256 = _parse(text)
             entry = Entry(sha256, size)
             if entries.setdefault(name, entry) != entry:
-                raise ValueError(f"{name} comes twice, with different hashes or sizes")
+                raise ValueError(f"{name} is listed twice with different hashes or sizes")
             size = None
         except ValueError as error:
-            why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
+            why = "invalid UTF-8" if isinstance(error, UnicodeDecodeError) else error
             raise CheckpointError(
                 f"{manifest}, line {number}: {why}; correct the line or get the manifest again"
             ) from None
     if not entries:
-        raise CheckpointError(f"{manifest} lists no file, expected lines of a SHA-256 and a name: name another")
+        raise CheckpointError(f"{manifest} is empty, expected lines of a SHA-256 and a file name; pass another file")
     return entries
 
 
+def _quoted(text: str) -> str:
+    """Return the beginning of a text as ASCII in double quotes."""
+    return json.dumps(text[:80])
+
+
 def _parse(line: str) -> tuple[str, str]:
-    """The name and hash of a line; a ValueError says why it is rejected."""
+    """Return the name and hash of a line; raises ValueError with the reason if it is invalid."""
     match = _LINE.fullmatch(line)
     if match is None:
-        raise ValueError(f"{line[:80]!a} is not a SHA-256 of 64 hexadecimal digits, two spaces and a name")
+        raise ValueError(f"invalid line {_quoted(line)}, expected a SHA-256 in hexadecimal, two spaces and a file name")
     name = match[2]
     if name.startswith(("/", "~")) or re.match(r"[A-Za-z]:", name):
-        raise ValueError(f"{name[:80]!a} is an absolute path, expected one within the checkpoint")
+        raise ValueError(f"absolute path {_quoted(name)}, expected a path within the checkpoint")
     if any(part in ("", ".", "..") for part in name.removeprefix("./").split("/")):
-        raise ValueError(f"{name[:80]!a} has a part that is empty, '.' or '..', expected a path within the checkpoint")
+        raise ValueError(
+            f"invalid path {_quoted(name)}, expected a path within the checkpoint without empty, . or .. parts"
+        )
     if "\\" in name or not name.isprintable():
-        raise ValueError(f"{name[:80]!a} has characters that no file of a checkpoint has")
+        raise ValueError(f"invalid characters in the path {_quoted(name)}")
     return name.removeprefix("./"), match[1].lower()
 
 
 def locate(name: str, directory: Path) -> Path:
-    """The file that a name in a manifest refers to.
+    """Return the file that a name in a manifest refers to.
 
     Args:
         name: such as `ckpt-0/tensor00001_000`, even if the folder has been renamed, or `tensor00001_000`.
@@ -170,7 +180,7 @@ class HashCache:
                 for line in lines if lines[:1] == [self._header] else []:
                     if match := _CACHE_LINE.fullmatch(line):
                         self._known[match[4]] = (Entry(match[1], int(match[2])), int(match[3]))
-        # Written anew, so that nothing follows an incomplete line.
+        # Rewritten, so that nothing follows an incomplete line.
         self._file = self._path.open("w", encoding="utf-8", newline="\n")
         self._file.write(self._header)
         for name, (entry, mtime_ns) in self._known.items():
@@ -186,7 +196,7 @@ class HashCache:
                 self._path.unlink(missing_ok=True)
 
     def known(self, paths: Mapping[str, Path]) -> dict[str, Entry]:
-        """The hashes of those of the named files that have not changed since they were hashed."""
+        """Return the hashes of those of the named files that have not changed since they were hashed."""
         entries = {}
         for name, (entry, mtime_ns) in self._known.items():
             if name in paths:
@@ -197,7 +207,7 @@ class HashCache:
         return entries
 
     def add(self, name: str, entry: Entry, mtime_ns: int) -> None:
-        """Keeps the hash of a file."""
+        """Keep the hash of a file."""
         if self._file is not None:
             self._file.write(f"{entry.sha256}  {entry.size} {mtime_ns}  {name}\n")
             self._file.flush()  # a kill loses nothing
@@ -206,7 +216,7 @@ class HashCache:
 def hash_files(
     paths: Mapping[str, Path], cache: HashCache, progress: ByteProgress | None = None
 ) -> Generator[tuple[str, Entry | str], None, None]:
-    """Hashes files in parallel, except those in the cache.
+    """Hash files in parallel, except those in the cache.
 
     Args:
         paths: the files, by their names in the manifest.
@@ -214,13 +224,13 @@ def hash_files(
         progress: called with the bytes read and the bytes to read.
 
     Yields:
-        each name with its entry, or with a clause that says why there is none.
+        each name with its entry, or with a clause that describes the error.
     """
     known = cache.known(paths)
     yield from known.items()
     rest = [(name, path) for name, path in paths.items() if name not in known]
     total = sum(_size(path) for _, path in rest)
-    with contextlib.closing(in_parallel(rest, _hash_or_why_not, total, progress)) as hashed:
+    with contextlib.closing(in_parallel(rest, _hash_or_error, total, progress)) as hashed:
         for (name, _), result in hashed:
             if isinstance(result, str):
                 yield name, result
@@ -237,7 +247,7 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _hash_or_why_not(named: tuple[str, Path], advance: Advance) -> tuple[Entry, int] | str:
+def _hash_or_error(named: tuple[str, Path], advance: Advance) -> tuple[Entry, int] | str:
     try:
         return hash_file(named[1], advance)
     except FileNotFoundError:
@@ -249,7 +259,7 @@ def _hash_or_why_not(named: tuple[str, Path], advance: Advance) -> tuple[Entry, 
 
 
 def hash_file(path: Path, advance: Advance) -> tuple[Entry, int]:
-    """The SHA-256 and size of a file, and its mtime in nanoseconds.
+    """Return the SHA-256 and size of a file, and its mtime in nanoseconds.
 
     Args:
         path: the file.
@@ -269,5 +279,5 @@ def hash_file(path: Path, advance: Advance) -> tuple[Entry, int]:
             advance(count)
         after = os.fstat(file.fileno())
     if (size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise OSError("it changes while it is read")
+        raise OSError("the file changed while it was being read")
     return Entry(digest.hexdigest(), size), after.st_mtime_ns

@@ -1,4 +1,4 @@
-"""Verifying a checkpoint: its structure, the content of its arrays, and its hashes against a manifest."""
+"""Verification of a checkpoint: its structure, the content of its arrays, and its hashes against a manifest."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from grok1.errors import CheckpointError
 from grok1.params.table import CHECKPOINT_DIR
 
 _RELEASE = "xai-org/grok-1"
-_COMPANIONS = ("config.json", "tokenizer.model")  # of the files beside the tensors, those that a model needs
+_COMPANIONS = ("config.json", "tokenizer.model")  # needed by a model, in addition to the tensor files
 _AGAIN = "download it again"
 
 StageProgress = Callable[[str, int, int], None]
-"""Called with what is being done, the bytes read so far and the total."""
+"""Called with the name of the stage, the bytes read so far and the total."""
 
 
 @dataclass
@@ -46,8 +46,8 @@ class Report:
         stated: whether there is a `config.json`.
         structure: what the tensor files hold.
         faults: in the order of the files; a file may have several.
-        warnings: what is only unlikely, in the same form.
-        resumed: number of files that an interrupted run had hashed.
+        warnings: unlikely but possible values, in the same form.
+        resumed: number of files that were hashed by an interrupted run.
     """
 
     directory: Path
@@ -60,7 +60,7 @@ class Report:
 
     @property
     def files(self) -> int:
-        """Number of tensor files that there should be."""
+        """Expected number of tensor files."""
         return len(self.structure.table)
 
     @property
@@ -75,7 +75,7 @@ class Report:
 
     @property
     def fetch_command(self) -> str | None:
-        """The command that downloads these files; None if there are none, or it is not the release."""
+        """The command that downloads these files; None if there are none, or if this is not the release."""
         names = [name for name in self.to_fetch if name.startswith("tensor")]
         if (
             not (names or self.hollow)
@@ -103,17 +103,17 @@ def verify(
     new_manifest: Path | None = None,
     progress: StageProgress | None = None,
 ) -> Report:
-    """Verifies a checkpoint and lists all its faults.
+    """Verify a checkpoint and list all its faults.
 
     Args:
         path: a folder that holds `ckpt-0`, or the folder of tensor files itself.
-        content: reads every array and looks for values that no weight has.
+        content: reads every array and checks its values.
         manifest: a manifest to check every file against; reads every file.
-        new_manifest: where to write a manifest if there are no faults; reads every file.
+        new_manifest: manifest to write if no fault is found; reads every file.
         progress: called every few megabytes in this thread.
 
     Raises:
-        CheckpointError: if there is no checkpoint at all, or a manifest cannot be read or written.
+        CheckpointError: if no checkpoint is found, or a manifest cannot be read or written.
         ConfigError: if `config.json` is invalid.
     """
     directory = find_checkpoint(path).absolute()
@@ -140,7 +140,7 @@ def _check_content(report: Report, progress: StageProgress | None) -> None:
     right = [spec for spec in structure.table if spec.index in structure.tensors]
     hollow = []
     for spec in right:
-        with contextlib.suppress(ScanError, OSError):  # `check_content` will say what it is
+        with contextlib.suppress(ScanError, OSError):  # reported by `check_content`
             if is_hollow(report.directory / spec.file_name, structure.tensors[spec.index]):
                 hollow.append(spec)
     hollow_bytes = sum(tensor_file_size(spec) for spec in hollow)
@@ -149,14 +149,14 @@ def _check_content(report: Report, progress: StageProgress | None) -> None:
             FileFault(
                 report.directory.name,
                 f"is hollow: {len(hollow)} of {report.files} files, {hollow_bytes:,} of {structure.total_bytes:,} "
-                "bytes, are holes on the disk that read as zeros",
-                "download the weights; there are only shapes",
+                "bytes, are sparse and contain no weights",
+                "download the weights",
                 fetch=False,
             )
         )
         return
     for spec in hollow:
-        fault = f"({spec.parameter}) is hollow: its data are a hole on the disk that reads as zeros"
+        fault = f"({spec.parameter}) is hollow: its data are sparse and contain no weights"
         report.faults.append(FileFault(spec.file_name, fault, _AGAIN))
     rest = [spec for spec in right if spec not in hollow]
     checked = in_parallel(
@@ -169,22 +169,22 @@ def _check_content(report: Report, progress: StageProgress | None) -> None:
     )
     with contextlib.closing(checked):
         for spec, found in checked:
-            for told, clauses, advice in (
+            for reported, clauses, advice in (
                 (report.faults, found.faults, _AGAIN),
                 (report.warnings, found.warnings, "compare its hash with a manifest"),
             ):
                 if clauses:
-                    told.append(FileFault(spec.file_name, f"({spec.parameter}) {'; '.join(clauses)}", advice))
+                    reported.append(FileFault(spec.file_name, f"({spec.parameter}) {'; '.join(clauses)}", advice))
 
 
 def _check_manifest_path(manifest: Path, directory: Path) -> None:
-    """Raises if the manifest would overwrite a file that it lists, or be taken for a tensor file."""
+    """Raise if the manifest would overwrite a file that it lists, or be taken for a tensor file."""
     path = manifest.absolute()
     taken = path.parent.resolve() == directory.resolve() and path.name.startswith("tensor")
     if taken or path.name in _COMPANIONS:
-        raise CheckpointError(f"{manifest} is named like a file of a checkpoint: choose another name for the manifest")
+        raise CheckpointError(f"{manifest} is the name of a checkpoint file; choose another name for the manifest")
     if path.is_dir():
-        raise CheckpointError(f"{manifest} is a folder, expected a file: choose a name for the manifest in it")
+        raise CheckpointError(f"{manifest} is a directory, expected a file name for the manifest")
 
 
 def _listed_files(report: Report) -> dict[str, Path]:
@@ -205,7 +205,7 @@ def _write_manifest(report: Report, manifest: Path, progress: StageProgress | No
             with contextlib.closing(hash_files(paths, cache, _stage("hashing", progress))) as hashed:
                 for name, found in hashed:
                     if isinstance(found, str):
-                        raise CheckpointError(f"{paths[name]} {found}: leave the files alone and start again")
+                        raise CheckpointError(f"{paths[name]} {found}; restore the file and run the command again")
                     entries[name] = found
             write_manifest(manifest, {name: entries[name] for name in paths}, report.directory.name)
     except OSError as error:
@@ -213,20 +213,22 @@ def _write_manifest(report: Report, manifest: Path, progress: StageProgress | No
 
 
 def _check_manifest(report: Report, manifest: Path, entries: dict[str, Entry], progress: StageProgress | None) -> None:
-    told = {fault.file for fault in report.faults}
+    reported = {fault.file for fault in report.faults}
     wanted: dict[Path, tuple[str, Entry]] = {}
     for name, entry in entries.items():
         _, other = wanted.setdefault(locate(name, report.directory), (name, entry))
         if other != entry:
-            raise CheckpointError(f"{manifest} lists {name} under two names, with different hashes: correct it")
+            raise CheckpointError(
+                f"{manifest} lists {name} twice with different hashes; correct it or get the manifest again"
+            )
     for path in _listed_files(report).values():
         name = _short(path, report.directory)
-        if path not in wanted and name not in told:
+        if path not in wanted and name not in reported:
             advice = "get a manifest of the whole checkpoint"
-            fault = FileFault(name, "is not in the manifest, so nothing vouches for it", advice, fetch=False)
+            fault = FileFault(name, "is not in the manifest and was not checked", advice, fetch=False)
             (report.warnings if path.name in _COMPANIONS else report.faults).append(fault)
     paths = {name: path for path, (name, _) in wanted.items()}
-    # The manifest may lie where nobody can write: then nothing is resumed.
+    # The folder of the manifest may be read-only; an interrupted run is not resumed then.
     with HashCache(manifest, report.directory, required=False) as cache:
         report.resumed = len(cache.known(paths))
         with contextlib.closing(hash_files(paths, cache, _stage("hashing", progress))) as hashed:
@@ -236,14 +238,14 @@ def _check_manifest(report: Report, manifest: Path, entries: dict[str, Entry], p
     for path, (listed_name, expected) in wanted.items():
         name, found = _short(path, report.directory), results[listed_name]
         clause = _hash_mismatch(found, expected)
-        if clause is None or name in told:  # one line a file
+        if clause is None or name in reported:  # one line a file
             continue
         fetch, advice = True, "download it" if clause == "is missing" else _AGAIN
         owner = owners.get(found.sha256) if isinstance(found, Entry) else None
         if owner is not None:
-            clause = f"holds what {_short(owner, report.directory)} should, as its SHA-256 says"
+            clause = f"has the contents of {_short(owner, report.directory)}, by its SHA-256"
             if expected.sha256 in present:
-                fetch, advice = False, "give the files their right names"
+                fetch, advice = False, "rename the files"
         report.faults.append(FileFault(name, clause, advice, fetch))
 
 
@@ -251,9 +253,9 @@ def _hash_mismatch(found: Entry | str, expected: Entry) -> str | None:
     if isinstance(found, str):
         return found
     if expected.size is not None and found.size != expected.size:
-        return f"has {found.size:,} bytes, the manifest says {expected.size:,}"
+        return f"has {found.size:,} bytes, expected {expected.size:,}"
     if found.sha256 != expected.sha256:
-        return f"has the SHA-256 {found.sha256[:12]}…, the manifest says {expected.sha256[:12]}…"
+        return f"has SHA-256 {found.sha256[:12]}…, expected {expected.sha256[:12]}…"
     return None
 
 

@@ -79,7 +79,7 @@ def tensor_file_size(spec: TensorFile) -> int:
 
 
 class _Quantized:
-    """Stands for an object of the release's class, whose `__dict__` is `{"weight": ..., "scales": ...}`."""
+    """Placeholder of an object of the release's class, whose `__dict__` is `{"weight": ..., "scales": ...}`."""
 
     def __init__(self, weight: ArraySpec, scales: ArraySpec) -> None:
         self.weight = weight
@@ -112,7 +112,7 @@ class _Pickler(_PythonPickler):
         return [*segments, stream[position:]]
 
     def reducer_override(self, obj: object) -> Any:
-        """Calls and states as NumPy has them. A tuple must be new, as in NumPy: pickle writes the same object once."""
+        """Call and states as NumPy has them. A tuple must be new, as in NumPy: pickle writes the same object once."""
         if isinstance(obj, ArraySpec):
             if obj.nbytes < 2:
                 raise ValueError(f"an array of shape {obj.shape} has {obj.nbytes} bytes, expected at least 2")
@@ -121,13 +121,13 @@ class _Pickler(_PythonPickler):
             return reconstruct, arguments, (1, (*obj.shape,), obj.dtype, False, payload)
         if isinstance(obj, np.dtype):
             if obj not in _DTYPES:
-                raise ValueError(f"no tensor file holds arrays of {obj}")
+                raise ValueError(f"unsupported dtype {obj}")
             name, byte_order, *sizes_and_flags = _DTYPES[obj]
             return np.dtype, (name, False, True), (3, byte_order, None, None, None, *sizes_and_flags)
         return NotImplemented
 
     def save_global(self, obj: Any, name: str | None = None) -> None:
-        """Writes the release's name of an object, which need not be importable here."""
+        """Write the release's name of an object, which need not be importable here."""
         module, name = self._globals[obj]
         self.save(module)
         self.save(name)

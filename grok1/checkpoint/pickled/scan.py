@@ -1,8 +1,7 @@
-"""Finds the arrays of a tensor file in its pickle's opcodes, without unpickling it.
+"""Find the arrays of a tensor file in its pickle's opcodes, without unpickling it.
 
-Unpickling calls whatever the file names. This scanner calls nothing: it follows the opcodes on a stack of symbols,
-knows only those that NumPy arrays need, skips the arrays' data and refuses everything else. Its memory is bounded,
-whatever the file says.
+Unpickling calls any function that the file names. This scanner calls nothing: it interprets the opcodes of NumPy arrays
+on a stack of symbols, skips the arrays' data and rejects everything else. Its memory is bounded for any input.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ __all__ = ["ScanError", "StoredArray", "StoredTensor", "scan"]
 _MAX_STACK = 256
 _MAX_MEMO = 1024
 _MAX_DIMENSIONS = 32
-# Flags of a dtype that say how Python gets and sets its items, which ml_dtypes has changed between versions.
-# The others say that items are pointers or Python objects.
+# Flags of a dtype for access to items from Python, which differ between versions of ml_dtypes.
+# The others mark items as pointers or Python objects.
 _ACCESS_FLAGS = 0x70
 
 
@@ -55,20 +54,20 @@ class StoredTensor:
 
 
 def scan(path: Path) -> StoredTensor:
-    """Finds the arrays of one tensor file. Nothing that the file names is imported or called.
+    """Find the arrays of one tensor file. Nothing that the file names is imported or called.
 
     Accepts, at pickle protocol 4, one NumPy float32 array or one `__main__.QuantizedWeight8bit` with the
     attributes `weight` (int8) and `scales` (bfloat16), all little-endian and in C order, with any framing and
     memo numbering.
 
     Raises:
-        CheckpointError: if the file cannot be read or holds anything else; it says at which byte and opcode.
+        CheckpointError: if the file cannot be read or contains anything else; the message gives the byte and opcode.
     """
     try:
         with open_regular(path) as file:
             return _Scanner(PickleSource(path, file)).scan()
     except OSError as error:
-        raise ScanError(path, f"the file cannot be read ({error.strerror or error})") from None
+        raise ScanError(path, f"cannot be read: {error.strerror or error}") from None
 
 
 class _Scanner:
@@ -82,23 +81,23 @@ class _Scanner:
 
     def scan(self) -> StoredTensor:
         if self._source.size == 0:
-            self._refuse("the file is empty, expected a pickled array")
+            self._reject("the file is empty, expected a pickled array")
         if self._source.next_opcode() != pickle.PROTO[0]:
-            self._refuse("expected PROTO first, so the file is no pickle of protocol 4")
+            self._reject("not a pickle of protocol 4, expected opcode PROTO")
         version = self._source.unsigned(1)
         if version != 4:
-            self._refuse(f"the pickle has protocol {version}, expected 4")
+            self._reject(f"pickle protocol {version}, expected 4")
         while (code := self._source.next_opcode()) != pickle.STOP[0]:
             handler = _HANDLERS.get(code)
             if handler is None:
-                self._refuse("no tensor file has this opcode here (nothing was run)")
+                self._reject("unexpected opcode (nothing was executed)")
             handler(self)
             if len(self._stack) > _MAX_STACK or len(self._marks) > _MAX_STACK or len(self._memo) > _MAX_MEMO:
-                self._refuse("the pickle nests or remembers more objects than any tensor file")
+                self._reject("too many nested or memoized objects")
         return self._result()
 
-    def _refuse(self, fault: str) -> NoReturn:
-        self._source.refuse(fault)
+    def _reject(self, fault: str) -> NoReturn:
+        self._source.reject(fault)
 
     # The stack.
 
@@ -107,7 +106,7 @@ class _Scanner:
 
     def _top(self) -> object:
         if len(self._stack) <= (self._marks[-1] if self._marks else 0):
-            self._refuse("the pickle takes an object from an empty stack")
+            self._reject("stack underflow")
         return self._stack[-1]
 
     def _pop(self) -> Any:
@@ -117,7 +116,7 @@ class _Scanner:
 
     def _pop_to_mark(self) -> list[object]:
         if not self._marks:
-            self._refuse("there is no MARK before it")
+            self._reject("missing MARK")
         mark = self._marks.pop()
         values = self._stack[mark:]
         del self._stack[mark:]
@@ -134,11 +133,11 @@ class _Scanner:
     def _string(self, length_bytes: int) -> None:
         size = self._source.unsigned(length_bytes)
         if size > MAX_STRING:
-            self._refuse(f"a string of {size} bytes, expected at most {MAX_STRING}")
+            self._reject(f"string of {size} bytes, expected at most {MAX_STRING}")
         try:
             self._push(self._source.take(size).decode("utf-8"))
         except UnicodeDecodeError:
-            self._refuse("a string is not UTF-8")
+            self._reject("string is not valid UTF-8")
 
     def _bytes(self, length_bytes: int) -> None:
         size = self._source.unsigned(length_bytes)
@@ -151,7 +150,7 @@ class _Scanner:
     def _long1(self) -> None:
         size = self._source.unsigned(1)
         if size > 8:
-            self._refuse(f"a number of {size} bytes, expected at most 8")
+            self._reject(f"integer of {size} bytes, expected at most 8")
         self._signed(size)
 
     def _tuple(self, size: int | None) -> None:
@@ -161,10 +160,10 @@ class _Scanner:
     def _set_items(self, items: list[object]) -> None:
         target = self._top()
         if not isinstance(target, dict) or len(items) % 2:
-            self._refuse(f"items are set in {describe(target)}, expected a dict and pairs")
+            self._reject(f"cannot set items of {describe(target)}, expected a dict and pairs")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, str) or key in target:
-                self._refuse(f"the attribute {describe(key)} is no name or comes twice")
+                self._reject(f"invalid or duplicate attribute {describe(key)}")
             target[key] = value
 
     def _set_item(self) -> None:
@@ -177,23 +176,23 @@ class _Scanner:
     def _put(self, size: int) -> None:
         index = self._source.unsigned(size)
         if index >= _MAX_MEMO:
-            self._refuse(f"memo number {index}, expected less than {_MAX_MEMO}")
+            self._reject(f"memo index {index}, expected less than {_MAX_MEMO}")
         self._memo[index] = self._top()
 
     def _get(self, size: int) -> None:
         index = self._source.unsigned(size)
         if index not in self._memo:
-            self._refuse(f"memo number {index} was never set")
+            self._reject(f"memo index {index} is not set")
         self._push(self._memo[index])
 
     def _known(self, module: object, name: object) -> Known:
         if not isinstance(module, str) or not isinstance(name, str):
-            self._refuse("a name that is no string")
+            self._reject("name is not a string")
         known = KNOWN_NAMES.get((module, name))
         if known is None:
-            self._refuse(
-                f"the file names {f'{module}.{name}'!a}, expected only NumPy arrays and "
-                f"{Known.QUANTIZED.value} (nothing was run)"
+            self._reject(
+                f"reference to {f'{module}.{name}'!a}, expected only NumPy arrays and "
+                f"{Known.QUANTIZED.value} (nothing was executed)"
             )
         return known
 
@@ -206,7 +205,7 @@ class _Scanner:
 
     def _inst(self) -> None:
         self._known(self._source.line(), self._source.line())
-        self._refuse("no tensor file makes objects this way (nothing was run)")
+        self._reject("unexpected construction of an object (nothing was executed)")
 
     def _reduce(self) -> None:
         arguments, function = self._pop(), self._pop()
@@ -215,20 +214,20 @@ class _Scanner:
             self._push(self._new_dtype(*arguments))
         elif function is Known.RECONSTRUCT and count == 3:
             kind, shape, code = arguments
-            # Older and newer NumPy alike: an empty ndarray of bytes, that BUILD then gives its state.
+            # In all versions of NumPy: an empty ndarray of bytes, whose state BUILD sets.
             is_zero = shape == (0,) and type(shape[0]) is int
             if kind is not Known.NDARRAY or not is_zero or not self._is_byte_b(code):
-                self._refuse('_reconstruct is called with other arguments than (numpy.ndarray, (0,), b"b")')
+                self._reject('invalid arguments of _reconstruct, expected (numpy.ndarray, (0,), b"b")')
             self._push(ArraySymbol())
         else:
-            self._refuse(f"a call of {describe(function)} with these arguments (nothing was run)")
+            self._reject(f"unexpected call of {describe(function)} (nothing was executed)")
 
     def _new_dtype(self, name: object, align: object, copy: object) -> DTypeSymbol:
         dtype = KNOWN_DTYPES.get(name) if isinstance(name, str | Known) else None
         if dtype is None:
-            self._refuse(f"an array has dtype {describe(name)}, expected 'f4', 'i1' or ml_dtypes.bfloat16")
+            self._reject(f"array has dtype {describe(name)}, expected 'f4', 'i1' or ml_dtypes.bfloat16")
         if align is not False or copy is not True:
-            self._refuse("numpy.dtype is called with other arguments than (name, False, True)")
+            self._reject("invalid arguments of numpy.dtype, expected (name, False, True)")
         return DTypeSymbol(dtype)
 
     def _is_byte_b(self, value: object) -> bool:
@@ -237,7 +236,7 @@ class _Scanner:
     def _new_object(self) -> None:
         arguments, kind = self._pop(), self._pop()
         if kind is not Known.QUANTIZED or not isinstance(arguments, tuple) or arguments:
-            self._refuse(f"an object of {describe(kind)}, expected {Known.QUANTIZED.value} (nothing was run)")
+            self._reject(f"object of {describe(kind)}, expected {Known.QUANTIZED.value} (nothing was executed)")
         self._push(QuantizedSymbol())
 
     def _build(self) -> None:
@@ -249,66 +248,66 @@ class _Scanner:
             target.stored = self._stored_array(state)
         elif isinstance(target, QuantizedSymbol) and isinstance(state, dict) and target.attributes is None:
             if set(state) != {"weight", "scales"}:
-                self._refuse("a quantized weight has other attributes than weight and scales")
+                self._reject("invalid attributes of a quantized weight, expected weight and scales")
             target.attributes = dict(state)
         else:
-            self._refuse(f"{describe(target)} is given {describe(state)} as its state, or a state for the second time")
+            self._reject(f"cannot set the state of {describe(target)} to {describe(state)}")
 
     def _build_dtype(self, target: DTypeSymbol, state: tuple[object, ...]) -> None:
         if len(state) != 8 or state[0] != 3:
-            self._refuse("a dtype has a state of another version, expected NumPy's version 3")
+            self._reject("unknown version of a dtype, expected NumPy's version 3")
         _, order, subarray, names, fields, itemsize, alignment, flags = state
         expected = "|" if target.dtype.itemsize == 1 else "<"
         if order != expected:
-            self._refuse(f"{target.dtype} has byte order {describe(order)}, expected {expected!r}")
+            self._reject(f"{target.dtype} has byte order {describe(order)}, expected {expected!r}")
         if subarray is not None or names is not None or fields is not None:
-            self._refuse("a structured dtype, expected plain numbers")
+            self._reject("structured dtype, expected numbers")
         if itemsize not in (-1, target.dtype.itemsize) or alignment not in (-1, 1, 2, 4):
-            self._refuse(f"{target.dtype} has item size {describe(itemsize)} and alignment {describe(alignment)}")
+            self._reject(f"{target.dtype} has item size {describe(itemsize)} and alignment {describe(alignment)}")
         if type(flags) is not int or flags & ~_ACCESS_FLAGS:
-            self._refuse(f"{target.dtype} has the flags {describe(flags)}, expected those of plain numbers")
+            self._reject(f"{target.dtype} has the flags {describe(flags)}, expected those of numbers")
         target.built = True
 
     def _stored_array(self, state: tuple[object, ...]) -> StoredArray:
         if len(state) != 5 or state[0] != 1:
-            self._refuse("an array has a state of another version, expected NumPy's version 1")
+            self._reject("unknown version of an array, expected NumPy's version 1")
         _, shape, dtype, fortran, data = state
         if not isinstance(shape, tuple) or len(shape) > _MAX_DIMENSIONS:
-            self._refuse(f"an array's shape is {describe(shape)}, expected up to {_MAX_DIMENSIONS} numbers")
+            self._reject(f"array shape is {describe(shape)}, expected up to {_MAX_DIMENSIONS} integers")
         for size in shape:
             if type(size) is not int or size < 1:
-                self._refuse(f"an array's shape has the size {describe(size)}, expected 1 or more")
+                self._reject(f"array has a dimension of {describe(size)}, expected 1 or more")
         if not isinstance(dtype, DTypeSymbol) or not dtype.built:
-            self._refuse("an array has no finished dtype")
+            self._reject("array has an incomplete dtype")
         if fortran is not False:
-            self._refuse("an array is stored in Fortran order, expected C order")
+            self._reject("array is in Fortran order, expected C order")
         if not isinstance(data, BytesSymbol):
-            self._refuse(f"an array's data is {describe(data)}, expected bytes")
+            self._reject(f"array data is {describe(data)}, expected bytes")
         stored = StoredArray(dtype.dtype, shape, data.offset)
         if stored.nbytes != data.size:
-            self._refuse(
-                f"an array of {dtype.dtype} and shape {shape} has {data.size} bytes of data, expected {stored.nbytes}"
+            self._reject(
+                f"{dtype.dtype} array of shape {shape} has {data.size} bytes of data, expected {stored.nbytes}"
             )
         return stored
 
     def _result(self) -> StoredTensor:
         if self._source.position != self._source.size:
             rest = self._source.size - self._source.position
-            self._refuse(f"{rest} bytes follow the pickle's end, expected none")
+            self._reject(f"{rest} byte{'s' * (rest != 1)} after the end of the pickle")
         if len(self._stack) != 1 or self._marks:
-            self._refuse(f"the pickle leaves {len(self._stack)} objects, expected one")
+            self._reject(f"pickle of {len(self._stack)} objects, expected one")
         value = self._stack[0]
         if isinstance(value, QuantizedSymbol) and value.attributes is not None:
-            weight = self._finished(value.attributes["weight"], INT8, "the attribute weight")
-            scales = self._finished(value.attributes["scales"], BFLOAT16, "the attribute scales")
+            weight = self._complete(value.attributes["weight"], INT8, "the attribute weight")
+            scales = self._complete(value.attributes["scales"], BFLOAT16, "the attribute scales")
             return StoredTensor(weight, scales, self._source.size)
-        return StoredTensor(self._finished(value, FLOAT32, "the file's object"), None, self._source.size)
+        return StoredTensor(self._complete(value, FLOAT32, "the file's object"), None, self._source.size)
 
-    def _finished(self, value: object, dtype: np.dtype[Any], what: str) -> StoredArray:
+    def _complete(self, value: object, dtype: np.dtype[Any], what: str) -> StoredArray:
         if not isinstance(value, ArraySymbol) or value.stored is None:
-            self._refuse(f"{what} is {describe(value)}, expected a finished {dtype} array")
+            self._reject(f"{what} is {describe(value)}, expected a complete {dtype} array")
         if value.stored.dtype != dtype:
-            self._refuse(f"{what} is an array of {value.stored.dtype}, expected {dtype}")
+            self._reject(f"{what} is an array of {value.stored.dtype}, expected {dtype}")
         return value.stored
 
 

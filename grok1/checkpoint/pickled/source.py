@@ -20,11 +20,11 @@ class ScanError(CheckpointError):
 
     def __init__(self, path: Path, fault: str) -> None:
         self.fault = fault
-        super().__init__(f"{path}: {fault}; download or restore this file")
+        super().__init__(f"{path}: {fault}; download or restore the file")
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Opens a regular file for unbuffered reading.
+    """Open a regular file for unbuffered reading.
 
     Raises:
         ScanError: if the path is not a regular file.
@@ -47,12 +47,12 @@ def _open_nonblocking(path: str, flags: int) -> int:
 
 def _check_regular(path: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, device or socket"
-        raise ScanError(path, f"this is {kind}, expected a regular file")
+        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe, device or socket"
+        raise ScanError(path, f"is {kind}, expected a regular file")
 
 
 def _opcode_name(code: int) -> str:
-    import pickletools  # only for the sentence of an error
+    import pickletools  # only for error messages
 
     return next((opcode.name for opcode in pickletools.opcodes if opcode.code == chr(code)), f"0x{code:02x}")
 
@@ -77,13 +77,13 @@ class PickleSource:
         self._opcode_at = 0
         self._opcode = -1
 
-    def refuse(self, fault: str) -> NoReturn:
-        """Raises a `ScanError` that names the current opcode and its position."""
+    def reject(self, fault: str) -> NoReturn:
+        """Raise a `ScanError` that names the current opcode and its position."""
         name = "" if self._opcode < 0 else f", opcode {_opcode_name(self._opcode)}"
         raise ScanError(self._path, f"at byte {self._opcode_at}{name}: {fault}")
 
     def next_opcode(self) -> int:
-        """The opcode at the position."""
+        """Return the opcode at the position."""
         if self.position == self._frame_end:
             self._frame_end = None
         self._opcode_at, self._opcode = self.position, -1
@@ -91,50 +91,50 @@ class PickleSource:
         return self._opcode
 
     def begin_frame(self, size: int) -> None:
-        """Begins a frame of `size` bytes; no opcode and no array may cross its end."""
+        """Start a frame of `size` bytes; no opcode or array may cross its end."""
         if self._frame_end is not None:
-            self.refuse("a frame begins within another")
+            self.reject("nested frame")
         if size > self.size - self.position:
-            self.refuse(f"a frame of {size} bytes reaches past the end of the file at byte {self.size}")
+            self.reject(f"a frame of {size} bytes extends past the end of the file at byte {self.size}")
         self._frame_end = self.position + size
 
     def take(self, size: int) -> bytes:
-        """Returns the next bytes, at most `MAX_STRING`; the total is bounded, too."""
+        """Return the next bytes, at most `MAX_STRING`; the total is bounded, too."""
         self._check_room(size)
         self._structure += size
         if self._structure > _MAX_STRUCTURE:
-            self.refuse(f"more than {_MAX_STRUCTURE} bytes beside array data, more than any tensor file has")
+            self.reject(f"more than {_MAX_STRUCTURE} bytes in addition to array data")
         data = self._at(self.position, size)
         self.position += size
         return data
 
     def skip(self, size: int) -> None:
-        """Skips the next bytes without reading them."""
+        """Skip the next bytes without reading them."""
         self._check_room(size)
         self.position += size
 
     def peek_behind(self, offset: int, size: int) -> bytes:
-        """Returns skipped bytes, at most `MAX_STRING`."""
+        """Return skipped bytes, at most `MAX_STRING`."""
         return self._at(offset, size)
 
     def unsigned(self, size: int) -> int:
-        """The next bytes as an unsigned little-endian number."""
+        """Return the next bytes as an unsigned little-endian number."""
         return int.from_bytes(self.take(size), "little")
 
     def line(self) -> str:
-        """The next bytes up to a line's end."""
+        """Return the next bytes up to a line's end."""
         line = bytearray()
         while (byte := self.take(1)) != b"\n":
             line += byte
             if len(line) > MAX_STRING:
-                self.refuse(f"a name of more than {MAX_STRING} bytes")
+                self.reject(f"name longer than {MAX_STRING} bytes")
         return line.decode("utf-8", "replace")
 
     def _check_room(self, size: int) -> None:
         if self.position + size > self.size:
-            self.refuse(f"the file ends at byte {self.size}, before its pickle does")
+            self.reject(f"unexpected end of file at byte {self.size}")
         if self._frame_end is not None and self.position + size > self._frame_end:
-            self.refuse(f"this reaches past the end of its frame at byte {self._frame_end}")
+            self.reject(f"extends past the end of its frame at byte {self._frame_end}")
 
     def _at(self, offset: int, size: int) -> bytes:
         start = offset - self._window_start
@@ -143,5 +143,5 @@ class PickleSource:
             self._window = self._file.read(_WINDOW) or b""
             self._window_start, start = offset, 0
             if len(self._window) < size:
-                self.refuse("the file became shorter while it was read")
+                self.reject("the file was truncated while it was being read")
         return self._window[start : start + size]
