@@ -32,24 +32,24 @@ class CompletionJob(Job[CompletionTask]):
     prompts: bool = True
 
     def rows(self) -> Iterator[Row[CompletionTask]]:
-        """Reads all rows from the beginning, bad ones included."""
+        """Read all rows from the beginning, bad ones included."""
         config = self.checkpoint.config
         parse = partial(completion_task, defaults=self.defaults, tokenizer=self.tokenizer, config=config)
         return read_rows(self.source, parse, example=EXAMPLE, unescape=self.defaults.unescape)
 
     def options(self) -> dict[str, Any]:
-        """The options that a result depends on, by name."""
+        """Return the options that a result depends on, by name."""
         options = dataclasses.asdict(self.defaults)
         return {**options.pop("sampling"), **options, "no_prompt": not self.prompts}
 
     def outputs(
         self, model: Model, requests: Iterator[Request], *, logprobs: bool, **batching: Any
     ) -> Iterator[Completion]:
-        """Yields completions as they finish."""
+        """Yield completions as they finish."""
         return model.complete_many(requests, logprobs=logprobs, **batching)
 
     def result(self, task: CompletionTask, outputs: list[Completion]) -> dict[str, Any]:
-        """The completions of a row as JSON."""
+        """Return the completions of a row as JSON."""
         prompt, echo = task.request.prompt, ""
         if task.echo:
             echo = prompt if isinstance(prompt, str) else required(self.tokenizer).decode(prompt)

@@ -46,7 +46,7 @@ def job_fingerprint(
 
 
 def compare(journal: Journal | None, fingerprint: Mapping[str, Any]) -> None:
-    """Checks that a journal, if it has been started, belongs to a job.
+    """Check that a journal, if it has been started, belongs to a job.
 
     Args:
         journal: of an output; None without an output.
@@ -63,7 +63,8 @@ def compare(journal: Journal | None, fingerprint: Mapping[str, Any]) -> None:
     differing = [_difference(key, before.get(key), value) for key, value in now.items() if before.get(key) != value]
     if differing:
         raise JobError(
-            f"{journal.path} belongs to another job ({'; '.join(differing)}): resume that one, name another output, or "
+            f"{journal.path} belongs to another job: {'; '.join(differing)}; resume that job, choose another "
+            "output, or "
             "start over with --restart"
         )
 
@@ -73,9 +74,9 @@ def _difference(key: str, before: Any, now: Any) -> str:
     if key in _HASHES:
         return f"the {name} has changed"
     if name is not None:
-        return f"the {name} was {before}, now it is {now}"
+        return f"the {name} was {before} and is now {now}"
     option = f"--{key.replace('_', '-')}"
-    return f"{option} was {_shown(before)}, now it is {_shown(now)}"
+    return f"{option} was {_shown(before)} and is now {_shown(now)}"
 
 
 def _shown(value: Any) -> str:

@@ -63,7 +63,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 
     @classmethod
     def open(cls, output: Path, *, restart: bool) -> Journal:
-        """Opens the journal of an output, or creates one.
+        """Open the journal of an output, or creates one.
 
         Args:
             output: the file that the job writes.
@@ -73,8 +73,10 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             JobError: if another process has it open, the output exists, or the journal cannot be created.
         """
         if output.is_symlink() or (output.exists() and not output.is_file()):
-            kind = "a symbolic link" if output.is_symlink() else "a folder" if output.is_dir() else "not a regular file"
-            raise JobError(f"{output} is {kind}: name a file to write")
+            kind = (
+                "a symbolic link" if output.is_symlink() else "a directory" if output.is_dir() else "not a regular file"
+            )
+            raise JobError(f"{output} is {kind}; name a regular file")
         path = output.with_name(output.name + ".journal")
         descriptor = _open_locked(output, path)
         journal = cls(output, path, descriptor)
@@ -93,12 +95,12 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     def _read(self, restart: bool) -> None:
         beginning = os.pread(self._descriptor, len(_BEGINNING), 0)
         if not _could_begin(beginning):
-            raise JobError(f"{self.path} already exists and is not a journal of grok1: move it, or name another output")
+            raise JobError(f"{self.path} exists but is not a grok1 journal; move it or choose another output")
         if restart:
             return
         size = os.fstat(self._descriptor).st_size
         if size == 0 and self.output.exists():
-            raise JobError(f"{self.output} already exists: name another file, or replace it with --restart")
+            raise JobError(f"{self.output} already exists; choose another output or overwrite it with --restart")
         with os.fdopen(os.dup(self._descriptor), "rb") as file:
             file.seek(0)
             line = file.readline()
@@ -108,14 +110,15 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
                 self._end = len(line)
                 self._read_rows(file)
             elif len(line) < size:
-                raise JobError(f"{self.path} is damaged in its first line: start over with --restart")
+                raise JobError(f"the first line of {self.path} is damaged; start over with --restart")
         self.dropped_bytes = size - self._end
 
     def _read_header(self, text: bytes) -> None:
         job = json.loads(text)
         if job.pop("grok1_journal") != _VERSION:
             raise JobError(
-                f"{self.path} was written by another version of grok1: finish with that one, or use --restart"
+                f"{self.path} was written by another version of grok1; finish the job with that version or start "
+                "over with --restart"
             )
         self.job = job
 
@@ -137,7 +140,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         return index < len(self._starts) and self._starts[index] >= 0
 
     def lines(self) -> Iterator[str]:
-        """Yields the output lines of its rows, in the order of their indices."""
+        """Yield the output lines of its rows, in the order of their indices."""
         with os.fdopen(os.dup(self._descriptor), "rb") as file:
             for start in self._starts:
                 if start >= 0:
@@ -147,7 +150,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     # Adding
 
     def begin(self, job: Mapping[str, Any]) -> None:
-        """Prepares for writing: at the beginning of a new journal, after the last complete line of an old one.
+        """Prepare for writing: at the beginning of a new journal, after the last complete line of an old one.
 
         Args:
             job: the job's fingerprint.
@@ -167,7 +170,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         self._syncing.start()
 
     def add(self, index: int, line: str) -> None:
-        """Adds a finished row.
+        """Add a finished row.
 
         Args:
             index: of the row.
@@ -182,7 +185,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         self._note(index, start + 9 + len(prefix))
 
     def _append(self, text: bytes) -> int:
-        """Writes a line and returns its offset; a line that cannot be written completely is removed."""
+        """Write a line and returns its offset; a line that cannot be written completely is removed."""
         start, line = self._end, b"%08x " % zlib.crc32(text) + text
         try:
             written = 0
@@ -215,7 +218,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             raise self._failure
 
     def _sync(self) -> None:
-        """Flushes the journal to the disk, and writes it again if it was removed.
+        """Flush the journal to the disk, and writes it again if it was removed.
 
         Raises:
             JobError: if it cannot be flushed, or was removed.
@@ -233,8 +236,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         raise self._write_again()
 
     def _write_again(self) -> JobError:
-        """Copies the unlinked journal back to its path, and returns the error to raise."""
-        removed, end = f"{self.path} was removed while rows were added to it", self._end
+        """Copy the unlinked journal back to its path, and returns the error to raise."""
+        removed, end = f"{self.path} was deleted during the run", self._end
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("xb") as copy:
@@ -243,19 +246,19 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
                 copy.flush()
                 os.fsync(copy.fileno())
         except OSError as error:
-            return JobError(f"{removed}, and cannot be written again ({error.strerror}): its rows are lost")
-        return JobError(f"{removed}: it has been written again with all finished rows; run the same command to resume")
+            return JobError(f"{removed} and cannot be restored: {error.strerror}; its rows are lost, start again")
+        return JobError(f"{removed} and has been restored with all finished rows; run the same command to resume")
 
     def _cannot_write(self, error: OSError) -> JobError:
         return JobError(
-            f"cannot write {self.path} ({error.strerror}): free some space; {self.rows} rows are kept, and the same "
-            "command resumes after them"
+            f"cannot write {self.path}: {error.strerror}; free disk space and run the same command to resume "
+            f"after the {self.rows} rows that were saved"
         )
 
     # Ending
 
     def write_output(self, rows: int, tail: str = "") -> None:
-        """Writes the output atomically and removes the journal.
+        """Write the output atomically and removes the journal.
 
         Args:
             rows: number of rows that the journal must have.
@@ -277,12 +280,12 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             self.path.unlink(missing_ok=True)
         except OSError as error:
             raise JobError(
-                f"cannot write {self.output} ({error.strerror}): free some space; all {rows} rows are kept in "
-                f"{self.path}, and the same command writes them"
+                f"cannot write {self.output}: {error.strerror}; free disk space and run the same command to write it "
+                f"(all {rows} rows are saved in {self.path})"
             ) from None
 
     def close(self) -> None:
-        """Closes the journal and keeps it with all its rows; an empty one is removed."""
+        """Close the journal and keeps it with all its rows; an empty one is removed."""
         self._stop_syncing()
         if self._descriptor >= 0:
             with contextlib.suppress(OSError):
@@ -302,7 +305,7 @@ def _could_begin(found: bytes) -> bool:
 
 
 def _checked(line: bytes) -> bytes | None:
-    """The text of a line; None if the line is incomplete."""
+    """Return the text of a line; None if the line is incomplete."""
     if line[8:9] != b" " or not line.endswith(b"\n"):
         return None
     text = line[9:]
@@ -315,7 +318,7 @@ def _open_locked(output: Path, path: Path) -> int:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise JobError(
-                f"cannot write {path} ({error.strerror}): name an output in an existing folder with write permission"
+                f"cannot write {path}: {error.strerror}; choose an output in an existing, writable directory"
             ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -327,14 +330,14 @@ def _open_locked(output: Path, path: Path) -> int:
             os.close(descriptor)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise JobError(
-                    f"{output} is being written by another run of grok1: wait for that one, or name another output"
+                    f"{output} is being written by another grok1 process; wait for it or choose another output"
                 ) from None
-            raise JobError(f"cannot lock {path} ({error.strerror}): name an output on another disk") from None
+            raise JobError(f"cannot lock {path}: {error.strerror}; choose an output on another filesystem") from None
         os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Flushes the names in a folder to the disk, where the system supports it."""
+    """Flush the names in a folder to the disk, where the system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

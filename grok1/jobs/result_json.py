@@ -19,7 +19,7 @@ def json_line(value: object) -> str:
 
 
 def finite(value: float | None) -> float | None:
-    """The number itself, or None if JSON cannot represent it."""
+    """Return the number itself, or None if JSON cannot represent it."""
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -63,7 +63,7 @@ def completion_object(completion: Completion, *, echo: str = "", alone: bool = F
 
 
 def score_object(score: Score, pieces: Sequence[str] | None, *, top: bool) -> dict[str, Any]:
-    """The score of a text, token by token.
+    """Return the score of a text, token by token.
 
     Args:
         score: of all tokens except the first.
@@ -81,7 +81,7 @@ def score_object(score: Score, pieces: Sequence[str] | None, *, top: bool) -> di
 
 
 def row_score_object(score: Score, likeliest: list[int], *, per_token: bool, top: bool) -> dict[str, Any]:
-    """The score of a row.
+    """Return the score of a row.
 
     Args:
         score: the score.

@@ -1,4 +1,4 @@
-"""Rows of an input: parses lines, finds what is wrong with bad ones, and reads rows of prompts to complete."""
+"""Parse and validate the rows of an input file, and turn rows of prompts into requests."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
 class BadRow(Exception):
-    """A line is not a valid row; the message is a clause that says why."""
+    """A line is not a valid row; the message describes the fault, without the file and the line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a good row asks of the model.
+    """The work of a valid row.
 
     Attributes:
         tokens: token ids to read.
         requests: for `Model.complete_many` or `Model.score_many`.
         sequences: number of outputs of all requests: samples to generate, or windows to score.
-        logprobs: whether log-probabilities of the likeliest tokens are requested.
+        logprobs: whether log-probabilities of the most likely tokens are requested.
     """
 
     tokens: list[int]
@@ -59,8 +59,8 @@ class Row(Generic[AnyTask]):
         line: line number in the file, from 1.
         digest: hash of the line, to detect changes between the two readings.
         id: the row's own id.
-        task: what to do; None for a bad row.
-        error: why the row is bad; None for a good one.
+        task: None for a bad row.
+        error: why the row is bad; None for a valid one.
     """
 
     index: int
@@ -78,7 +78,7 @@ def read_rows(
     example: str,
     unescape: bool = False,
 ) -> Iterator[Row[AnyTask]]:
-    """Reads all rows, bad ones included. Blank lines are rows in .txt and ignored in .jsonl.
+    """Read all rows, including bad ones. A blank line is a row in .txt and is ignored in .jsonl.
 
     Args:
         source: the lines.
@@ -98,7 +98,7 @@ def read_rows(
         row: Row[AnyTask] = Row(index, number, short_digest(line or b""))
         try:
             if line is None:
-                raise BadRow(f"it is longer than {MAX_LINE_BYTES >> 20} MiB: give one row a line")
+                raise BadRow(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB; put each row on a line of its own")
             if source.format == "txt":
                 value: str | dict[str, Any] = _text(line, unescape)
             else:
@@ -112,13 +112,13 @@ def read_rows(
 
 
 def short_digest(content: bytes) -> int:
-    """A 64-bit hash."""
+    """Return a 64-bit hash."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 @dataclasses.dataclass(frozen=True)
 class RowDefaults:
-    """Options for rows that do not have their own.
+    """Options of rows that do not set their own.
 
     Attributes:
         sampling: sampling options; the seeds of rows are derived from its seed.
@@ -136,7 +136,7 @@ class RowDefaults:
 
 
 def row_seed(seed: int, index: int) -> int:
-    """The seed of a row without its own: 62 bits of the SHA-256 of the job's seed and the row's index.
+    """Return the seed of a row that sets none: 62 bits of the SHA-256 of the job's seed and the row's index.
 
     Sample i of the row has this seed plus i.
     """
@@ -164,12 +164,12 @@ def completion_task(
     tokenizer: Tokenizer | None,
     config: ModelConfig,
 ) -> CompletionTask:
-    """The task of row `index`, whose `value` is a prompt or a JSON object.
+    """Return the task of row `index`, whose `value` is a prompt or a JSON object.
 
     Raises:
         BadRow: if a field is unknown, missing or invalid.
         RequestError: if an option is out of range, or the prompt is too long or has an invalid token id.
-        TokenizerError: if it needs a tokenizer and there is none.
+        TokenizerError: if a tokenizer is needed and there is none.
     """
     fields = _Fields(prompt=value) if isinstance(value, str) else _json_fields(value)
     request = encode_request(fields.request(index, defaults), tokenizer, config)
@@ -183,8 +183,8 @@ def _text(content: bytes, unescape: bool) -> str:
         text = content.decode()
     except UnicodeDecodeError as error:
         raise BadRow(
-            f"it is not UTF-8 text: byte {content[error.start]:#04x} at offset {error.start} of the line; "
-            "convert the file to UTF-8"
+            f"invalid UTF-8: byte {content[error.start]:#04x} at offset {error.start} of the line; convert the "
+            "file to UTF-8"
         ) from None
     return _ESCAPE.sub(_unescaped, text) if unescape else text
 
@@ -193,18 +193,29 @@ def _unescaped(match: re.Match[str]) -> str:
     try:
         return _ESCAPED[match[1]]
     except KeyError:
-        raise BadRow(f"{match[0]} at character {match.start()} is no escape: expected \\n, \\t, \\r or \\\\") from None
+        raise BadRow(
+            f"unknown escape {match[0]} at character {match.start()}, expected \\n, \\t, \\r or \\\\"
+        ) from None
 
 
 def _json_object(content: bytes, example: str) -> dict[str, Any]:
     try:
         value = from_json(content, allow_inf_nan=False)
     except ValueError as error:
-        raise BadRow(f"it is no JSON ({error}); lines of plain text are read with --format txt") from None
+        raise BadRow(f"invalid JSON: {error}; use --format txt for plain text") from None
     if not isinstance(value, dict):
-        raise BadRow(f"it is JSON, but no object: expected one such as {example}")
+        raise BadRow(f"expected a JSON object such as {example}, not {_JSON_TYPES[type(value)]}")
     return value
 
+
+_JSON_TYPES = {
+    list: "a list",
+    str: "a string",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
 
 EXAMPLE = '{"prompt": "The answer is", "max_tokens": 8}'
 """A row of a prompt."""
@@ -215,7 +226,7 @@ def _text_or_ids(value: object) -> str | list[int] | None:
         return value
     if isinstance(value, list) and all(type(token) is int for token in value):
         return value
-    raise PydanticCustomError("prompt", "expected one text, or one list of token ids")
+    raise PydanticCustomError("prompt", "expected a string or a list of token ids")
 
 
 def _texts(value: object) -> tuple[str, ...] | None:
@@ -225,11 +236,11 @@ def _texts(value: object) -> tuple[str, ...] | None:
         return (value,)
     if isinstance(value, list) and all(isinstance(text, str) for text in value):
         return tuple(value)
-    raise PydanticCustomError("stop", "expected a text or a list of texts")
+    raise PydanticCustomError("stop", "expected a string or a list of strings")
 
 
 def _row_type(hint: Any) -> Any:
-    """The type in a row of a sampling option of type `hint`."""
+    """Return the type of a row's field for a sampling option of type `hint`."""
     return Annotated[Any, pydantic.PlainValidator(_texts)] if get_origin(hint) is tuple else hint | None
 
 
@@ -241,7 +252,7 @@ _SamplingFields: Any = pydantic.create_model("_SamplingFields", __config__=_STRI
 
 
 class _Fields(_SamplingFields):
-    """The fields of a row: sampling options and the following; null is the same as leaving a field out."""
+    """The fields of a row: sampling options and the following; null is the same as omitting a field."""
 
     prompt: Annotated[Any, pydantic.PlainValidator(_text_or_ids)] = None
     prompt_token_ids: list[int] | None = None
@@ -250,15 +261,15 @@ class _Fields(_SamplingFields):
     truncate: bool | None = None
 
     def request(self, index: int, defaults: RowDefaults) -> Request:
-        """The request of row `index`.
+        """Return the request of row `index`.
 
         Raises:
-            BadRow: if there is no prompt or more than one, or `n` or the last seed is out of range.
+            BadRow: if the row does not have exactly one prompt, or `n` or the last seed is out of range.
             RequestError: if another option is out of range.
         """
         if (self.prompt is None) == (self.prompt_token_ids is None):
-            found = "has no prompt" if self.prompt is None else "has a prompt and prompt_token_ids"
-            raise BadRow(f"it {found}: expected one of them, such as {EXAMPLE}")
+            found = "no prompt" if self.prompt is None else "both prompt and prompt_token_ids"
+            raise BadRow(f"the row has {found}, expected one prompt, such as {EXAMPLE}")
         given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
         if "seed" not in given and defaults.sampling.seed is not None:
             given["seed"] = row_seed(defaults.sampling.seed, index)
@@ -267,7 +278,7 @@ class _Fields(_SamplingFields):
             raise BadRow(f"n is {samples}, expected 1 to {MAX_SAMPLES}")
         options = dataclasses.replace(defaults.sampling, **given)
         if options.seed is not None and options.seed > MAX_SEED - (samples - 1):
-            raise BadRow(f"seed is {options.seed}, expected at most {MAX_SEED} for the last of {samples} samples")
+            raise BadRow(f"seed is {options.seed}, expected at most {MAX_SEED - samples + 1} with {samples} samples")
         return Request(
             prompt=(self.prompt_token_ids or []) if self.prompt is None else self.prompt,
             options=options,
@@ -283,7 +294,7 @@ class _Row(_Fields):
 
 
 class _OpenAIBody(_Fields):
-    """A completion request of the OpenAI API; options that grok1 does not have must be switched off."""
+    """A completion request of the OpenAI API; options that grok1 does not support must be off."""
 
     model: str | None = None
     user: str | None = None
@@ -297,7 +308,7 @@ class _OpenAIBody(_Fields):
     @pydantic.model_validator(mode="after")
     def _check_best_of(self) -> _OpenAIBody:
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise PydanticCustomError("best_of", "best_of is not n: only all samples are offered; leave it out")
+            raise PydanticCustomError("best_of", "best_of differs from n, which is not supported; remove it")
         return self
 
 
@@ -317,7 +328,7 @@ def _json_fields(value: dict[str, Any]) -> _Fields:
 
 
 def checked_fields(kind: type[Fields], value: dict[str, Any]) -> Fields:
-    """Validates a JSON object.
+    """Validate a JSON object.
 
     Raises:
         BadRow: if a field is unknown or its value is invalid.
@@ -334,22 +345,25 @@ _MAX_FAULTS = 5  # to report per row
 _EXPECTED = {
     "less_than_equal": "expected 0",
     "greater_than_equal": "expected 0",
-    "too_long": "expected it to be empty",
+    "too_long": "expected an empty object",
     "bool_type": "expected true or false",
+    "int_type": "expected a whole number",
+    "float_type": "expected a number",
+    "string_type": "expected a string",
 }
-"""Clearer messages than those of pydantic."""
+"""Replacements of messages of pydantic."""
 
 
 def _fault(fault: Any) -> str:
     field = ".".join(str(part) for part in fault["loc"] if part not in ("str", "int"))
     if fault["type"] == "extra_forbidden":
-        return f"{field} is no field of a row"
+        return f'unknown field "{field}"'
     if fault["type"] == "missing":
-        return f"{field} is missing"
+        return f"missing {field}"
     if fault["type"] == "best_of":
         return f"{field}.{fault['msg']}"
     message = _EXPECTED.get(fault["type"]) or fault["msg"].replace("Input should be", "expected").replace(
         "False", "false"
     )
     found = json.dumps(fault["input"], ensure_ascii=False)
-    return f"{field} is {found if len(found) <= 60 else found[:57] + '...'}: {message[:1].lower() + message[1:]}"
+    return f"{field} is {found if len(found) <= 60 else found[:57] + '...'}, {message[:1].lower() + message[1:]}"

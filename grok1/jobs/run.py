@@ -36,19 +36,19 @@ class Reporter(Protocol):
     """Where a job reports: a terminal, a log or a server."""
 
     def status(self, text: str) -> None:
-        """Reports what the job is doing; replaces the preceding status."""
+        """Report what the job is doing; replaces the preceding status."""
 
     def note(self, text: str) -> None:
-        """Reports something that should stay visible."""
+        """Report something that should stay visible."""
 
     def bad_row(self, text: str) -> None:
-        """Reports a bad row."""
+        """Report a bad row."""
 
     def result(self, line: str) -> None:
-        """Takes a line of results, if there is no output file."""
+        """Take a line of results, if there is no output file."""
 
     def processing(self, describe: Callable[[], str]) -> AbstractContextManager[None]:
-        """Encloses the processing of rows; `describe` returns the current line of progress, in any thread."""
+        """Enclose the processing of rows; `describe` returns the current line of progress, in any thread."""
 
 
 @dataclasses.dataclass
@@ -85,15 +85,15 @@ class Job(ABC, Generic[AnyTask]):
 
     @abstractmethod
     def rows(self) -> Iterator[Row[AnyTask]]:
-        """Reads all rows from the beginning, bad ones included."""
+        """Read all rows from the beginning, bad ones included."""
 
     @abstractmethod
     def options(self) -> dict[str, Any]:
-        """The options that a result depends on, by name."""
+        """Return the options that a result depends on, by name."""
 
     @abstractmethod
     def outputs(self, model: Model, requests: Iterator[Any], *, logprobs: bool, **batching: Any) -> Iterator[Any]:
-        """Yields the model's outputs as they finish, each with the index of its request as `request_index`.
+        """Yield the model's outputs as they finish, each with the index of its request as `request_index`.
 
         Args:
             model: the model.
@@ -107,7 +107,7 @@ class Job(ABC, Generic[AnyTask]):
         """A row's result as JSON, the same in every run; `completion_tokens` is the number of generated tokens."""
 
     def collect(self, line: str) -> None:
-        """Takes every line that goes to the reporter, in order."""
+        """Take every line that goes to the reporter, in order."""
 
     def tail(self, lines: Iterable[str]) -> str:
         """What follows the last row's line; `lines` are those that were not passed to `collect`."""
@@ -126,7 +126,7 @@ class OrderedResults:
         return index < self._next or index in self._waiting
 
     def add(self, index: int, line: str) -> None:
-        """Adds a finished row's line; writes every line that is now in order."""
+        """Add a finished row's line; writes every line that is now in order."""
         self._waiting[index] = line
         while (ready := self._waiting.pop(self._next, None)) is not None:
             self._write(ready)
@@ -142,7 +142,7 @@ def process_rows(
     stop: threading.Event,
     batching: Mapping[str, Any],
 ) -> Iterator[None]:
-    """Processes the rows that have no result.
+    """Process the rows that have no result.
 
     Args:
         job: what to do with them.
@@ -218,7 +218,7 @@ class JobRunner(Generic[AnyTask]):
     _progress: JobProgress = dataclasses.field(default_factory=JobProgress, init=False)
 
     def run(self, *, skip_bad: bool) -> dict[str, Any]:
-        """Validates all rows, processes those that have no result, and writes the output.
+        """Validate all rows, processes those that have no result, and writes the output.
 
         Args:
             skip_bad: whether bad rows get a result with an "error", instead of being an error of the job.
@@ -272,15 +272,16 @@ class JobRunner(Generic[AnyTask]):
         )
         rows, bad = validation.rows, validation.bad
         if rows == 0:
-            raise JobError(f"{name} has no rows: expected one per line")
+            raise JobError(f"{name} is empty; expected one row per line")
         if bad and not skip_bad:
             raise JobError(
-                f"{bad} of {rows} rows of {name} are bad; nothing was processed: fix them or pass --skip-bad"
+                f"{bad} of {rows} rows of {name} {'is' if bad == 1 else 'are'} invalid and nothing was processed; "
+                "fix them or pass --skip-bad"
             )
         return validation
 
     def _settings(self, model: Model, validation: Validation) -> dict[str, Any]:
-        """The settings of the job that depend on the loaded model.
+        """Return the settings of the job that depend on the loaded model.
 
         Raises:
             JobError: if the journal was begun with other settings.
@@ -292,7 +293,7 @@ class JobRunner(Generic[AnyTask]):
         size = self.batch_size or begun.get("batch_size") or max(rows, min(model.best_batch_size(), wanted))
         if model.max_sequences is not None and size > max(rows, model.max_sequences):
             raise TooSmallError(
-                f"there is memory for {model.max_sequences} sequences beside the weights, but the batch has {size}: "
+                f"--batch-size is {size}, but only {model.max_sequences} sequences fit in memory: "
                 f"use --batch-size {model.max_sequences}, or --dtype bfloat16"
             )
         settings = {
@@ -306,7 +307,7 @@ class JobRunner(Generic[AnyTask]):
         return settings
 
     def _process(self, model: Model, validation: Validation, batch_size: int, lanes: int) -> dict[str, Any]:
-        """Processes rows until none is left or the job is stopped."""
+        """Process rows until none is left or the job is stopped."""
         progress, occupancy = self._progress, self._progress.occupancy
         results = OrderedResults(self._write) if self.journal is None else self.journal
         start, before = time.perf_counter(), progress.done
@@ -329,7 +330,7 @@ class JobRunner(Generic[AnyTask]):
         self.reporter.result(line)
 
     def _describe(self, validation: Validation, start: float, before: int) -> str:
-        """The line of progress."""
+        """Return the line of progress."""
         progress, occupancy, total = self._progress, self._progress.occupancy, validation.rows
         seconds = max(1e-3, time.perf_counter() - start)
         parts = [f"{progress.done} of {total} rows"]
@@ -346,7 +347,7 @@ class JobRunner(Generic[AnyTask]):
 
 
 def summary(outcome: Mapping[str, Any], *more: str) -> str:
-    """The outcome of `JobRunner.run` in one line."""
+    """Return the outcome of `JobRunner.run` in one line."""
     parts = [f"{outcome['rows']} rows"]
     if outcome["resumed_rows"]:
         parts.append(f"{outcome['rows'] - outcome['resumed_rows']} of them now")

@@ -41,33 +41,33 @@ class _Fields(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
 
 
 def _encode(fields: _Fields, tokenizer: Tokenizer | None) -> tuple[list[int], int]:
-    """The tokens of a row, and the index of the first scored one."""
+    """Return the tokens of a row, and the index of the first scored one."""
     kinds = {
         "text": fields.text is not None,
         "token_ids": fields.token_ids is not None,
         "prompt and completion": fields.prompt is not None or fields.completion is not None,
     }
     if sum(kinds.values()) != 1:
-        found = " beside ".join(kind for kind, given in kinds.items() if given) or "no text"
-        raise BadRow(f"it has {found}: expected one such as {_EXAMPLE}")
+        found = " and ".join(kind for kind, given in kinds.items() if given) or "no text"
+        raise BadRow(f"the row has {found}, expected {_EXAMPLE}")
     if fields.token_ids is not None:
         return fields.token_ids, 1
     if fields.text is not None:
         return required(tokenizer).encode(fields.text), 1
     if not fields.prompt or not fields.completion:
         lacking = "completion" if fields.prompt else "prompt"
-        raise BadRow(f"it has no {lacking}: expected one such as {_EXAMPLE}")
+        raise BadRow(f"the row has no {lacking}, expected {_EXAMPLE}")
     prompt = required(tokenizer).encode(fields.prompt)
     whole = required(tokenizer).encode(fields.prompt + fields.completion)
     # A token that spans the end of the prompt belongs to the completion.
     first = shared_prefix(prompt, whole)
     if not 0 < first < len(whole):
-        raise BadRow("its prompt and completion are one token together: give a longer prompt")
+        raise BadRow("prompt and completion are encoded as a single token; use a longer prompt")
     return whole, first
 
 
 def chunk_rows(tokens: list[int], length: int, bos: int | None) -> Iterator[Row[Task]]:
-    """Splits a text into chunks, to score the second half of each, as llama.cpp's perplexity does.
+    """Split a text into chunks, to score the second half of each, as llama.cpp's perplexity does.
 
     An incomplete chunk at the end is ignored.
 
@@ -101,7 +101,7 @@ class Corpus:
     totals: list[tuple[float | None, float | None]] = dataclasses.field(default_factory=list)
 
     def add(self, line: str) -> None:
-        """Adds a line of results."""
+        """Add a line of results."""
         result = json.loads(line)
         if "error" not in result:
             self.rows += 1
@@ -115,7 +115,7 @@ class Corpus:
     def _sum(self, which: int) -> float | None:
         values = [pair[which] for pair in self.totals]
         known = [value for value in values if value is not None]
-        return math.fsum(known) if len(known) == len(values) else None  # rounded once, whatever the order
+        return math.fsum(known) if len(known) == len(values) else None  # rounded once, independent of the order
 
     @property
     def perplexity(self) -> float | None:
@@ -138,7 +138,7 @@ class Corpus:
         return value * math.sqrt(max(0.0, squares / count - (total / count) ** 2) / (count - 1))
 
     def line(self) -> str:
-        """The last line of the output."""
+        """Return the last line of the output."""
         totals = {
             "rows": self.rows,
             "num_scored": self.num_scored,
@@ -169,7 +169,7 @@ class ScoringJob(Job[Task]):
     corpus: Corpus = dataclasses.field(default_factory=Corpus, init=False)
 
     def rows(self) -> Iterator[Row[Task]]:
-        """Reads all rows from the beginning, bad ones included."""
+        """Read all rows from the beginning, bad ones included."""
         config = self.checkpoint.config
         stride = window_stride(self.stride, config.sequence_len)
 
@@ -183,7 +183,7 @@ class ScoringJob(Job[Task]):
         return read_rows(self.source, parse, example=_EXAMPLE)
 
     def options(self) -> dict[str, Any]:
-        """The options that a result depends on, and the version of the result lines."""
+        """Return the options that a result depends on, and the version of the result lines."""
         return {
             "result_version": RESULT_VERSION,
             "stride": window_stride(self.stride, self.checkpoint.config.sequence_len),
@@ -194,11 +194,11 @@ class ScoringJob(Job[Task]):
     def outputs(
         self, model: Model, requests: Iterator[tuple[list[int], int]], *, logprobs: bool, **batching: Any
     ) -> Iterator[TokenScores]:
-        """Yields the scores of windows as they finish."""
+        """Yield the scores of windows as they finish."""
         return model.score_many(requests, top_logprobs=self.top or 0, **batching)
 
     def result(self, task: Task, outputs: list[TokenScores]) -> dict[str, Any]:
-        """The score of a row as JSON."""
+        """Return the score of a row as JSON."""
         from grok1.model import Score
 
         outputs = sorted(outputs, key=attrgetter("request_index"))
@@ -207,11 +207,11 @@ class ScoringJob(Job[Task]):
         return row_score_object(score, likeliest, per_token=self.per_token, top=self.top is not None)
 
     def collect(self, line: str) -> None:
-        """Adds a line to the corpus."""
+        """Add a line to the corpus."""
         self.corpus.add(line)
 
     def tail(self, lines: Iterable[str]) -> str:
-        """The line of the corpus."""
+        """Return the line of the corpus."""
         for line in lines:
             self.corpus.add(line)
         return self.corpus.line()
@@ -231,17 +231,19 @@ class ChunkJob(ScoringJob):
     bos: bool = False
 
     def rows(self) -> Iterator[Row[Task]]:
-        """Splits the text into chunks."""
+        """Split the text into chunks."""
         config, name = self.checkpoint.config, self.source.name
         if not 4 <= self.length <= config.sequence_len:
-            raise JobError(f"--chunk is {self.length}, expected 4 to the model's context of {config.sequence_len}")
+            raise JobError(f"--chunk is {self.length}, expected 4 to {config.sequence_len} (the model's context)")
         tokens = required(self.tokenizer).encode(decode_utf8(self.source.content(), name))
         if len(tokens) < self.length:
-            raise JobError(f"{name} has {len(tokens)} tokens, expected at least one chunk of {self.length}")
+            raise JobError(
+                f"{name} has {len(tokens)} tokens, expected at least {self.length} (--chunk); use a smaller --chunk"
+            )
         return chunk_rows(tokens, self.length, config.bos_id if self.bos else None)
 
     def options(self) -> dict[str, Any]:
-        """The options that a result depends on, and the version of the result lines."""
+        """Return the options that a result depends on, and the version of the result lines."""
         options = super().options() | {"chunk": self.length, "bos": self.bos}
         del options["stride"]  # it has no effect on chunks
         return options

@@ -48,7 +48,7 @@ class Source:
 
     @classmethod
     def open(cls, path: Path, format: Format | None = None) -> Source:
-        """Opens a file of rows.
+        """Open a file of rows.
 
         Args:
             path: a file, compressed if its name ends in ".gz"; "-" is standard input, which is read to its end.
@@ -59,17 +59,17 @@ class Source:
         """
         if str(path) == "-":
             if sys.stdin is None:
-                raise JobError("standard input is closed: name a file of rows")
+                raise JobError("standard input is closed; name an input file")
             return cls("standard input", format or "jsonl", None, _spooled(sys.stdin.buffer, "standard input"))
         if path.is_dir():
-            raise JobError(f"{path} is a folder, expected a file of rows")
+            raise JobError(f"{path} is a directory; name a .txt or .jsonl file")
         if not path.exists():
-            raise JobError(f"{path} does not exist: check its name")
+            raise JobError(f"{path} does not exist; check the path")
         ending = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
         if format is None and ending not in (".txt", ".jsonl"):
             raise JobError(
-                f"{path.name} ends neither in .txt nor in .jsonl, with or without .gz: give the format "
-                "of its lines with --format"
+                f"unknown file type of {path}, expected .txt or .jsonl, optionally with .gz; set the format with "
+                "--format"
             )
         spooled = None
         if not path.is_file():  # a pipe, which can be read only once
@@ -81,7 +81,7 @@ class Source:
         return cls(str(path), format or cast(Format, ending[1:]), path, spooled)
 
     def lines(self) -> Iterator[bytes | None]:
-        """Reads all lines from the beginning, without their line ends.
+        """Read all lines from the beginning, without their line ends.
 
         Yields:
             each line; None for a line longer than `MAX_LINE_BYTES`.
@@ -103,7 +103,7 @@ class Source:
         self.sha256 = digest.hexdigest()
 
     def content(self) -> bytes:
-        """Reads the whole input.
+        """Read the whole input.
 
         Raises:
             JobError: if it cannot be read.
@@ -126,28 +126,30 @@ class Source:
                     file = cast(IO[bytes], stack.enter_context(gzip.open(file)))
                 yield file
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise JobError(f"{self.name} is not a complete gzip file ({error}): compress it again") from None
+            raise JobError(f"{self.name} is not a valid gzip file: {error}; compress it again") from None
         except OSError as error:
             raise _cannot_read(self.name, error) from None
 
 
 def _spooled(file: IO[bytes], name: str) -> IO[bytes]:
-    """Reads a pipe to its end into a temporary file, so that it can be read twice."""
+    """Read a pipe to its end into a temporary file, so that it can be read twice."""
     spooled = tempfile.SpooledTemporaryFile(_KEPT_IN_MEMORY)  # noqa: SIM115 - it lives as long as its source
     try:
         while block := file.read(1 << 20):
             spooled.write(block)
     except OSError as error:
-        raise JobError(f"cannot buffer {name} ({error.strerror}): free some space in {tempfile.gettempdir()}") from None
+        raise JobError(
+            f"cannot buffer {name} in {tempfile.gettempdir()}: {error.strerror}; free disk space there"
+        ) from None
     return cast(IO[bytes], spooled)
 
 
 def _cannot_read(name: str, error: OSError) -> JobError:
-    return JobError(f"cannot read {name} ({error.strerror}): check its name and permissions")
+    return JobError(f"cannot read {name}: {error.strerror}; check the path and its permissions")
 
 
 def decode_utf8(data: bytes, source: str) -> str:
-    """Decodes UTF-8 text.
+    """Decode UTF-8 text.
 
     Args:
         data: the text.
@@ -160,6 +162,5 @@ def decode_utf8(data: bytes, source: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(
-            f"{source} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start} is invalid; "
-            "convert it to UTF-8"
+            f"{source} is not valid UTF-8: byte {data[error.start]:#04x} at offset {error.start}; convert it to UTF-8"
         ) from None

@@ -32,7 +32,7 @@ class Validation:
     digests: array[int] = dataclasses.field(default_factory=lambda: array("Q"))
 
     def unchanged(self, rows: Iterable[Row[AnyTask]]) -> Iterator[Row[AnyTask]]:
-        """Yields the rows of a second reading.
+        """Yield the rows of a second reading.
 
         Raises:
             JobError: if a row differs from the first reading.
@@ -40,11 +40,15 @@ class Validation:
         count = 0
         for row in rows:
             if row.index >= self.rows or row.digest != self.digests[row.index]:
-                raise JobError(f"line {row.line} of the input changed while its rows were processed: restore it")
+                raise JobError(
+                    f"line {row.line} of the input changed during the run; restore the file and run the command again"
+                )
             count += 1
             yield row
         if count != self.rows:
-            raise JobError(f"the input lost {self.rows - count} rows while they were processed: restore them")
+            raise JobError(
+                f"the input lost {self.rows - count} rows during the run; restore the file and run the command again"
+            )
 
     @property
     def mean_new_tokens(self) -> float:
@@ -55,7 +59,7 @@ class Validation:
 def validate(
     rows: Iterable[Row[Any]], on_bad: Callable[[Row[Any]], None], progress: Callable[[int], None]
 ) -> Validation:
-    """Reads all rows and counts what they ask for.
+    """Read all rows and counts what they ask for.
 
     Args:
         rows: all rows of the input.
@@ -82,6 +86,6 @@ def validate(
 
 
 def shared_prefix(one: list[int], other: list[int]) -> int:
-    """Number of tokens with which both texts begin."""
+    """Length of the common prefix of both texts in tokens."""
     length = min(len(one), len(other))
     return next((i for i in range(length) if one[i] != other[i]), length)

@@ -166,9 +166,10 @@ def test_invalid_rows_fail_before_the_model_is_loaded(batch, tmp_path, monkeypat
             assert (result.code, result.out) == (1, "")
             lines = result.err.splitlines()
             assert lines[0].startswith(f"{file}, line 2: the prompt is empty")
-            assert lines[1].startswith(f"{file}, line 4: propmt is no field")
+            assert lines[1].startswith(f'{file}, line 4: unknown field "propmt"')
             assert lines[2] == (
-                f"grok1: error: 2 of 4 rows of {file} are bad; nothing was processed: fix them or pass --skip-bad"
+                f"grok1: error: 2 of 4 rows of {file} are invalid and nothing was processed; fix them or pass "
+                "--skip-bad"
             )
             assert len(lines) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
@@ -193,7 +194,7 @@ def test_invalid_rows_fail_before_the_model_is_loaded(batch, tmp_path, monkeypat
         (["-", "--json"], 2, "--json requires -o"),
         (["-", "--batch-size", 0], 2, "--batch-size"),
         (["-", "-o", "nowhere/out"], 1, "in an existing folder"),
-        (["-", "-o", "."], 1, "is a folder"),
+        (["-", "-o", "."], 1, "is a directory"),
         (["-", "--temperature", -1], 2, "expected a finite number, 0 or more, got -1.0"),
     ],
 )
@@ -352,22 +353,22 @@ def stopped(batch, prompts, tmp_path, monkeypatch):
     return output
 
 
-def test_a_journal_of_other_options_is_refused(batch, prompts, stopped, expected):
+def test_journal_of_other_options_is_rejected(batch, prompts, stopped, expected):
     before = stopped.with_name("out.jsonl.journal").read_bytes()
     for arguments, words in [
-        (["-n", 5], "--max-tokens was 4, now it is 5"),
-        (["-n", 4, "--greedy"], "--temperature was 0.7, now it is 0.0"),
-        (["-n", 4, "--seed", 6], "--seed was 5, now it is 6"),
-        (["-n", 4, "--stop", "x", "--stop", "y"], "--stop was not given, now it is x,y"),
-        (["-n", 4, "--no-prompt"], "--no-prompt was not given, now it is given"),
-        (["-n", 4, "--batch-size", 4], "--batch-size was 3, now it is 4"),
-        (["-n", 4, "--dtype", "bfloat16"], "--dtype was float32, now it is bfloat16"),
-        (["-n", 4, "--mesh", "1,2"], "--mesh was 1,1, now it is 1,2"),
-        (["-n", 4, "--logprobs", 0], "--logprobs was not given, now it is 0"),
+        (["-n", 5], "--max-tokens was 4 and is now 5"),
+        (["-n", 4, "--greedy"], "--temperature was 0.7 and is now 0.0"),
+        (["-n", 4, "--seed", 6], "--seed was 5 and is now 6"),
+        (["-n", 4, "--stop", "x", "--stop", "y"], "--stop was not given and is now x,y"),
+        (["-n", 4, "--no-prompt"], "--no-prompt was not given and is now given"),
+        (["-n", 4, "--batch-size", 4], "--batch-size was 3 and is now 4"),
+        (["-n", 4, "--dtype", "bfloat16"], "--dtype was float32 and is now bfloat16"),
+        (["-n", 4, "--mesh", "1,2"], "--mesh was 1,1 and is now 1,2"),
+        (["-n", 4, "--logprobs", 0], "--logprobs was not given and is now 0"),
     ]:
         result = batch(prompts, "-o", stopped, *arguments)
         assert (result.code, result.out) == (1, "")
-        assert f"belongs to another job ({words})" in result.err
+        assert f"belongs to another job: {words}" in result.err
         assert "--restart" in result.err
         assert stopped.with_name("out.jsonl.journal").read_bytes() == before
     assert batch(prompts, "-o", stopped, "-n", 4).code == 0
@@ -452,7 +453,7 @@ def test_job_resumes_after_a_full_disk(batch, many, expected, tmp_path):
         assert "No space left on device" in result.err
         kept = journal_rows(output)
         assert 0 < kept < 80
-        assert f"{kept} rows are kept" in result.err
+        assert f"{kept} rows that were saved" in result.err
         assert batch(many, "-o", output).code == 1  # still full
         assert journal_rows(output) >= kept
         subprocess.run([mount, "-o", "remount,size=16m", str(place)], check=True)
@@ -493,7 +494,7 @@ def test_large_input_is_not_read_into_memory(start, checkpoint, tmp_path):
     for path in (small, file):
         process = start("batch", path, "-c", checkpoint, "--mesh", "1,1", code=REPORT_PEAK)
         *_, record, size = process.communicate()[1].splitlines()
-        assert b"rows.jsonl are bad" in record
+        assert b"rows.jsonl are invalid" in record
         sizes.append(int(size))
     assert file.stat().st_size > 30e6
     assert sizes[1] - sizes[0] < 12e6  # 8 bytes per row, and memory that Python does not release
@@ -517,7 +518,7 @@ def test_batch_size_that_does_not_fit_in_memory_is_rejected(batch, prompts, monk
     monkeypatch.setattr(importlib.import_module("grok1.model.load"), "room", lambda *_: 2)
     result = batch(prompts, "-n", 2)
     assert (result.code, result.out) == (1, "")
-    assert "there is memory for 2 sequences beside the weights, but the batch has 3: use --batch-size 2" in result.err
+    assert "--batch-size is 3, but only 2 sequences fit in memory: use --batch-size 2" in result.err
 
 
 def test_progress_on_a_terminal(start, checkpoint, many, terminal, tmp_path):

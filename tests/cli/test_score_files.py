@@ -162,12 +162,12 @@ def test_invalid_rows(score, tmp_path):
     reasons = [
         "0 tokens, expected at least 2",
         "no completion",
-        "text beside prompt and completion",
+        "text and prompt and completion",
         "token id 512",
         "1 tokens",
-        "txt is no field",
+        'unknown field "txt"',
         "no text",
-        "no JSON",
+        "invalid JSON",
     ]
     for line, reason in zip(record, reasons, strict=True):
         assert reason in line
@@ -286,7 +286,7 @@ def test_killed_job_resumes(score, start, checkpoint, rows_file, tmp_path):
     old.with_name("old.jsonl.journal").write_bytes(without_result_version(journal))
     refused = score(rows_file, "-o", old)
     assert (refused.code, old.exists()) == (1, False)
-    assert "the version of the result lines was 1, now it is 2" in refused.err
+    assert "the version of the result lines was 1 and is now 2" in refused.err
     assert "--restart" in refused.err
     resumed = score(rows_file, "-o", output, "--json")
     assert resumed.code == 0, resumed.err

@@ -194,7 +194,7 @@ def test_a_journal_of_version_0_1_is_resumed_unless_it_differs(completion_job, c
         journal.add(0, '{"index": 0, "kept": true}\n')
     with (
         Journal.open(output, restart=False) as journal,
-        pytest.raises(JobError, match="--batch-size was 3, now it is 4"),
+        pytest.raises(JobError, match="--batch-size was 3 and is now 4"),
     ):
         run(completion_job, Log(), EchoModel(), journal, batch_size=4)
     with Journal.open(output, restart=False) as journal:

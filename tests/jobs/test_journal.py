@@ -100,7 +100,7 @@ def test_what_is_no_journal_stays_as_it_is(output):
     for content in (b"my diary\n", b'{"grok1_journal": 1}\n', b"00000000 {}\n", b"0123456Z"):
         path.write_bytes(content)
         for restart in (False, True):
-            with pytest.raises(JobError, match="not a journal of grok1"):
+            with pytest.raises(JobError, match="not a grok1 journal"):
                 Journal.open(output, restart=restart)
         assert path.read_bytes() == content
 
@@ -134,7 +134,7 @@ def test_results_are_not_overwritten(output):
         Journal.open(output, restart=False)
     assert output.read_text() == "results"
     assert not output.with_name("out.jsonl.journal").exists()
-    with pytest.raises(JobError, match="is a folder"):
+    with pytest.raises(JobError, match="is a directory"):
         Journal.open(output.parent, restart=True)
 
 
@@ -143,16 +143,16 @@ def test_a_journal_that_was_never_begun_leaves_nothing(output):
     with Journal.open(output, restart=False):
         pass
     assert list(output.parent.iterdir()) == []
-    with pytest.raises(JobError, match="in an existing folder"):
+    with pytest.raises(JobError, match="in an existing, writable directory"):
         Journal.open(output.parent / "missing" / "out", restart=False)
 
 
 def test_two_runs_on_one_output(path, output):
-    with Journal.open(output, restart=False), pytest.raises(JobError, match="another run of grok1"):
+    with Journal.open(output, restart=False), pytest.raises(JobError, match="another grok1 process"):
         Journal.open(output, restart=True)
     with path.open() as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(JobError, match="another run of grok1"):
+        with pytest.raises(JobError, match="another grok1 process"):
             Journal.open(output, restart=False)
     Journal.open(output, restart=False).close()
 
@@ -173,13 +173,13 @@ def test_a_full_disk_keeps_what_is_done(path, output, written, monkeypatch):
         journal.begin({})
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwrite", full)
-            with pytest.raises(JobError, match=r"No space left on device.*4 rows are kept"):
+            with pytest.raises(JobError, match=r"No space left on device.*4 rows that were saved"):
                 journal.add(2, LINES[2])
         assert path.read_bytes() == whole
         journal.add(2, LINES[2])
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
-            with pytest.raises(JobError, match="all 5 rows are kept"):
+            with pytest.raises(JobError, match="all 5 rows are saved"):
                 journal.write_output(5)
         assert [file.name for file in output.parent.iterdir()] == [path.name]
         journal.write_output(5)
@@ -202,7 +202,7 @@ def test_a_failing_disk_is_told_with_the_next_row(path, output, monkeypatch):
         monkeypatch.setattr(os, "fsync", failing)
         journal.add(2, LINES[2])
         assert failed.wait(timeout=20)
-        with pytest.raises(JobError, match=r"Input/output error.*rows are kept"):
+        with pytest.raises(JobError, match=r"Input/output error.*rows that were saved"):
             add_often(journal)
 
 
@@ -211,7 +211,7 @@ def test_a_removed_folder_is_written_again(path, output):
         journal.begin({})
         shutil.rmtree(output.parent)
         journal.add(2, LINES[2])
-        with pytest.raises(JobError, match="written again with all finished rows"):
+        with pytest.raises(JobError, match="restored with all finished rows"):
             journal.write_output(5)
     with Journal.open(output, restart=False) as journal:
         assert journal.rows == 5

@@ -40,7 +40,7 @@ def row(rows, **fields):
 
 def test_lines_of_text(rows):
     found = rows("\ufeffone\r\ntwo \n\nthree", "rows.txt")
-    assert [row.error for row in found] == [None, None, "the prompt is empty: give at least one character", None]
+    assert [row.error for row in found] == [None, None, "the prompt is empty, expected at least one character", None]
     assert [row.task.request.prompt for row in found if row.task] == ["one", "two ", "three"]
     assert [row.line for row in found] == [1, 2, 3, 4]
     assert [row.index for row in found] == [0, 1, 2, 3]
@@ -52,7 +52,7 @@ def test_escapes_only_when_asked_for(rows):
     assert rows(text, "rows.txt", unescape=True)[0].task.request.prompt == "a\nb\tc\\n\r"
     for wrong, place in (("a\\x", 1), ("ab\\", 2), ("\\\\\\q", 2)):
         [bad] = rows(wrong, "rows.txt", unescape=True)
-        assert f"at character {place} is no escape" in bad.error
+        assert f" at character {place}, expected" in bad.error
 
 
 def test_a_row_has_options_of_its_own(rows):
@@ -128,13 +128,13 @@ def test_lines_of_an_openai_batch(rows):
         "url": ({"url": "/v1/chat/completions"}, "'/v1/completions'"),
         "method": ({"method": "GET"}, "'POST'"),
         "custom_id": ({"custom_id": None}, "custom_id is null"),
-        "extra": ({"more": 1}, "more is no field"),
+        "extra": ({"more": 1}, 'unknown field "more"'),
         "body.stream": ({"body": body | {"stream": True}}, "body.stream is true"),
-        "body.best_of": ({"body": body | {"best_of": 3}}, "best_of is not n"),
+        "body.best_of": ({"body": body | {"best_of": 3}}, "best_of differs from n"),
         "body.suffix": ({"body": body | {"suffix": "end"}}, 'body.suffix is "end"'),
         "body.frequency_penalty": ({"body": body | {"frequency_penalty": 0.5}}, "body.frequency_penalty is 0.5"),
         "body.logit_bias": ({"body": body | {"logit_bias": {"5": 1}}}, "body.logit_bias"),
-        "body.messages": ({"body": {"messages": []}}, "body.messages is no field"),
+        "body.messages": ({"body": {"messages": []}}, 'unknown field "body.messages"'),
     }
     for change, words in wrong.values():
         assert words in row(rows, **(line | change)).error
@@ -143,25 +143,25 @@ def test_lines_of_an_openai_batch(rows):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("nonsense", "it is no JSON"),
-        ('{"prompt": "x"', "it is no JSON"),
-        ('{"prompt": NaN}', "it is no JSON"),
-        ('{"prompt": "\\ud800"}', "it is no JSON"),
-        ("[" * 100000, "it is no JSON"),
-        ("[1]", "no object"),
-        ("{}", "it has no prompt"),
-        ('{"prompt": null}', "it has no prompt"),
-        ('{"prompt": "a", "prompt_token_ids": [1]}', "has a prompt and prompt_token_ids"),
+        ("nonsense", "invalid JSON"),
+        ('{"prompt": "x"', "invalid JSON"),
+        ('{"prompt": NaN}', "invalid JSON"),
+        ('{"prompt": "\\ud800"}', "invalid JSON"),
+        ("[" * 100000, "invalid JSON"),
+        ("[1]", "expected a JSON object"),
+        ("{}", "has no prompt"),
+        ('{"prompt": null}', "has no prompt"),
+        ('{"prompt": "a", "prompt_token_ids": [1]}', "has both prompt and prompt_token_ids"),
         ('{"prompt": ""}', "the prompt is empty"),
         ('{"prompt": []}', "the prompt is empty"),
-        ('{"prompt": ["a", "b"]}', "expected one text, or one list of token ids"),
-        ('{"prompt": [1, true]}', "expected one text, or one list of token ids"),
-        ('{"prompt": 5}', "expected one text, or one list of token ids"),
+        ('{"prompt": ["a", "b"]}', "expected a string or a list of token ids"),
+        ('{"prompt": [1, true]}', "expected a string or a list of token ids"),
+        ('{"prompt": 5}', "expected a string or a list of token ids"),
         ('{"prompt": [1, 1024]}', "token id 1024 is out of range"),
         ('{"prompt": [-1]}', "token id -1 is out of range"),
-        ('{"prompt_token_ids": [1, "2"]}', 'prompt_token_ids.1 is "2": expected a valid integer'),
-        ('{"prompt": "x", "max_token": 3}', "max_token is no field of a row"),
-        ('{"prompt": "x", "max_tokens": "3"}', 'max_tokens is "3": expected a valid integer'),
+        ('{"prompt_token_ids": [1, "2"]}', 'prompt_token_ids.1 is "2", expected a whole number'),
+        ('{"prompt": "x", "max_token": 3}', 'unknown field "max_token"'),
+        ('{"prompt": "x", "max_tokens": "3"}', 'max_tokens is "3", expected a whole number'),
         ('{"prompt": "x", "max_tokens": true}', "max_tokens is true"),
         ('{"prompt": "x", "max_tokens": 2.5}', "max_tokens is 2.5"),
         ('{"prompt": "x", "max_tokens": 0}', "max_tokens is 0, expected at least 1"),
@@ -175,11 +175,11 @@ def test_lines_of_an_openai_batch(rows):
         ('{"prompt": "x", "seed": 9223372036854775807, "n": 2}', "seed is 9223372036854775807, expected at most"),
         ('{"prompt": "x", "n": 0}', "n is 0, expected 1 to 1024"),
         ('{"prompt": "x", "n": 1025}', "n is 1025, expected 1 to 1024"),
-        ('{"prompt": "x", "stop": ["a", 2]}', "expected a text or a list of texts"),
+        ('{"prompt": "x", "stop": ["a", 2]}', "expected a string or a list of strings"),
         ('{"prompt": "x", "stop": [""]}', 'stop is [""]'),
         ('{"prompt": "x", "echo": 1}', "echo is 1"),
         ('{"prompt": "x", "id": 1.5}', "id is 1.5"),
-        (b'{"prompt": "\xff"}', "it is no JSON"),
+        (b'{"prompt": "\xff"}', "invalid JSON"),
     ],
 )
 def test_bad_rows(rows, line, words):
@@ -197,7 +197,7 @@ def test_several_faults_of_a_row_are_all_told(rows):
 
 
 def test_a_prompt_that_is_too_long(rows):
-    assert "but 511 fit" in row(rows, prompt="x" * 512).error
+    assert "expected at most 511" in row(rows, prompt="x" * 512).error
     assert row(rows, prompt="x" * 511).error is None
     assert len(row(rows, prompt="x" * 5000, truncate=True, max_tokens=100).task.tokens) == 412
 
@@ -234,9 +234,9 @@ def test_the_hash_is_of_the_content(tmp_path, monkeypatch):
     [
         ("rows.csv", b"", "--format"),
         ("rows.gz", b"", "--format"),
-        ("rows.txt.gz", gzip.compress(b"x" * 1000, mtime=0)[:-9], "not a complete gzip file"),
-        ("rows.txt.gz", b"no gzip", "not a complete gzip file"),
-        ("folder", None, "is a folder"),
+        ("rows.txt.gz", gzip.compress(b"x" * 1000, mtime=0)[:-9], "not a valid gzip file"),
+        ("rows.txt.gz", b"no gzip", "not a valid gzip file"),
+        ("folder", None, "is a directory"),
         ("missing.txt", None, "does not exist"),
     ],
 )
