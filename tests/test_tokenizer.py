@@ -143,7 +143,7 @@ def test_half_a_surrogate_pair_is_refused(tokenizer):
 @both
 @pytest.mark.parametrize("token", [-1, 131072, 2**31, 2**70])
 def test_ids_outside_the_vocabulary_are_refused(tokenizer, token):
-    sentence = f"^{token} is no token .* from 0 to {tokenizer.vocab_size - 1}$"
+    sentence = rf"^token id {token} is out of range \(0 to {tokenizer.vocab_size - 1}\)$"
     for use in (tokenizer.decode, tokenizer.pieces, tokenizer.stream):
         with pytest.raises(RequestError, match=sentence):
             use([5, token])
@@ -309,12 +309,12 @@ def test_read_gives_the_tokenizer_of_the_file(tmp_path):
     ("content", "found"),
     [
         (b"", "is empty"),
-        (b"no model at all\n", "16 bytes that are no SentencePiece model"),
-        (bytes(1000), "1000 bytes that are no SentencePiece model"),
-        (b"\x80\x04\x95" + bytes(range(256)), "259 bytes that are no SentencePiece model"),
-        (SMALL_BYTES[: len(SMALL_BYTES) // 2], "or only a part of one"),
-        (SMALL_BYTES.replace("▁light".encode(), b"\xff\x96\x81light"), "no SentencePiece model"),
-        (SMALL_BYTES.replace(b"<0x1E>", b"\xff0x1E>"), "no SentencePiece model"),
+        (b"no model at all\n", r"\(16 bytes\) is not a valid SentencePiece model"),
+        (bytes(1000), r"\(1000 bytes\) is not a valid SentencePiece model"),
+        (b"\x80\x04\x95" + bytes(range(256)), r"\(259 bytes\) is not a valid SentencePiece model"),
+        (SMALL_BYTES[: len(SMALL_BYTES) // 2], "is not a valid SentencePiece model"),
+        (SMALL_BYTES.replace("▁light".encode(), b"\xff\x96\x81light"), "not a valid SentencePiece model"),
+        (SMALL_BYTES.replace(b"<0x1E>", b"\xff0x1E>"), "not a valid SentencePiece model"),
     ],
     ids=["empty", "text", "zeros", "pickle", "cut", "piece not UTF-8", "byte piece not UTF-8"],
 )
@@ -332,7 +332,7 @@ def test_files_that_are_no_tokenizer_are_refused_in_one_sentence(tmp_path, capfd
 
 def test_paths_that_cannot_be_read_are_refused_in_one_sentence(tmp_path):
     for path, found in [
-        (tmp_path / "absent", "there is no tokenizer at"),
+        (tmp_path / "absent", "absent does not exist"),
         (tmp_path, "Is a directory"),
         (tmp_path / "nul\0", "null"),
         (tmp_path / ("x" * 300), "too long"),
@@ -346,14 +346,14 @@ def test_a_file_too_large_for_a_tokenizer_is_refused_unread(tmp_path):
     path = tmp_path / "tensor00000_000"
     with path.open("wb") as file:
         file.truncate(300 << 20)  # takes no room on the disk
-    with pytest.raises(TokenizerError, match="more than 64 MiB"):
+    with pytest.raises(TokenizerError, match="larger than 64 MiB"):
         Tokenizer.read(path)
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused():
     tokenizer = TOKENIZERS["small"]
     tokenizer.check_vocabulary(1024)
-    with pytest.raises(TokenizerError, match=r"small has 1024 pieces, .* has 131072: .*--tokenizer FILE"):
+    with pytest.raises(TokenizerError, match=r"small has 1024 pieces, expected 131072 .*--tokenizer FILE"):
         tokenizer.check_vocabulary(131072)
 
 
@@ -369,7 +369,7 @@ def test_a_tokenizer_with_other_special_ids_is_refused():
         minloglevel=2,
     )
     tokenizer = Tokenizer.from_bytes(model.getvalue(), "llama.model")
-    with pytest.raises(TokenizerError, match=r"llama\.model .* at the ids -1, 1, 2, 0, expected 0, 1, 2, 3"):
+    with pytest.raises(TokenizerError, match=r"llama\.model .* at ids -1, 1, 2, 0, expected 0, 1, 2, 3"):
         tokenizer.check_vocabulary(tokenizer.vocab_size)
 
 

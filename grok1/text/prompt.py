@@ -18,8 +18,8 @@ def required(tokenizer: Tokenizer | None) -> Tokenizer:
     """
     if tokenizer is None:
         raise TokenizerError(
-            "no tokenizer.model was found in or beside the checkpoint: pass --tokenizer FILE, set $GROK1_TOKENIZER, "
-            "or copy the file from the release's code"
+            "no tokenizer.model in or next to the checkpoint; copy it from the release's code repository, pass "
+            "--tokenizer FILE, or set $GROK1_TOKENIZER"
         )
     return tokenizer
 
@@ -40,15 +40,15 @@ def encode_request(request: Request, tokenizer: Tokenizer | None, config: ModelC
         required(tokenizer)  # to find stop texts in
     ids = required(tokenizer).encode(prompt) if isinstance(prompt, str) else list(prompt)
     if not ids:
-        advice = ": give at least one character" if isinstance(prompt, str) else ""
-        raise RequestError(f"the prompt is empty{advice}")
+        unit = "character" if isinstance(prompt, str) else "token id"
+        raise RequestError(f"the prompt is empty, expected at least one {unit}")
     context = config.sequence_len
     fit = context - 1  # and one to generate
     if len(ids) > fit:
         if not request.truncate:
             raise RequestError(
-                f"the prompt has {len(ids)} tokens, but {fit} fit in the model's context of {context}: "
-                "shorten it, or keep its last ones with --truncate"
+                f"the prompt has {len(ids)} tokens, expected at most {fit} (the model's context is {context}); "
+                "shorten it or drop its beginning with --truncate"
             )
         # Leave room for the completion, but never more than half of the context.
         ids = ids[-max(context - request.options.max_tokens, context // 2) :][-fit:]
@@ -76,7 +76,7 @@ def window_stride(stride: int | None, context: int) -> int:
     if stride is None:
         return max(1, context // 2)
     if not 1 <= stride <= context:
-        raise RequestError(f"stride is {stride}, expected 1 to the model's context of {context}")
+        raise RequestError(f"stride is {stride}, expected 1 to {context} (the model's context)")
     return stride
 
 

@@ -26,14 +26,14 @@ class StopMatcher:
 
     def __init__(self, stops: Sequence[str]) -> None:
         if any(not stop for stop in stops):
-            raise RequestError("a stop text is empty, expected at least one character: leave it out")
+            raise RequestError("stop text is empty, expected at least one character; omit it")
         # Longest first: of several that end together, the longest is found first.
         self._stops = [_Stop(text) for text in sorted(set(stops), key=lambda text: (-len(text), text))]
         self._held = ""
         self._found: str | None = None
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """Takes the next piece of the text.
+        """Take the next piece of the text.
 
         Returns:
             The text that cannot be part of a stop text, and the stop text once one is complete. After that, further
@@ -53,7 +53,7 @@ class StopMatcher:
         return text[:certain], None
 
     def flush(self) -> str:
-        """Ends the stream: returns the text held back, which could have started a stop text."""
+        """End the stream: returns the text held back, which could have started a stop text."""
         held, self._held = self._held, ""
         return held
 
@@ -73,7 +73,7 @@ class _Stop:
             self._border.append(length + (text[end] == text[length]))
 
     def advance(self, character: str) -> bool:
-        """Takes the next character; returns whether it completes the stop text."""
+        """Take the next character; returns whether it completes the stop text."""
         while self.matched and character != self.text[self.matched]:
             self.matched = self._border[self.matched]
         self.matched += character == self.text[self.matched]

@@ -31,8 +31,8 @@ SPACE = "\u2581"
 _REPLACEMENT = "\ufffd"
 _MAX_FILE_BYTES = 64 << 20  # the release's has 2 MB; a larger file is a tensor, not a tokenizer
 _REMEDY = (
-    "name the right file with --tokenizer FILE or $GROK1_TOKENIZER "
-    "(tokenizer.model comes with the release's code, not with its weights)"
+    "set the path with --tokenizer FILE or $GROK1_TOKENIZER "
+    "(tokenizer.model is in the release's code repository, not with its weights)"
 )
 
 
@@ -57,7 +57,7 @@ class Tokenizer:
 
     @classmethod
     def read(cls, path: Path) -> Tokenizer:
-        """Reads a SentencePiece model file.
+        """Read a SentencePiece model file.
 
         Raises:
             TokenizerError: if the file cannot be read or is not a SentencePiece model.
@@ -66,26 +66,24 @@ class Tokenizer:
             with path.open("rb") as file:
                 data = file.read(_MAX_FILE_BYTES + 1)
         except FileNotFoundError:
-            raise TokenizerError(f"there is no tokenizer at {path}: {_REMEDY}") from None
+            raise TokenizerError(f"tokenizer {path} does not exist; {_REMEDY}") from None
         except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
             reason = error.strerror if isinstance(error, OSError) else error
-            raise TokenizerError(
-                f"cannot read the tokenizer {path} ({reason}), expected a SentencePiece model file: {_REMEDY}"
-            ) from None
+            raise TokenizerError(f"cannot read tokenizer {path}: {reason}; {_REMEDY}") from None
         return cls.from_bytes(data, str(path))
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str) -> Tokenizer:
-        """Reads the content of a SentencePiece model file; `source` is its name, for messages.
+        """Read the content of a SentencePiece model file; `source` is its name, for messages.
 
         Raises:
             TokenizerError: if it is not a SentencePiece model.
         """
         if not data:
-            raise TokenizerError(f"{source} is empty, expected a SentencePiece model: {_REMEDY}")
+            raise TokenizerError(f"{source} is empty, expected a SentencePiece model; {_REMEDY}")
         if len(data) > _MAX_FILE_BYTES:
             raise TokenizerError(
-                f"{source} has more than {_MAX_FILE_BYTES >> 20} MiB, expected a SentencePiece model: {_REMEDY}"
+                f"{source} is larger than {_MAX_FILE_BYTES >> 20} MiB, expected a SentencePiece model; {_REMEDY}"
             )
         processor = sentencepiece.SentencePieceProcessor()
         try:
@@ -94,33 +92,33 @@ class Tokenizer:
         except (RuntimeError, UnicodeDecodeError):
             # The message of the first is a line of SentencePiece's C++ code; the second is a piece that is not UTF-8.
             raise TokenizerError(
-                f"{source} has {len(data)} bytes that are no SentencePiece model, or only a part of one: {_REMEDY}"
+                f"{source} ({len(data)} bytes) is not a valid SentencePiece model; {_REMEDY}"
             ) from None
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Checks that the tokenizer fits a model with `vocab_size` token ids.
+        """Check that the tokenizer fits a model with `vocab_size` token ids.
 
         Raises:
             TokenizerError: if it has another number of pieces, or PAD, BOS, EOS and UNK do not have the release's ids.
         """
         if self.vocab_size != vocab_size:
             raise TokenizerError(
-                f"the tokenizer {self.source} has {self.vocab_size} pieces, but the model's vocabulary has "
-                f"{vocab_size}: name the tokenizer that belongs to the model with --tokenizer FILE "
-                "or $GROK1_TOKENIZER"
+                f"tokenizer {self.source} has {self.vocab_size} pieces, expected {vocab_size} (the model's "
+                "vocabulary); "
+                "set the model's tokenizer with --tokenizer FILE or $GROK1_TOKENIZER"
             )
         processor = self._processor
         found = (processor.pad_id(), processor.bos_id(), processor.eos_id(), processor.unk_id())
         expected = (ModelConfig.pad_id, ModelConfig.bos_id, ModelConfig.eos_id, ModelConfig.unk_id)
         if found != expected:
             raise TokenizerError(
-                f"the tokenizer {self.source} has PAD, BOS, EOS and UNK at the ids {', '.join(map(str, found))}, "
-                f"expected {', '.join(map(str, expected))}: name the tokenizer that belongs to the model with "
-                "--tokenizer FILE or $GROK1_TOKENIZER"
+                f"tokenizer {self.source} has PAD, BOS, EOS and UNK at ids {', '.join(map(str, found))}, "
+                f"expected {', '.join(map(str, expected))}; set the model's tokenizer with --tokenizer FILE "
+                "or $GROK1_TOKENIZER"
             )
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, without BOS; an empty text has none.
+        """Return the tokens of a text, without BOS; an empty text has none.
 
         Raises:
             RequestError: if the text has a lone surrogate, which has no UTF-8 encoding.
@@ -130,13 +128,13 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise RequestError(
                 f"the text has the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, "
-                "expected Unicode text: give it as valid UTF-8"
+                "expected valid Unicode; encode the text as UTF-8"
             ) from None
         ids: list[int] = self._processor.EncodeAsIds(text)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens.
+        """Return the text of tokens.
 
         Raises:
             RequestError: if an id is out of range.
@@ -145,7 +143,7 @@ class Tokenizer:
         return text
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The pieces of tokens, with `▁` for a space and `<0x0A>` for a byte, such as `▁the` and `[EOS]`.
+        """Return the pieces of tokens, with `▁` for a space and `<0x0A>` for a byte, such as `▁the` and `[EOS]`.
 
         Raises:
             RequestError: if an id is out of range.
@@ -153,7 +151,7 @@ class Tokenizer:
         return [self._pieces[token] for token in self._checked(ids)]
 
     def token_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes that a token adds to a text, except at its start; a control piece adds none.
+        """Return the UTF-8 bytes that a token adds to a text, except at its start; a control piece adds none.
 
         Raises:
             RequestError: if the id is out of range.
@@ -188,19 +186,17 @@ class Tokenizer:
         checked = [operator.index(token) for token in ids]  # SentencePiece does not accept NumPy integers
         for token in checked:
             if not 0 <= token < self.vocab_size:
-                raise RequestError(
-                    f"{token} is no token of this tokenizer, expected ids from 0 to {self.vocab_size - 1}"
-                )
+                raise RequestError(f"token id {token} is out of range (0 to {self.vocab_size - 1})")
         return checked
 
     def _byte(self, token: int) -> bytes | None:
-        """The byte of a byte piece, None for other pieces."""
+        """Return the byte of a byte piece, None for other pieces."""
         if not self._processor.IsByte(token):
             return None
         return bytes([int(self._pieces[token][1:-1], 16)])  # <0x0A>
 
     def _written(self, token: int) -> str:
-        """The text of a piece other than a byte piece, with `▁` for spaces."""
+        """Return the text of a piece other than a byte piece, with `▁` for spaces."""
         if self._processor.IsControl(token):
             return ""
         if self._processor.IsUnknown(token):
@@ -232,7 +228,7 @@ class TextStream:
         self._prompt_bytes = len(self._waiting)
 
     def push(self, token: int) -> str:
-        """Takes the next token.
+        """Take the next token.
 
         Returns:
             Its text, or "" until a character is complete.
@@ -254,14 +250,14 @@ class TextStream:
         return text + written.replace(SPACE, " ")
 
     def flush(self) -> str:
-        """Ends the text: returns U+FFFD for each byte of an incomplete character."""
+        """End the text: returns U+FFFD for each byte of an incomplete character."""
         text = _REPLACEMENT * (len(self._waiting) - self._prompt_bytes)
         self._waiting = b""
         self._prompt_bytes = 0
         return text
 
     def _take_characters(self) -> str:
-        """Decodes the waiting bytes, except the first bytes of a character that can still be completed."""
+        """Decode the waiting bytes, except the first bytes of a character that can still be completed."""
         text = ""
         while self._waiting:
             try:
@@ -283,14 +279,14 @@ class TextStream:
 
 
 def find_tokenizer(checkpoint: Path, given: Path | None = None) -> Path | None:
-    """The tokenizer file to use with a checkpoint: `given`, or `tokenizer.model` in or beside its tensor files.
+    """Return the tokenizer file to use with a checkpoint: `given`, or `tokenizer.model` in or beside its tensor files.
 
     Args:
         checkpoint: folder with the tensor files or with `ckpt-0`; it need not exist.
         given: the file that the caller named.
 
     Returns:
-        the path; None if there is no such file.
+        the path; None if no file is found.
     """
     if given is not None:
         return given

@@ -42,7 +42,7 @@ _MERGES_OF_CORPUS = 1024  # merges that the corpus is certain to have
 
 
 def train_small_tokenizer(vocab_size: int) -> bytes:
-    """Trains a tokenizer with exactly `vocab_size` pieces.
+    """Train a tokenizer with exactly `vocab_size` pieces.
 
     Args:
         vocab_size: `SMALLEST` to `LARGEST`.
@@ -55,8 +55,8 @@ def train_small_tokenizer(vocab_size: int) -> bytes:
     """
     if not SMALLEST <= vocab_size <= LARGEST:
         raise TokenizerError(
-            f"cannot train a tokenizer of {vocab_size} pieces, expected {SMALLEST} to {LARGEST}: "
-            "choose a vocab_size in that range, or name a tokenizer of your own"
+            f"cannot train a tokenizer of {vocab_size} pieces, expected {SMALLEST} to {LARGEST}; "
+            "choose a vocab_size in that range or pass a tokenizer"
         )
     return train_sentencepiece(
         _training_text(vocab_size),
@@ -70,7 +70,7 @@ def train_small_tokenizer(vocab_size: int) -> bytes:
 
 
 def train_sentencepiece(lines: Iterable[str], vocab_size: int, **options: Any) -> bytes:
-    """Trains a SentencePiece model with the release's special pieces, byte fallback and no normalization.
+    """Train a SentencePiece model with the release's special pieces, byte fallback and no normalization.
 
     Args:
         lines: the text; every character in it becomes a piece.

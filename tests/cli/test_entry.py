@@ -255,7 +255,7 @@ def test_init_rejects_unknown_presets_and_invalid_tokenizers(grok1, tmp_path):
     assert grok1("init", tmp_path / "new", "--preset", "huge").code == 2
     result = grok1("init", tmp_path / "new", "--preset", "tiny", "--tokenizer", __file__)
     assert result.code == 1
-    assert "no SentencePiece model" in result.err
+    assert "not a valid SentencePiece model" in result.err
     assert not (tmp_path / "new").exists()
 
 
