@@ -24,7 +24,7 @@ def test_sizes(text, count):
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "1e9", "1,5GB", "1 GBs", "80XB", "inf", "9" * 30, "٣GB"])
 def test_what_is_no_size(text):
-    with pytest.raises(ValueError, match="is not a size: expected a number and a unit"):
+    with pytest.raises(ValueError, match=r"invalid size .*, expected a number and a unit"):
         parse_bytes(text)
 
 

@@ -122,7 +122,7 @@ def test_greedy_completion_has_the_log_probabilities_of_its_score(golden, golden
 
 def test_a_mesh_of_16_is_refused_with_one_that_works(golden):
     config = Checkpoint.open(golden).config
-    with pytest.raises(MeshError, match=r"344 .* 16: use --mesh 1,8"):
+    with pytest.raises(MeshError, match=r"344 .* 16; use --mesh 1,8"):
         make_mesh(config, (1, 16))
     assert make_mesh(config, (1, 8)).devices.shape == (1, 8)
     assert make_mesh(config).devices.shape == (1, 8)

@@ -11,7 +11,7 @@ from typing import IO, Any, Literal
 
 @contextlib.contextmanager
 def atomic_write(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
-    """Opens a file that replaces `path`, synced to the disk, when the `with` block ends.
+    """Open a file that replaces `path`, synced to the disk, when the `with` block ends.
 
     If the block raises, `path` is unchanged and no other file is left behind.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def control_groups(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
-    """The folders of the process's control groups, innermost first, each with its version, 1 or 2.
+    """Return the folders of the process's control groups, innermost first, each with its version, 1 or 2.
 
     Args:
         root: the folder that contains `proc` and `sys`.

@@ -29,13 +29,13 @@ class MemoryBudget:
 
     @contextlib.contextmanager
     def hold(self, count: int) -> Iterator[None]:
-        """Waits until so many bytes are free, and holds them during a `with` block.
+        """Wait until `count` bytes are free, and hold them during a `with` block.
 
         Raises:
             ValueError: if `count` exceeds the limit.
         """
         if count > self.limit:
-            raise ValueError(f"{count:,} bytes are more than the budget of {self.limit:,}")
+            raise ValueError(f"{count:,} bytes exceed the budget of {self.limit:,}")
         with self._released:
             self._released.wait_for(lambda: self.held + count <= self.limit)
             self.held += count

@@ -14,7 +14,7 @@ _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,6})?) *([a-z]{0,3})", re.ASCII | re.IGNO
 
 
 def parse_bytes(text: str) -> int:
-    """Parses a size such as `80GB` (10^9), `80GiB` (2^30), `1.5T` or `4096` into bytes.
+    """Parse a size such as `80GB` (10^9), `80GiB` (2^30), `1.5T` or `4096` into bytes.
 
     Raises:
         ValueError: if it is not a size; the message gives examples.
@@ -22,12 +22,12 @@ def parse_bytes(text: str) -> int:
     found = _SIZE.fullmatch(text.strip())
     unit = _UNITS.get(found[2].upper()) if found else None
     if found is None or unit is None:
-        raise ValueError(f"{text!r} is not a size: expected a number and a unit, such as 512MB, 80GB or 2GiB")
+        raise ValueError(f'invalid size "{text}", expected a number and a unit, such as 512MB, 80GB or 2GiB')
     return round(float(found[1]) * unit)
 
 
 def format_bytes(count: int) -> str:
-    """A number of bytes in decimal units, with three or more digits: `40.3 GB`, `512 kB`, `12 B`."""
+    """Return a number of bytes in decimal units, with three or more digits: `40.3 GB`, `512 kB`, `12 B`."""
     value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
     while abs(value) >= 999.5 and len(units) > 1:
         value /= 1000

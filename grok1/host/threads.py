@@ -31,13 +31,13 @@ def default_threads(root: Path = Path("/")) -> int:
 
 
 def num_threads() -> int:
-    """The value of NPROC, which XLA reads too, or `default_threads`."""
+    """Return the value of NPROC, which XLA reads too, or `default_threads`."""
     given = os.environ.get(THREADS_VARIABLE, "")
     return int(given) if given.isascii() and given.isdigit() and int(given) > 0 else default_threads()
 
 
 def set_threads(count: int | None = None) -> None:
-    """Sets the size of XLA's thread pool, by default `num_threads`. Call it before JAX starts."""
+    """Set the size of XLA's thread pool, by default `num_threads`. Call it before JAX starts."""
     os.environ[THREADS_VARIABLE] = str(num_threads() if count is None else count)
 
 

@@ -1,1 +1,1 @@
-"""Adapters for other programs; each needs an extra of its own."""
+"""Adapters for other programs; each needs its own extra."""

@@ -46,7 +46,7 @@ class Grok1LM(TemplateLM):
         model: Model | None = None,
         **harness: Any,
     ):
-        """Loads a checkpoint.
+        """Load a checkpoint.
 
         Args:
             checkpoint: as for `grok1.load`.
@@ -82,7 +82,7 @@ class Grok1LM(TemplateLM):
         return self.model.config.sequence_len
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The token ids of a text, without special tokens."""
+        """Return the token ids of a text, without special tokens."""
         return self.model.tokenizer.encode(string)
 
     def _lanes(self, texts: Sequence[list[int]]) -> int:
@@ -123,7 +123,7 @@ class Grok1LM(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of each text, in disjoint windows as long as the model's context."""
+        """Return the log-probability of each text, in disjoint windows as long as the model's context."""
         windows: list[tuple[tuple[str, str], list[int], list[int]]] = []
         counts = []
         for (text,) in (request.args for request in requests):
@@ -143,7 +143,7 @@ class Grok1LM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Completes each context up to one of its `until` texts, greedily unless `do_sample` is set.
+        """Complete each context up to one of its `until` texts, greedily unless `do_sample` is set.
 
         Raises:
             RequestError: if a task has an unknown option.
@@ -167,7 +167,7 @@ class Grok1LM(TemplateLM):
         sampled = given.pop("do_sample", None)
         sampling = {name: given.pop(name) for name in _SAMPLING & given.keys() if given[name] is not None}
         if given:
-            raise RequestError(f"a task asks for {', '.join(sorted(given))}, which is not offered: leave it out")
+            raise RequestError(f"unsupported generation option {', '.join(sorted(given))}; remove it from the task")
         if sampled is None:
             sampled = sampling.get("temperature", 0) > 0
         if not sampled:

@@ -142,9 +142,9 @@ def _require_same_checkpoint(runtime: Runtime, opened: Checkpoint) -> None:
         name = compare(known[0], other)
         if name is not None:
             raise CheckpointError(
-                f"{runtime.name_of(process)} sees another checkpoint than {runtime.name_of(0)}: {name} differs "
-                f"({_shortened(other.get(name))} there, {_shortened(known[0].get(name))} here); copy the checkpoint "
-                "again, or use one folder"
+                f"the checkpoint of {runtime.name_of(process)} differs from that of {runtime.name_of(0)} in {name} "
+                f"({_shortened(other.get(name))}, expected {_shortened(known[0].get(name))}); copy it again, or use a "
+                "shared directory"
             )
 
 
@@ -225,7 +225,7 @@ class _DeviceConfig:
         return bool(local_devices(self.mesh.devices.flat))
 
     def abstract_parameters(self) -> Any:
-        """The parameters as `jax.ShapeDtypeStruct`."""
+        """Return the parameters as `jax.ShapeDtypeStruct`."""
         return abstract_parameters(self.config, self.mesh, self.dtype, self.kernels.packs_weights)
 
     def model(
@@ -235,7 +235,7 @@ class _DeviceConfig:
         tokenizer: Tokenizer | None,
         loads: Sequence[Mapping[str, Any]] = (),
     ) -> Model:
-        """The model with these parameters."""
+        """Return the model with these parameters."""
         sender = StepSender(self.runtime.send) if self.runtime is not None and self.runtime.leads else None
         engine = Engine(self.config, params, self.mesh, self.dtype, report, self.kernels, sender)
         return Model(engine, tokenizer, self.max_sequences, self.kernels_fallback, self.idle, loads)
@@ -253,7 +253,7 @@ def _present(devices: Sequence[jax.Device], runtime: Runtime | None) -> tuple[De
     if found != (runtime.process_id, runtime.cluster.num_processes):
         raise MultihostError(
             f"{runtime.name_of(runtime.process_id)} of {runtime.cluster.num_processes} is process {found[0]} of "
-            f"{found[1]} by its devices: give all hosts devices of one kind, and start TPU slices with --distributed"
+            f"{found[1]} by its devices; use devices of the same kind on all hosts, and --distributed on TPU slices"
         )
     free = present.usable_bytes
     if free is not None and present.kind.shares_memory:
@@ -264,7 +264,7 @@ def _present(devices: Sequence[jax.Device], runtime: Runtime | None) -> tuple[De
 
 
 def _agreed_kernels(runtime: Runtime, chosen: ChosenKernels, platform: str) -> ChosenKernels:
-    """The kernels for all processes: native ones if they are available everywhere."""
+    """Return the kernels for all processes: native ones if they are available everywhere."""
     everybody = runtime.exchange("kernels", {"native": chosen.native, "fallback": chosen.fallback})
     lacking = [process for process, other in enumerate(everybody) if not other["native"]]
     if not chosen.native or not lacking:

@@ -131,7 +131,7 @@ class Model:
         """Complete one prompt, returning its text while it is generated; arguments and errors as for `complete`."""
         request = Request.of(request, **options)
         if request.num_samples != 1:
-            raise RequestError(f"num_samples is {request.num_samples}, expected 1: use complete_many for several")
+            raise RequestError(f"num_samples is {request.num_samples}, expected 1; use complete_many for more")
         return CompletionStream(self._generate([self._encode(request)], 1))
 
     def _encode(self, request: Request) -> EncodedRequest:

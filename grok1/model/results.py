@@ -100,12 +100,12 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Negative log-probability in bits per UTF-8 byte; None without a tokenizer or if there are no bytes."""
+        """Negative log-probability in bits per UTF-8 byte; None without a tokenizer or for an empty text."""
         return bits_per_byte(self.total, self.num_bytes)
 
     @classmethod
     def of_windows(cls, tokens: list[int], windows: Iterable[TokenScores], tokenizer: Tokenizer | None) -> Score:
-        """The score of a text from those of its windows, in order; together they score its last tokens."""
+        """Return the score of a text from those of its windows, in order; together they score its last tokens."""
         logprobs = [entry for window in windows for entry in window.logprobs]
         first = len(tokens) - len(logprobs)
         return cls(tokens, logprobs, None if tokenizer is None else tokenizer.count_bytes(tokens, first))
@@ -151,5 +151,5 @@ class CompletionStream(Iterator[str]):
             RuntimeError: if the stream has not ended.
         """
         if self._completion is None:
-            raise RuntimeError("the stream has not ended: iterate over it to the end first")
+            raise RuntimeError("the stream has not ended; iterate over it to the end first")
         return self._completion

@@ -19,14 +19,14 @@ _LOAD = b"load "
 
 
 def tell_load(runtime: Runtime, mesh: tuple[int, int] | None, dtype: str | None, kernels: str) -> None:
-    """Tell the worker processes to load their checkpoint; arguments as for `grok1.load`."""
+    """Load the checkpoint in the worker processes; arguments as for `grok1.load`."""
     _tell(runtime, mesh=mesh, dtype=dtype, kernels=kernels)
 
 
 def tell_random(
     runtime: Runtime, config: ModelConfig, mesh: tuple[int, int] | None, dtype: str | None, kernels: str
 ) -> None:
-    """Tell the worker processes to make random weights; arguments as for `random_model`."""
+    """Create random weights in the worker processes; arguments as for `random_model`."""
     _tell(runtime, config=dataclasses.asdict(config), mesh=mesh, dtype=dtype, kernels=kernels)
 
 

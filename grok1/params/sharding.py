@@ -30,7 +30,7 @@ MESH_AXES = {"vocab": MODEL_AXIS, "ffn": MODEL_AXIS, "q_heads": MODEL_AXIS, "kv_
 
 
 def shard_range(length: int, units: int, shards: int, shard: int) -> slice:
-    """The part of an axis that one shard holds.
+    """Return the part of an axis that one shard holds.
 
     There are as many parts as the greatest common divisor of units and shards; with more shards than parts, neighboring
     shards hold the same one.
@@ -48,7 +48,7 @@ def shard_range(length: int, units: int, shards: int, shard: int) -> slice:
 
 
 def axis_range(axis: Axis, shards: int, shard: int) -> slice:
-    """The part of a parameter's axis that one of `shards` model shards holds."""
+    """Return the part of a parameter's axis that one of `shards` model shards holds."""
     if axis.name not in MESH_AXES:
         return slice(0, axis.size)
     return shard_range(axis.size, axis.size // axis.unit, shards, shard)
@@ -58,13 +58,13 @@ def indivisible(config: ModelConfig, shards: int) -> str | None:
     """Why a model cannot be divided into `shards` model shards; None if it can."""
     heads = math.gcd(config.num_q_heads, shards)  # parts of the query heads
     if heads != shards and heads % SCALE_GROUPS:
-        return f"its {config.num_q_heads} query heads do not divide by {shards}"
+        return f"its {config.num_q_heads} query heads are not divisible by {shards}"
     for name, size in (
         ("units of expert width", config.ffn_size),
         ("vocabulary pieces", config.vocab_size),
     ):
         if size % shards:
-            return f"its {size} {name} do not divide by {shards}"
+            return f"its {size} {name} are not divisible by {shards}"
     for name, size in (("key/value heads", config.num_kv_heads), ("scale groups", SCALE_GROUPS)):
         if size % shards and shards % size:
             return f"{shards} is neither a divisor nor a multiple of its {size} {name}"
@@ -72,7 +72,7 @@ def indivisible(config: ModelConfig, shards: int) -> str | None:
 
 
 def possible_model_shards(config: ModelConfig, most: int) -> list[int]:
-    """The numbers of model shards up to `most` that a model can be divided into, ascending."""
+    """Return the numbers of model shards up to `most` that a model can be divided into, ascending."""
     return [shards for shards in range(1, most + 1) if indivisible(config, shards) is None]
 
 
@@ -82,7 +82,7 @@ def default_mesh_shape(
     hosts: Sequence[int] | None = None,
     fits: Callable[[int], bool | None] = lambda shards: False,
 ) -> tuple[int, int]:
-    """The largest number of devices that the model can be split across, on the model axis: (1, model shards).
+    """Return the largest number of devices that the model can be split across, on the model axis: (1, model shards).
 
     On several hosts, if the model fits on one: data rows of as many shards as the smallest host has devices for.
 
@@ -100,7 +100,7 @@ def default_mesh_shape(
 
 
 def mesh_device_order(shape: tuple[int, int], hosts: Sequence[int]) -> list[int]:
-    """The devices of a mesh, row by row.
+    """Return the devices of a mesh, row by row.
 
     Each host provides as many whole rows as it has devices for; any rows still missing combine the remaining devices of
     several hosts. The first device is always among them.
@@ -116,7 +116,7 @@ def mesh_device_order(shape: tuple[int, int], hosts: Sequence[int]) -> list[int]
     groups = {host: [i for i, of in enumerate(hosts) if of == host] for host in dict.fromkeys(hosts)}
     everywhere = [index for group in groups.values() for index in group]
     rows: list[list[int]] = []
-    if everywhere and len(groups[hosts[0]]) < model:  # the first host has too few devices for a row of its own
+    if everywhere and len(groups[hosts[0]]) < model:  # the first host has too few devices for a row
         rows.append(everywhere[:model])
         groups = {host: [index for index in group if index not in rows[0]] for host, group in groups.items()}
     for group in groups.values():
@@ -131,7 +131,7 @@ def mesh_device_order(shape: tuple[int, int], hosts: Sequence[int]) -> list[int]
 
 
 def check_mesh_shape(config: ModelConfig, shape: tuple[int, int], num_devices: int) -> None:
-    """Checks that a model can be divided over a mesh.
+    """Check that a model can be divided over a mesh.
 
     Args:
         config: the model.
@@ -144,17 +144,15 @@ def check_mesh_shape(config: ModelConfig, shape: tuple[int, int], num_devices: i
     data, model = shape
     fallback = "{},{}".format(*default_mesh_shape(config, min(model, num_devices) if model > 0 else 1))
     if data < 1 or model < 1:
-        raise MeshError(f"mesh {data},{model} has an empty axis: expected two numbers above 0, such as {fallback}")
+        raise MeshError(f"mesh is {data},{model}, expected two numbers above 0, such as {fallback}")
     reason = indivisible(config, model)
     if reason is not None:
-        raise MeshError(
-            f"mesh {data},{model} splits the model into {model} shards, but {reason}: use --mesh {fallback}"
-        )
+        raise MeshError(f"mesh {data},{model} needs {model} model shards, but {reason}; use --mesh {fallback}")
     if data * model > num_devices:
-        what = "device is" if num_devices == 1 else "devices are"
+        available = "device is" if num_devices == 1 else "devices are"
         raise MeshError(
-            f"mesh {data},{model} needs {data * model} devices, but {num_devices} {what} here: "
-            f"use --mesh {fallback}, or more devices"
+            f"mesh {data},{model} needs {data * model} devices, but only {num_devices} {available} available; "
+            f"use --mesh {fallback}"
         )
 
 
@@ -185,12 +183,12 @@ def make_mesh(
 
 
 def local_devices(devices: Iterable[jax.Device]) -> list[jax.Device]:
-    """The devices among `devices` that belong to this process."""
+    """Return the devices among `devices` that belong to this process."""
     return [device for device in devices if device.process_index == jax.process_index()]
 
 
 def hosts_of(devices: Sequence[jax.Device], host_of_process: Sequence[int]) -> list[int]:
-    """The host of each device; the devices of a TPU slice, which fast links connect, count as one host.
+    """Return the host of each device; the devices of a TPU slice, which fast links connect, count as one host.
 
     Args:
         devices: of all processes.

@@ -68,7 +68,7 @@ class ParameterArray:
         return rows // group_rows, group_rows
 
     def file_key(self, shards: int, shard: int) -> tuple[slice, ...]:
-        """The part of each file's array that a model shard holds."""
+        """Return the part of each file's array that a model shard holds."""
         return tuple(axis_range(axis, shards, shard) for axis in self.file_axes)
 
     def memory_shape(self, key: tuple[slice, ...]) -> tuple[int, ...]:
@@ -113,7 +113,7 @@ def parameter_arrays(
 
 
 def parameter_tree(arrays: Sequence[ParameterArray], values: Sequence[Any], shards: int) -> hk.Params:
-    """The parameter tree for `shards` model shards.
+    """Return the parameter tree for `shards` model shards.
 
     Args:
         arrays: as `parameter_arrays` gives them.
@@ -145,7 +145,7 @@ def abstract_arrays(arrays: Sequence[ParameterArray], mesh: Mesh) -> list[jax.Sh
 def abstract_parameters(
     config: ModelConfig, mesh: Mesh, dtype: np.dtype | type = np.float32, packed: bool = False
 ) -> hk.Params:
-    """The parameter tree that `load_parameters` gives, with a `jax.ShapeDtypeStruct` for each array.
+    """Return the parameter tree that `load_parameters` gives, with a `jax.ShapeDtypeStruct` for each array.
 
     Args:
         config: the model.

@@ -76,11 +76,11 @@ class QuantizedMatrix:
         return int(self.scales.shape[-2])
 
     def __getitem__(self, index: Any) -> QuantizedMatrix:
-        """The matrices at an index of the leading axes."""
+        """Return the matrices at an index of the leading axes."""
         return dataclasses.replace(self, values=self.values[index], scales=self.scales[index])
 
     def unpack(self) -> QuantizedMatrix:
-        """The same matrices in the release's order: for tests and small matrices only."""
+        """Return the same matrices in the release's order: for tests and small matrices only."""
         if self.layout is None:
             return self
         *lead, rows, columns = self.shape
@@ -92,7 +92,7 @@ class QuantizedMatrix:
         return QuantizedMatrix((values ^ 128).astype(jnp.int8), self.scales)
 
     def dequantize(self, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-        """The represented values, `[..., K, N]`: for tests and small matrices only."""
+        """Return the represented values, `[..., K, N]`: for tests and small matrices only."""
         *lead, rows, columns = self.shape
         grouped = self.unpack().values.reshape(*lead, self.groups, rows // self.groups, columns).astype(jnp.float32)
         return (grouped * self.scales[..., None, :].astype(jnp.float32)).reshape(self.shape).astype(dtype)
