@@ -36,10 +36,10 @@ def main() -> None:
     """Run the comparison and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--folder",
+        "--directory",
         type=Path,
         default=ROOT / "build" / "llamacpp",
-        help="folder for the environment and the models (default: %(default)s)",
+        help="directory for the environment and the models (default: %(default)s)",
     )
     parser.add_argument(
         "--threads", type=int, default=_threads(), help="CPU threads of each program (default: %(default)s)"

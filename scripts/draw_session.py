@@ -68,7 +68,7 @@ def final_screen(output: bytes) -> list[str]:
 
 
 def main() -> None:
-    """Run the commands in an empty folder and write the SVG."""
+    """Run the commands in an empty directory and write the SVG."""
     console = Console(record=True, width=WIDTH, force_terminal=True, color_system="truecolor", file=io.StringIO())
     folder = tempfile.mkdtemp()
     try:

@@ -353,7 +353,7 @@ def main() -> int:
     parser.add_argument(
         "--kernels", default="native,xla", help="kernel implementations to measure (default: %(default)s)"
     )
-    parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="output folder (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="output directory (default: %(default)s)")
     arguments = parser.parse_args()
     config = preset(arguments.preset, arguments.layers)
     device = jax.devices()[0]

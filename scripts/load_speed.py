@@ -75,7 +75,7 @@ def measure(what: str, arguments: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     """Print one line per round and the ratio of the median speeds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="checkpoint folder, which contains ckpt-0")
+    parser.add_argument("directory", type=Path, help="checkpoint directory, which contains ckpt-0")
     parser.add_argument("--mesh", default="1,1", metavar="DATA,MODEL")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=["load", "read"], help=argparse.SUPPRESS)

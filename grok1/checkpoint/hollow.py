@@ -31,7 +31,7 @@ def write_hollow_tensors(folder: Path, table: tuple[TensorFile, ...], progress: 
     """Write tensor files of the right size and framing without their arrays' data.
 
     Args:
-        folder: an existing folder.
+        folder: an existing directory.
         table: the files.
         progress: called after each file; counts holes too.
 

@@ -29,7 +29,7 @@ _Read = tuple[_Ranges, np.ndarray]  # a slice, and where it goes
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the folder of tensor files: `path/ckpt-0`, or `path` itself if it holds tensor files.
+    """Return the directory of tensor files: `path/ckpt-0`, or `path` itself if it holds tensor files.
 
     Raises:
         CheckpointError: if there is neither.
@@ -50,7 +50,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def holds_tensor_files(directory: Path) -> bool:
-    """Whether a folder contains files named like tensor files.
+    """Whether a directory contains files named like tensor files.
 
     Raises:
         OSError: if it cannot be listed.
@@ -59,12 +59,12 @@ def holds_tensor_files(directory: Path) -> bool:
 
 
 def parent_folder(directory: Path) -> Path:
-    """Return the parent of a folder, relative if its own path is, for messages."""
+    """Return the parent of a directory, relative if its own path is, for messages."""
     return directory.parent if directory.name not in ("", "..") else directory.absolute().parent
 
 
 def stated_or_release(directory: Path) -> tuple[ModelConfig, bool]:
-    """Return the config of a folder of tensor files, and whether it comes from a `config.json` in or next to it.
+    """Return the config of a directory of tensor files, and whether it comes from a `config.json` in or next to it.
 
     Without such a file the checkpoint must be the release.
 
@@ -86,7 +86,7 @@ class Checkpoint:
 
     Attributes:
         config: from `config.json`, or else the release's.
-        directory: the folder of tensor files.
+        directory: the directory of tensor files.
         table: what each file holds.
         tensors: where its arrays are, in the same order.
         bytes_read: bytes read from the files, except through views.
@@ -107,7 +107,7 @@ class Checkpoint:
         """Find a checkpoint and checks every file of it; reads no array.
 
         Args:
-            path: a folder that holds `ckpt-0`, or the folder of tensor files itself.
+            path: a directory that holds `ckpt-0`, or the directory of tensor files itself.
 
         Raises:
             CheckpointError: if there is none, or files are missing, unexpected, damaged or do not match the config;
@@ -219,7 +219,7 @@ def faults_sentence(
     """Return an error message that counts the faults of a checkpoint and lists the first `max_listed` of them.
 
     Args:
-        directory: the folder of tensor files.
+        directory: the directory of tensor files.
         faults: one or more.
         expected: number of files that there should be.
         has_config: whether the checkpoint has a `config.json`.

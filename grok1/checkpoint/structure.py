@@ -15,7 +15,7 @@ from grok1.config import ModelConfig
 from grok1.errors import CheckpointError
 from grok1.params.table import TensorFile, tensor_table
 
-_FILE_PREFIX = "tensor"  # only such files belong to a checkpoint; others in its folder are not looked at
+_FILE_PREFIX = "tensor"  # only such files belong to a checkpoint; others in its directory are not looked at
 
 _Signature = tuple[str, str]
 """An array and its scales, described; files with equal signatures can be confused."""
@@ -69,11 +69,11 @@ def find_faults(directory: Path, config: ModelConfig) -> Structure:
     Swapped files of the same shape are not detected, because a file does not record its layer.
 
     Args:
-        directory: the folder of tensor files.
+        directory: the directory of tensor files.
         config: determines which files there should be.
 
     Raises:
-        CheckpointError: if the folder cannot be listed.
+        CheckpointError: if the directory cannot be listed.
     """
     table = tensor_table(config)
     names = _tensor_names(directory)
@@ -99,14 +99,14 @@ def find_faults(directory: Path, config: ModelConfig) -> Structure:
     for index, tensor in wrong.items():
         faults[index] = _mismatch(table[index], tensor, unfilled)
     unexpected = [
-        FileFault(name, "is unexpected", "move it out of the folder", fetch=False)
+        FileFault(name, "is unexpected", "move it out of the directory", fetch=False)
         for name in sorted(names - {spec.file_name for spec in table})
     ]
     return Structure(table, right, (*(faults[index] for index in sorted(faults)), *unexpected))
 
 
 def _tensor_names(directory: Path) -> set[str]:
-    """Names in the folder that look like tensor files."""
+    """Names in the directory that look like tensor files."""
     try:
         with os.scandir(directory) as entries:
             return {entry.name for entry in entries if entry.name.startswith(_FILE_PREFIX)}

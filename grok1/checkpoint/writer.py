@@ -43,10 +43,10 @@ def write_checkpoint(
     tokenizer: bytes | None = None,
     progress: ByteProgress | None = None,
 ) -> None:
-    """Write `config.json`, `tokenizer.model` and `ckpt-0` into a folder, all or nothing.
+    """Write `config.json`, `tokenizer.model` and `ckpt-0` into a directory, all or nothing.
 
-    If the writer fails or is interrupted, the folder is left unchanged; if it is killed, a hidden folder remains. Data
-    is not synced to the disk: after a power failure, write the checkpoint again.
+    If the writer fails or is interrupted, the directory is left unchanged; if it is killed, a hidden directory
+    remains. Data is not synced to the disk: after a power failure, write the checkpoint again.
 
     Args:
         directory: created if it does not exist; other files in it are kept.
@@ -80,7 +80,7 @@ def write_checkpoint(
 def unpack_checkpoint(
     archive: Path, directory: Path, *, force: bool = False, progress: ByteProgress | None = None
 ) -> None:
-    """Write the checkpoint of a zip file into a folder, all or nothing, as `write_checkpoint` does.
+    """Write the checkpoint of a zip file into a directory, all or nothing, as `write_checkpoint` does.
 
     Args:
         archive: a zip file of `config.json`, `tokenizer.model` and `ckpt-0`.
@@ -110,7 +110,7 @@ def unpack_checkpoint(
 
 @contextlib.contextmanager
 def _new_checkpoint(directory: Path, nbytes: int, num_files: int, force: bool) -> Iterator[Path]:
-    """A hidden folder in `directory` to write a checkpoint into; its contents move to `directory` at the end.
+    """A hidden directory in `directory` to write a checkpoint into; its contents move to `directory` at the end.
 
     `ckpt-0` is moved last, so that an unfinished one, or one of another config, is never visible.
     """
@@ -171,7 +171,7 @@ def _write_tensors(folder: Path, table: tuple[TensorFile, ...], chunks: Chunks, 
 
 
 def _swap(directory: Path, scratch: Path) -> None:
-    """Move the old checkpoint into the scratch folder and the new one out of it, or nothing at all."""
+    """Move the old checkpoint into the scratch directory and the new one out of it, or nothing at all."""
     old, new = scratch / "old", scratch / "new"
     old.mkdir()
     moves = [(directory / name, old / name) for name in _existing(directory)]  # ckpt-0 is the first to go
@@ -198,7 +198,7 @@ def _undo(moves: list[tuple[Path, Path]], old: Path) -> None:
 
 @contextlib.contextmanager
 def _scratch_folder(directory: Path) -> Iterator[Path]:
-    """A hidden folder in `directory`, removed at the end unless it still contains the old checkpoint."""
+    """A hidden directory in `directory`, removed at the end unless it still contains the old checkpoint."""
     scratch = Path(tempfile.mkdtemp(prefix=".grok1-init-", dir=directory))
     try:
         yield scratch
@@ -213,7 +213,7 @@ def _scratch_folder(directory: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _new_folders(directory: Path) -> Iterator[None]:
-    """Create the folder and its parents; if the block fails, removes those that it created."""
+    """Create the directory and its parents; if the block fails, removes those that it created."""
     missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     try:

@@ -40,7 +40,7 @@ def _plot_file(ctx: click.Context, param: click.Parameter, value: Path | None) -
     if value.suffix.lower() not in (".png", ".svg"):
         raise click.BadParameter(f'expected a name that ends in .png or .svg, got "{value}".')
     if not value.parent.is_dir():
-        raise click.BadParameter(f'folder "{value.parent}" does not exist.')
+        raise click.BadParameter(f'directory "{value.parent}" does not exist.')
     return value
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def command(terminal: Terminal, directory: Path, tensors: bool, as_json: bool) -> None:
     """Show the contents of the checkpoint in DIR: parameters, sizes, shapes, and the config of the model.
 
-    DIR contains ckpt-0, or is the ckpt-0 folder itself. The default is $GROK1_CHECKPOINT, or else "checkpoints".
+    DIR contains ckpt-0, or is the ckpt-0 directory itself. The default is $GROK1_CHECKPOINT, or else "checkpoints".
 
     The structure of each file is checked, but no weights are read, so this takes about a second for the release. If the
     checkpoint is damaged or does not match its config, the files with errors are listed.

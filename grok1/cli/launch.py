@@ -75,7 +75,7 @@ def command(terminal: Terminal, num_processes: int, port: int | None, command_li
             place = ["--coordinator", address, "--num-processes", str(num_processes), "--process-id", str(process)]
             others = None if process == 0 else subprocess.DEVNULL
             silent = None if process == 0 or "--verbose" in arguments else subprocess.DEVNULL
-            # -P: do not import modules from the current folder
+            # -P: do not import modules from the current directory
             words = [sys.executable, "-P", "-m", "grok1", name, *place, *arguments]
             environment = {**os.environ, **share, "PYTHONPATH": path}
             processes.append(

@@ -31,7 +31,7 @@ class ModelChoice:
     """Values of the options that select a model.
 
     Attributes:
-        checkpoint: folder that contains `ckpt-0`, or the `ckpt-0` folder itself.
+        checkpoint: directory that contains `ckpt-0`, or the `ckpt-0` directory itself.
         tokenizer: SentencePiece model file; None searches in and next to the checkpoint.
         mesh: sizes of the (data, model) axes; None for the default mesh.
         dtype: dtype of activations and of the KV cache; None for the default of the devices.

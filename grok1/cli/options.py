@@ -50,14 +50,14 @@ _CHECKPOINT = click.option(
     show_envvar=True,
     metavar="DIR",
     shell_complete=complete_directory,
-    help="Folder that contains ckpt-0, or the ckpt-0 folder itself.",
+    help="Directory that contains ckpt-0, or the ckpt-0 directory itself.",
 )
 _TOKENIZER = click.option(
     "--tokenizer",
     type=click.Path(path_type=Path),
     envvar="GROK1_TOKENIZER",
     show_envvar=True,
-    show_default="tokenizer.model in the checkpoint folder or next to it",
+    show_default="tokenizer.model in the checkpoint directory or next to it",
     metavar="FILE",
     help="SentencePiece model file.",
 )

@@ -1,4 +1,4 @@
-"""Types of option values, and shell completion of folder names."""
+"""Types of option values, and shell completion of directory names."""
 
 from __future__ import annotations
 
@@ -65,5 +65,5 @@ class Numbers(click.ParamType):
 
 
 def complete_directory(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Complete the name of a folder in the shell; a `shell_complete` of click."""
+    """Complete the name of a directory in the shell; a `shell_complete` of click."""
     return [CompletionItem(incomplete, type="dir")]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     "--keep",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    show_default="a temporary folder",
+    show_default="a temporary directory",
     shell_complete=complete_directory,
     help="Write the checkpoint to DIR and keep it. DIR must not contain a checkpoint.",
 )

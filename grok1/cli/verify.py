@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Read all data and, if no errors are found, write the SHA-256 checksum and size of each file to FILE. To "
-    "check it with sha256sum -c, change to the folder that contains ckpt-0.",
+    "check it with sha256sum -c, change to the directory that contains ckpt-0.",
 )
 @output_options
 @pass_terminal
@@ -50,7 +50,7 @@ def command(
 ) -> None:
     """Check that the checkpoint in DIR is complete and valid, and print what is wrong with each file and how to fix it.
 
-    DIR contains ckpt-0, or is the ckpt-0 folder itself. The default is $GROK1_CHECKPOINT, or else "checkpoints".
+    DIR contains ckpt-0, or is the ckpt-0 directory itself. The default is $GROK1_CHECKPOINT, or else "checkpoints".
 
     By default, only the structure of the files is checked, which takes about a second: each file must exist, have the
     right size, and contain an array of the expected shape and data type. Two swapped files of the same shape are only

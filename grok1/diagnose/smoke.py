@@ -2,7 +2,7 @@
 
 ::
 
-    for check in run_smoke(Path("folder")):
+    for check in run_smoke(Path("directory")):
         print(check.result, check.name, check.measured)
 """
 
@@ -107,7 +107,7 @@ class _Path:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._written = False  # an existing checkpoint in the folder is not used
+        self._written = False  # an existing checkpoint in the directory is not used
         self._opened: Checkpoint | None = None
         self._models: dict[str, Model] = {}
         self._alone = False  # whether there is only one device

@@ -10,10 +10,10 @@ import platformdirs
 
 
 def enable_compilation_cache() -> None:
-    """Keep all compiled programs in the user's cache folder, including those that compile quickly.
+    """Keep all compiled programs in the user's cache directory, including those that compile quickly.
 
     JAX's own settings have precedence, such as `JAX_COMPILATION_CACHE_DIR` or `JAX_ENABLE_COMPILATION_CACHE=false`.
-    If the folder cannot be written, programs are compiled in every run.
+    If the directory cannot be written, programs are compiled in every run.
     """
     settings: dict[str, Any] = {
         "jax_compilation_cache_dir": str(platformdirs.user_cache_path("grok1", appauthor=False) / "compiled"),

@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def control_groups(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
-    """Return the folders of the process's control groups, innermost first, each with its version, 1 or 2.
+    """Return the directories of the process's control groups, innermost first, each with its version, 1 or 2.
 
     Args:
-        root: the folder that contains `proc` and `sys`.
+        root: the directory that contains `proc` and `sys`.
         controller: "memory" or "cpu"; version 2 has one hierarchy for all controllers.
     """
     try:

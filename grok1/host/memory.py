@@ -53,7 +53,7 @@ def available_bytes(root: Path = Path("/")) -> int | None:
     The page cache counts as available. None where the system does not say.
 
     Args:
-        root: the folder that contains `proc` and `sys`.
+        root: the directory that contains `proc` and `sys`.
     """
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()

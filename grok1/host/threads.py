@@ -19,7 +19,7 @@ def default_threads(root: Path = Path("/")) -> int:
     A second thread on a core reads memory no faster.
 
     Args:
-        root: the folder that contains `proc` and `sys`.
+        root: the directory that contains `proc` and `sys`.
     """
     try:
         usable = sorted(os.sched_getaffinity(0))

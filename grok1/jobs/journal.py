@@ -337,7 +337,7 @@ def _open_locked(output: Path, path: Path) -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk, where the system supports it."""
+    """Flush the names in a directory to the disk, where the system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -55,7 +55,7 @@ def load(
         print(model.complete("The answer is", max_tokens=8).text)
 
     Args:
-        checkpoint: folder with the tensor files or with `ckpt-0`, or an opened checkpoint.
+        checkpoint: directory with the tensor files or with `ckpt-0`, or an opened checkpoint.
         tokenizer: a SentencePiece model, or a tokenizer; by default `tokenizer.model` in or beside the checkpoint.
             Without one the model works with token ids only.
         mesh: sizes of the (data, model) axes; by default the largest number of devices, on the model axis, that the

@@ -101,7 +101,7 @@ def _start_coordinator(cluster: Cluster) -> None:
     arguments = (host, cluster.port, cluster.num_processes, cluster.timeout, SILENCE_SECONDS)
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     process = subprocess.Popen(
-        # With -P, files of the current folder cannot shadow Python's modules.
+        # With -P, files of the current directory cannot shadow Python's modules.
         [sys.executable, "-P", "-m", "grok1.multihost.coordinator", *map(str, arguments)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

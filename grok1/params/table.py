@@ -17,7 +17,7 @@ import numpy as np
 from grok1.config import SCALE_GROUPS, ModelConfig
 
 CHECKPOINT_DIR = "ckpt-0"
-"""Name of the folder of tensor files."""
+"""Name of the directory of tensor files."""
 
 FLOAT32 = np.dtype(np.float32)
 INT8 = np.dtype(np.int8)

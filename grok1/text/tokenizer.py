@@ -282,7 +282,7 @@ def find_tokenizer(checkpoint: Path, given: Path | None = None) -> Path | None:
     """Return the tokenizer file to use with a checkpoint: `given`, or `tokenizer.model` in or beside its tensor files.
 
     Args:
-        checkpoint: folder with the tensor files or with `ckpt-0`; it need not exist.
+        checkpoint: directory with the tensor files or with `ckpt-0`; it need not exist.
         given: the file that the caller named.
 
     Returns:

@@ -143,10 +143,10 @@ class DivergedError(Exception):
 
 
 class Run:
-    """A training run that saves its state in a folder and resumes from it.
+    """A training run that saves its state in a directory and resumes from it.
 
     Args:
-        folder: an existing folder for `state.npz` and `log.jsonl`.
+        directory: an existing directory for `state.npz` and `log.jsonl`.
         recipe: settings of the run.
         tokens: the training text, int32 `[tokens]`.
         measured: texts to evaluate during training: (tokens, number of bytes) by name.

@@ -44,7 +44,7 @@ EXCERPT_LOGITS = 16
     "--heldout",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Held-out text for evaluation.  [default: heldout.txt in the folder of TEXT, if it exists]",
+    help="Held-out text for evaluation.  [default: heldout.txt in the directory of TEXT, if it exists]",
 )
 @click.option(
     "--steps", type=click.IntRange(min=1), default=Recipe.steps, show_default=True, help="Number of optimizer steps."

@@ -11,7 +11,7 @@ from pathlib import Path
 from grok1.checkpoint.reader import Checkpoint
 
 MANIFEST = "grok1.sha256"
-"""Name of the manifest in or beside the folder of tensor files."""
+"""Name of the manifest in or beside the directory of tensor files."""
 
 _SAMPLE_BYTES = 4096
 

@@ -60,7 +60,7 @@ class Inspection:
     """What is in a checkpoint.
 
     Attributes:
-        directory: the folder of tensor files.
+        directory: the directory of tensor files.
         config: from `config.json`, or else the release's.
         tensors: every file in the order that a token meets them: the embedding, the layers by number, the final
             norm. Within a layer in file order.

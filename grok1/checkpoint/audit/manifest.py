@@ -3,8 +3,8 @@
     # 24727 bytes
     <64 hexadecimal digits>  ckpt-0/tensor00001_000
 
-Names are relative to the folder that contains `ckpt-0`. Hashing hundreds of gigabytes takes a while, so a cache beside
-the manifest keeps the hashes until all are there.
+Names are relative to the directory that contains `ckpt-0`. Hashing hundreds of gigabytes takes a while, so a cache
+beside the manifest keeps the hashes until all are there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MAX_MANIFEST = 16 << 20  # bytes: a hundred times the release's
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 _SIZE = re.compile(r"# (\d{1,19}) bytes")
 _CACHE_LINE = re.compile(r"([0-9a-f]{64})  (\d{1,19}) (-?\d{1,20})  (.+)\n")
-_HEADER = "# grok1 manifest; `grok1 verify --manifest` checks it, and `sha256sum -c` in the folder that holds {}\n"
+_HEADER = "# grok1 manifest; `grok1 verify --manifest` checks it, and `sha256sum -c` in the directory that holds {}\n"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def write_manifest(manifest: Path, entries: Mapping[str, Entry], folder: str) ->
     Args:
         manifest: replaced if it exists.
         entries: by name, in the order of the lines.
-        folder: name of the folder of tensor files.
+        folder: name of the directory of tensor files.
 
     Raises:
         CheckpointError: if it cannot be written.
@@ -138,8 +138,8 @@ def locate(name: str, directory: Path) -> Path:
     """Return the file that a name in a manifest refers to.
 
     Args:
-        name: such as `ckpt-0/tensor00001_000`, even if the folder has been renamed, or `tensor00001_000`.
-        directory: the folder of tensor files.
+        name: such as `ckpt-0/tensor00001_000`, even if the directory has been renamed, or `tensor00001_000`.
+        directory: the directory of tensor files.
     """
     folder, _, file = name.rpartition("/")
     if folder in (directory.name, CHECKPOINT_DIR) or (not folder and file.startswith("tensor")):
@@ -155,7 +155,7 @@ class HashCache:
 
     Args:
         manifest: names the cache.
-        directory: the folder of tensor files; another copy of the checkpoint has another cache.
+        directory: the directory of tensor files; another copy of the checkpoint has another cache.
         required: whether to raise if the cache cannot be written; otherwise nothing is kept.
 
     Raises:

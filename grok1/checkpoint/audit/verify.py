@@ -41,7 +41,7 @@ class Report:
     """The result of a verification.
 
     Attributes:
-        directory: the folder of tensor files.
+        directory: the directory of tensor files.
         config: from `config.json`, or else the release's.
         stated: whether there is a `config.json`.
         structure: what the tensor files hold.
@@ -106,7 +106,7 @@ def verify(
     """Verify a checkpoint and list all its faults.
 
     Args:
-        path: a folder that holds `ckpt-0`, or the folder of tensor files itself.
+        path: a directory that holds `ckpt-0`, or the directory of tensor files itself.
         content: reads every array and checks its values.
         manifest: a manifest to check every file against; reads every file.
         new_manifest: manifest to write if no fault is found; reads every file.
@@ -228,7 +228,7 @@ def _check_manifest(report: Report, manifest: Path, entries: dict[str, Entry], p
             fault = FileFault(name, "is not in the manifest and was not checked", advice, fetch=False)
             (report.warnings if path.name in _COMPANIONS else report.faults).append(fault)
     paths = {name: path for path, (name, _) in wanted.items()}
-    # The folder of the manifest may be read-only; an interrupted run is not resumed then.
+    # The directory of the manifest may be read-only; an interrupted run is not resumed then.
     with HashCache(manifest, report.directory, required=False) as cache:
         report.resumed = len(cache.known(paths))
         with contextlib.closing(hash_files(paths, cache, _stage("hashing", progress))) as hashed:

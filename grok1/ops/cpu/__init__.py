@@ -1,1 +1,1 @@
-"""CPU kernels, written in C++ (folder `native`)."""
+"""CPU kernels, written in C++ (directory `native`)."""
