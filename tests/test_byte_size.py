@@ -23,7 +23,7 @@ def test_sizes(text, count):
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "1e9", "1,5GB", "1 GBs", "80XB", "inf", "9" * 30, "٣GB"])
-def test_what_is_no_size(text):
+def test_invalid_sizes(text):
     with pytest.raises(ValueError, match=r"invalid size .*, expected a number and a unit"):
         parse_bytes(text)
 
@@ -41,5 +41,5 @@ def test_what_is_no_size(text):
         (2_500_000_000_000_000, "2,500 TB"),
     ],
 )
-def test_sizes_are_told(count, text):
+def test_format_bytes(count, text):
     assert format_bytes(count) == text

@@ -297,7 +297,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 
 
 def _could_begin(found: bytes) -> bool:
-    """Whether a file that begins so may be a journal, possibly truncated or zeroed by a power failure."""
+    """Whether a file with this beginning may be a journal, possibly truncated or zeroed by a power failure."""
     digits = found[:8]
     return not found.strip(b"\0") or (
         all(byte in b"0123456789abcdef" for byte in digits) and found[8:] == _BEGINNING[8 : len(found)]

@@ -98,7 +98,7 @@ def read_rows(
         row: Row[AnyTask] = Row(index, number, short_digest(line or b""))
         try:
             if line is None:
-                raise BadRow(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB; put each row on a line of its own")
+                raise BadRow(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB; put each row on its own line")
             if source.format == "txt":
                 value: str | dict[str, Any] = _text(line, unescape)
             else:

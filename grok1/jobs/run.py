@@ -45,7 +45,7 @@ class Reporter(Protocol):
         """Report a bad row."""
 
     def result(self, line: str) -> None:
-        """Take a line of results, if there is no output file."""
+        """Write a line of results if there is no output file."""
 
     def processing(self, describe: Callable[[], str]) -> AbstractContextManager[None]:
         """Enclose the processing of rows; `describe` returns the current line of progress, in any thread."""
@@ -228,7 +228,7 @@ class JobRunner(Generic[AnyTask]):
             "tokens_out", "tokens_read", "batch_size" and "mean_slot_use".
 
         Raises:
-            JobError: if there are no rows, or bad ones, or the journal belongs to another job.
+            JobError: if the input is empty or has invalid rows, or the journal belongs to another job.
             JobStopped: if it was stopped before the end.
             TooSmallError: if the batch does not fit in memory.
         """
@@ -284,7 +284,7 @@ class JobRunner(Generic[AnyTask]):
         """Return the settings of the job that depend on the loaded model.
 
         Raises:
-            JobError: if the journal was begun with other settings.
+            JobError: if the journal has other settings.
             TooSmallError: if the batch does not fit in memory.
         """
         engine, begun = model.engine, self._begun

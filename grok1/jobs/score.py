@@ -125,7 +125,7 @@ class Corpus:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Over all tokens; None if they have no bytes, there is no tokenizer, or it is not finite."""
+        """Over all tokens; None without a tokenizer, for empty text, or if it is not finite."""
         total = self._sum(0)
         return None if total is None else finite(bits_per_byte(total, self.num_bytes))
 

@@ -56,7 +56,7 @@ def _values(array: ParameterArray, shape: tuple[int, ...], seed: jax.Array) -> j
 
 
 def _hash(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
-    """Pseudorandom bits, uint32, from each element's index and the seed alone: computed where they are stored."""
+    """Pseudorandom bits, uint32, computed on each device from an element's index and the seed."""
     bits = jnp.zeros(shape, jnp.uint32)
     for axis, length in enumerate(shape):
         stride = math.prod(shape[axis + 1 :]) % 2**32

@@ -27,7 +27,7 @@ class Panels:
     """The layout that CPU kernels read.
 
     Panels of 16 columns follow each other. In a panel, 4 rows form a quad, and a quad's 4 values of a column are
-    adjacent, each plus 128. Each scale group begins with a new quad. Padding rows and columns hold arbitrary values.
+    adjacent, each plus 128. Each scale group starts a new quad. Padding rows and columns hold arbitrary values.
 
     Attributes:
         group_rows: rows of each scale group.

@@ -31,7 +31,7 @@ def encode_request(request: Request, tokenizer: Tokenizer | None, config: ModelC
 
     Raises:
         RequestError: if the prompt is empty or too long, or a token id is out of range.
-        TokenizerError: if there is no tokenizer, and the prompt is text or the request has stop texts.
+        TokenizerError: if `tokenizer` is None, and the prompt is text or the request has stop texts.
     """
     if isinstance(request, EncodedRequest):
         return request
@@ -61,7 +61,7 @@ def encode_scored(text: str | Sequence[int], tokenizer: Tokenizer | None, config
 
     Raises:
         RequestError: if it has fewer than two tokens, or a token id is out of range.
-        TokenizerError: if it is a text and there is no tokenizer.
+        TokenizerError: if it is a text and `tokenizer` is None.
     """
     ids = required(tokenizer).encode(text) if isinstance(text, str) else text
     return check_token_ids(ids, config, at_least=2)

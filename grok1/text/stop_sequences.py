@@ -14,7 +14,7 @@ class StopMatcher:
     the text is split into pieces.
 
         matcher = StopMatcher(["\\n\\n", "END"])
-        text, stop = matcher.push("Yes.\\n")  # "Yes.", None: the newline could begin a stop text
+        text, stop = matcher.push("Yes.\\n")  # "Yes.", None: the newline may be the start of a stop text
         text, stop = matcher.push("\\nNo.")  # "", "\\n\\n"
 
     Args:

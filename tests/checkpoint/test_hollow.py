@@ -104,7 +104,7 @@ def test_a_filesystem_that_fills_holes_is_not_filled(tmp_path, monkeypatch, fill
     with pytest.raises(CheckpointError, match=r"does not support sparse files: tensor00000_000 uses 5 MB") as caught:
         write_checkpoint(tmp_path, config, hollow=True, progress=lambda *call: calls.append(call))
     remaining = sum(tensor_file_size(spec) for spec in tensor_table(config)[1:])
-    assert f"would take {remaining / 1e9:.2f} GB" in str(caught.value)
+    assert f"need {remaining / 1e9:.2f} GB" in str(caught.value)
     assert calls == []
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 

@@ -115,7 +115,7 @@ def test_other_files_do_not_matter(checkpoint_copy):
     assert len(Checkpoint.open(checkpoint_copy).tensors) == 134
 
 
-def test_faults_are_counted_and_the_first_three_told(checkpoint_copy):
+def test_faults_are_counted_and_the_first_three_listed(checkpoint_copy):
     files = checkpoint_copy / "ckpt-0"
     for index in (3, 5, 7, 9):
         (files / f"tensor{index:05d}_000").unlink()

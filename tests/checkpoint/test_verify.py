@@ -372,7 +372,7 @@ def test_a_flipped_byte_is_found(manifest, files):
     assert report.to_fetch == [name(26), "tokenizer.model"]
 
 
-def test_layers_in_numeric_order_are_told_by_hash(manifest, files):
+def test_layers_in_numeric_order_are_detected_by_hash(manifest, files):
     """Layers 2 and 10 in each other's place: every shape is right."""
     for index in range(26, 38):
         swap(files / name(index), files / name(index + 12))
@@ -390,7 +390,7 @@ def test_a_file_that_took_the_place_of_another_has_to_be_fetched(manifest, files
     assert report.faults[0].advice == "download it again"
 
 
-def test_a_file_is_told_once(manifest, files):
+def test_a_file_is_listed_once(manifest, files):
     (files / name(26)).write_bytes(b"")
     (files / name(27)).unlink()
     assert faulty(verify(files, content=True, manifest=manifest)) == [name(26), name(27)]

@@ -152,7 +152,7 @@ def test_progress_goes_from_little_to_all(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ckpt-0", "config.json", "tokenizer.model"])
-def test_what_is_there_is_not_replaced(tmp_path, name):
+def test_existing_files_are_not_replaced(tmp_path, name):
     (tmp_path / name).write_text("mine")
     (tmp_path / "notes.txt").write_text("mine as well")
     before = contents(tmp_path)

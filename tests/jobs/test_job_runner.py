@@ -30,17 +30,17 @@ class Log:
     """A reporter that keeps what is reported."""
 
     def __init__(self):
-        self.told = []
+        self.messages = []
         self.results = []
 
     def status(self, text):
-        self.told.append(("status", text))
+        self.messages.append(("status", text))
 
     def note(self, text):
-        self.told.append(("note", text))
+        self.messages.append(("note", text))
 
     def bad_row(self, text):
-        self.told.append(("bad", text))
+        self.messages.append(("bad", text))
 
     def result(self, line):
         self.results += [json.loads(line)] if line else []
@@ -48,7 +48,7 @@ class Log:
     @contextlib.contextmanager
     def processing(self, describe):
         yield
-        self.told.append(("progress", describe()))
+        self.messages.append(("progress", describe()))
 
 
 class EchoModel:
@@ -126,9 +126,9 @@ def test_rows_are_reported_in_order(completion_job):
     assert (last["index"], last["completion_tokens"]) == (2, 2)
     assert (outcome["rows"], outcome["failed"]) == (3, 1)
     assert (outcome["tokens_in"], outcome["tokens_out"]) == (3, 8)
-    kinds = [kind for kind, _ in log.told]
+    kinds = [kind for kind, _ in log.messages]
     assert kinds == ["status", "bad", "progress"]
-    assert log.told[-1][1].startswith("3 of 3 rows · 1 failed · ")
+    assert log.messages[-1][1].startswith("3 of 3 rows · 1 failed · ")
 
 
 def test_windows_of_a_row_are_joined_in_order(write, checkpoint):
@@ -146,7 +146,7 @@ def test_a_stopped_job_resumes(completion_job, tmp_path):
     output, log, stop = tmp_path / "out.jsonl", Log(), threading.Event()
     with Journal.open(output, restart=False) as journal, pytest.raises(JobStopped):
         run(completion_job, log, EchoModel(stop.set), journal, stop)
-    assert ("note", "2 of 3 rows are done; run the same command to resume") in log.told
+    assert ("note", "2 of 3 rows are done; run the same command to resume") in log.messages
     assert not output.exists()
     with Journal.open(output, restart=False) as journal:
         outcome = run(completion_job, log, EchoModel(), journal)

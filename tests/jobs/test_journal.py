@@ -186,7 +186,7 @@ def test_a_full_disk_keeps_what_is_done(path, output, written, monkeypatch):
     assert output.read_text() == "".join(LINES)
 
 
-def test_a_failing_disk_is_told_with_the_next_row(path, output, monkeypatch):
+def test_a_disk_error_is_reported_with_the_next_row(path, output, monkeypatch):
     def failing(descriptor):
         failed.set()
         raise OSError(errno.EIO, "Input/output error")

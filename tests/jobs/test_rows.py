@@ -1,4 +1,4 @@
-"""Rows of prompts: what lines may say, and what is told of those that say something else."""
+"""Rows of prompts: accepted lines, and the messages for invalid ones."""
 
 import gzip
 import hashlib
@@ -189,7 +189,7 @@ def test_bad_rows(rows, line, words):
     assert (found[0].task, found[0].line, found[1].line) == (None, 1, 3)
 
 
-def test_several_faults_of_a_row_are_all_told(rows):
+def test_all_faults_of_a_row_are_reported(rows):
     found = row(rows, prompt="x", top_k="a", n="b", id=5)
     assert 'top_k is "a"' in found.error
     assert 'n is "b"' in found.error
