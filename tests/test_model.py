@@ -127,9 +127,9 @@ def test_a_prompt_may_fill_the_context_but_one_place(model, small_config):
     longest = [7] * (small_config.sequence_len - 1)
     done = model.complete(longest, greedy=True, ignore_eos=True)
     assert (len(done.tokens), done.finish_reason) == (1, "context")
-    with pytest.raises(RequestError, match=r"48 tokens.* 47 "):
+    with pytest.raises(RequestError, match=r"48 tokens.* at most 47 "):
         model.complete([*longest, 7])
-    with pytest.raises(RequestError, match=r"48 tokens.* 47 "):
+    with pytest.raises(RequestError, match=r"48 tokens.* at most 47 "):
         list(model.complete_many([Request(prompt=[*longest, 7])]))
 
 

@@ -293,7 +293,7 @@ class JobRunner(Generic[AnyTask]):
         size = self.batch_size or begun.get("batch_size") or max(rows, min(model.best_batch_size(), wanted))
         if model.max_sequences is not None and size > max(rows, model.max_sequences):
             raise TooSmallError(
-                f"--batch-size is {size}, but only {model.max_sequences} sequences fit in memory: "
+                f"--batch-size is {size}, but only {model.max_sequences} sequences fit in memory; "
                 f"use --batch-size {model.max_sequences}, or --dtype bfloat16"
             )
         settings = {

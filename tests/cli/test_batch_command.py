@@ -189,7 +189,7 @@ def test_invalid_rows_fail_before_the_model_is_loaded(batch, tmp_path, monkeypat
     ("arguments", "code", "words"),
     [
         (["missing.txt"], 1, "missing.txt does not exist"),
-        (["-"], 1, "standard input has no rows"),
+        (["-"], 1, "standard input is empty"),
         (["-", "--restart"], 2, "--restart requires -o"),
         (["-", "--json"], 2, "--json requires -o"),
         (["-", "--batch-size", 0], 2, "--batch-size"),
@@ -518,7 +518,7 @@ def test_batch_size_that_does_not_fit_in_memory_is_rejected(batch, prompts, monk
     monkeypatch.setattr(importlib.import_module("grok1.model.load"), "room", lambda *_: 2)
     result = batch(prompts, "-n", 2)
     assert (result.code, result.out) == (1, "")
-    assert "--batch-size is 3, but only 2 sequences fit in memory: use --batch-size 2" in result.err
+    assert "--batch-size is 3, but only 2 sequences fit in memory; use --batch-size 2" in result.err
 
 
 def test_progress_on_a_terminal(start, checkpoint, many, terminal, tmp_path):

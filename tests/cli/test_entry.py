@@ -307,5 +307,5 @@ def test_init_with_a_damaged_archive_writes_nothing(grok1, tmp_path, monkeypatch
     monkeypatch.setitem(init.TRAINED, "bard", str(archive))
     result = grok1("init", tmp_path / "bard", "--preset", "bard")
     assert (result.code, result.out) == (1, "")
-    assert "install grok1 again" in result.err
+    assert "reinstall grok1" in result.err
     assert not (tmp_path / "bard").exists()

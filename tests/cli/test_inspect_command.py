@@ -94,7 +94,7 @@ def test_default_folder_is_that_of_other_commands(grok1, checkpoint, monkeypatch
     monkeypatch.chdir(tmp_path)
     result = grok1("inspect")
     assert (result.code, result.out) == (1, "")
-    assert "no checkpoint: checkpoints does not exist" in result.err
+    assert "no checkpoint found: checkpoints does not exist" in result.err
     (tmp_path / "checkpoints").symlink_to(checkpoint)
     assert grok1("inspect", "--json").lines[0]["directory"] == "checkpoints/ckpt-0"
     monkeypatch.setenv("GROK1_CHECKPOINT", str(checkpoint))

@@ -138,7 +138,7 @@ def test_plan_for_a_checkpoint(grok1, checkpoint):
             "mesh 1,8 needs 8 devices, but only 4 devices are available",
         ),
         (["--device", "h200", "--mesh", "1,5"], 1, "its 48 query heads are not divisible by 5"),
-        (["-c", "nowhere"], 1, "no checkpoint: nowhere does not exist"),
+        (["-c", "nowhere"], 1, "no checkpoint found: nowhere does not exist"),
         (["-c", "nowhere", "--preset", "tiny"], 2, "--checkpoint and --preset cannot be used together"),
     ],
 )

@@ -110,7 +110,7 @@ def test_echo_prints_the_prompt_first(complete):
 
 def test_prompt_that_is_too_long(complete):
     words = " ".join(["0"] * 200)
-    assert_fails(complete(words), "400 tokens", "63 fit", "context of 64", "--truncate")
+    assert_fails(complete(words), "400 tokens", "expected at most 63", "context is 64", "--truncate")
     (record,) = complete(words, "--truncate", "-n", 4, "--json").lines
     assert len(record["prompt_token_ids"]) == 60
     assert record["prompt"] == words

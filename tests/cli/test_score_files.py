@@ -201,7 +201,7 @@ def test_strides(score, one, grok1, checkpoint, tokenizer, rows_file, tmp_path):
     assert told["logprobs"][1:] == pytest.approx(expected[1:], abs=1e-3)
     refused = score(rows_file, "--stride", 65)
     assert refused.code == 1
-    assert "context of 64" in refused.err
+    assert "expected 1 to 64" in refused.err
 
 
 def test_chunks(score, one, tokenizer, tmp_path):
@@ -239,8 +239,8 @@ def test_chunks(score, one, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--chunk", 32], 1, "at least one chunk of 32"),
-        (["--chunk", 65], 1, "context of 64"),
+        (["--chunk", 32], 1, "expected at least 32 (--chunk)"),
+        (["--chunk", 65], 1, "expected 4 to 64"),
         (["--chunk", 3], 2, "--chunk"),
         (["--chunk", 8, "--format", "txt"], 2, "--chunk cannot be used with --format or --stride"),
         (["--chunk", 8, "--stride", 4], 2, "--chunk cannot be used with --format or --stride"),

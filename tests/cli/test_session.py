@@ -91,7 +91,7 @@ def test_session_with_several_processes(start, long_checkpoint, terminal, tmp_pa
     )
     terminal.read_until(READY)
     terminal.type("0 " * 1100 + "\r")
-    terminal.read_until("2047 fit in the model's context of 2048")
+    terminal.read_until("expected at most 2047 (the model's context is 2048)")
     terminal.read_until(READY)
     terminal.type("again\r")
     terminal.read_until("seed 3]")
