@@ -193,7 +193,7 @@ def test_invalid_rows_fail_before_the_model_is_loaded(batch, tmp_path, monkeypat
         (["-", "--restart"], 2, "--restart requires -o"),
         (["-", "--json"], 2, "--json requires -o"),
         (["-", "--batch-size", 0], 2, "--batch-size"),
-        (["-", "-o", "nowhere/out"], 1, "in an existing folder"),
+        (["-", "-o", "nowhere/out"], 1, "in an existing, writable directory"),
         (["-", "-o", "."], 1, "is a directory"),
         (["-", "--temperature", -1], 2, "expected a finite number, 0 or more, got -1.0"),
     ],
@@ -328,7 +328,7 @@ def test_concurrent_runs_with_the_same_output(batch, start, checkpoint, many, ex
     for arguments in ((), ("--restart",)):
         result = batch(many, "-o", output, *arguments)
         assert (result.code, result.out) == (1, "")
-        assert f"{output} is being written by another run of grok1" in result.err
+        assert f"{output} is being written by another grok1 process" in result.err
     process.send_signal(signal.SIGCONT)
     assert process.wait(timeout=60) == 0
     assert output.read_text() == expected(many)
@@ -379,7 +379,7 @@ def test_journal_of_another_input_or_checkpoint_is_rejected(batch, prompts, stop
     content = prompts.read_text()
     prompts.write_text(content.replace("word", "wort"))
     result = batch(prompts, "-o", stopped, "-n", 4)
-    assert (result.code, "(the content of the input has changed)" in result.err) == (1, True)
+    assert (result.code, ": the content of the input has changed;" in result.err) == (1, True)
     prompts.write_text(content)
     other = shutil.copytree(checkpoint, tmp_path / "other")
     tensor = sorted((other / "ckpt-0").glob("tensor*"))[5]
@@ -387,7 +387,7 @@ def test_journal_of_another_input_or_checkpoint_is_rejected(batch, prompts, stop
     data[len(data) // 2] ^= 1
     tensor.write_bytes(data)
     result = batch(prompts, "-o", stopped, "-n", 4, folder=other)
-    assert (result.code, "(the checkpoint has changed)" in result.err) == (1, True)
+    assert (result.code, ": the checkpoint has changed;" in result.err) == (1, True)
     shutil.rmtree(other)
     shutil.copytree(checkpoint, other)  # a copy of the checkpoint is equivalent
     assert batch(prompts, "-o", stopped, "-n", 4, folder=other).code == 0
