@@ -16,7 +16,7 @@ def test_interactive_session(start, long_checkpoint, terminal, tmp_path):
     terminal.read_until(READY)
 
     terminal.type("0 " * 1100 + "\r")  # an invalid prompt does not end the session
-    terminal.read_until("2047 fit in the model's context of 2048")
+    terminal.read_until("expected at most 2047 (the model's context is 2048)")
     terminal.read_until(READY)
 
     terminal.type("hello\r")
