@@ -60,7 +60,7 @@ def _compile_once():
 
     def compile_once(engine, key):
         leaves, structure = jax.tree.flatten(engine.params)
-        params = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
+        params = tuple((type(leaf), leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
         place = (engine.config, engine.dtype, engine.kernels, engine.mesh, structure, params, key)
         if place not in programs:
             programs[place] = compile_program(engine, key)

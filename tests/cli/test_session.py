@@ -1,3 +1,4 @@
+import os
 import signal
 import stat
 
@@ -83,7 +84,7 @@ def test_session_with_several_processes(start, long_checkpoint, terminal, tmp_pa
             "XDG_STATE_HOME": str(tmp_path),
             "TERM": "xterm",
             "PROMPT_TOOLKIT_NO_CPR": "1",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=16", "device_count=2"),
         },
         stdin=terminal.there,
         stdout=terminal.there,

@@ -15,7 +15,8 @@ from grok1.params.tree import abstract_parameters
 def _computation(program):
     """The program's text without what differs from one place in the source to the next."""
     text = program.as_text()
-    text = re.split(r"\n\n(?=%|ENTRY)", text, maxsplit=1)[-1]  # after the tables of source locations
+    if "\nFileNames" in text:
+        text = text[re.search(r"\n\n(ENTRY )?%", text).start() :]
     return re.sub(r", metadata=\{[^}]*\}", "", text)
 
 
@@ -33,7 +34,7 @@ def _check(engine, abstract, key):
     assert _sizes(compiled) == _sizes(ran)
 
 
-@pytest.fixture(scope="module", params=[(1, 1), (1, 8), (2, 4)], ids=str)
+@pytest.fixture(scope="module", params=[(1, 1), (2, 4)], ids=str)
 def engines(request, make_checkpoint, make_engine, small_config):
     """An engine with weights and one without, on the same mesh."""
     mesh = make_mesh(small_config, request.param)
