@@ -46,15 +46,10 @@ def test_config_has_all_features_of_the_release():
     assert all(size % 32 == 0 for size in (config.emb_size, config.ffn_size, config.kv_size))
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("mesh", [(1, 1), (1, 2), (2, 2)])
-def test_logits_match_the_trainer(bard, excerpt, make_engine, kernels, mesh, relative_error):
-=======
 @pytest.mark.parametrize(
     ("mesh", "kernels"), [((1, 1), "xla"), ((1, 1), "native"), ((2, 2), "native")], indirect=["kernels"]
 )
-def test_logits_are_the_trainers(bard, excerpt, make_engine, kernels, mesh, relative_error):
->>>>>>> 4483927 (Compare the trained model on fewer meshes)
+def test_logits_match_the_trainer(bard, excerpt, make_engine, kernels, mesh, relative_error):
     model = Model(make_engine(bard, mesh, kernels=kernels), None)
     tokens, last = excerpt["tokens"], excerpt["last_logits"]
     logits = model.logits(tokens)
