@@ -23,7 +23,7 @@ from grok1.errors import CheckpointError, MultihostError
 from grok1.host import memory
 from grok1.host.threads import num_threads
 from grok1.model.model import Model
-from grok1.multihost.runtime import Runtime
+from grok1.multihost.runtime import Runtime, connect_devices
 from grok1.ops.kernels import ChosenKernels, choose_kernels, xla_kernels
 from grok1.ops.xla.kernels import Kernels
 from grok1.params.random import random_parameters
@@ -213,6 +213,8 @@ class _DeviceConfig:
         chosen = choose_kernels(config, device_mesh, kernels)
         if runtime is not None:
             chosen = _agreed_kernels(runtime, chosen, platform)
+            if local_devices(device_mesh.devices.flat):
+                connect_devices(device_mesh)
         sequences = room(Estimate(config, present, mesh, activation_dtype.name, memories))
         chosen.kernels.set_threads(threads or num_threads())
         on_mesh = set(device_mesh.devices.flat)

@@ -11,12 +11,15 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grok1.multihost import jax_private
 from grok1.multihost.cluster import Cluster
 from grok1.multihost.coordinator import TICK_SECONDS
 from grok1.multihost.link import Link
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 SILENCE_SECONDS = 20.0
 """A process that sends nothing for this long is considered dead."""
@@ -240,3 +243,18 @@ class Runtime:
                 self._link.send({"end": code})
         elif wait:
             self._closed.wait(_FAREWELL_SECONDS)
+
+
+def connect_devices(mesh: Mesh) -> None:
+    """Connect the devices along each axis of a mesh, by a collective operation; its processes call this together.
+
+    Devices are connected by their first operation. With Gloo, on CPUs, it fails if a process starts it 30 seconds
+    after another, and compiling a step may take some of them so much longer. Later operations wait for 30 minutes.
+    """
+    import jax
+
+    def add_indices() -> tuple[jax.Array, ...]:
+        return tuple(jax.lax.psum(jax.lax.axis_index(axis), axis) for axis in mesh.axis_names)
+
+    add = jax.shard_map(add_indices, mesh=mesh, in_specs=(), out_specs=jax.sharding.PartitionSpec(), check_vma=False)
+    jax.block_until_ready(jax.jit(add)())

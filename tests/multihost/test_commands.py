@@ -14,6 +14,7 @@ from grok1.text.train_tokenizer import train_small_tokenizer
 
 PROMPTS = [f"Prompt number {i} is" for i in range(8)]
 TIMEOUT = 120
+POLL_SECONDS = 0.05  # polling without a pause would take a core from the processes that are waited for
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,16 @@ def wait_until(happened, *processes):
     while not happened():
         assert time.monotonic() < end
         assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
-        os.sched_yield()
+        time.sleep(POLL_SECONDS)
+
+
+def wait_until_ended(process):
+    """Tells a process to terminate until it has ended: two signals at a time may arrive as one."""
+    end = time.monotonic() + TIMEOUT
+    while process.poll() is None:
+        assert time.monotonic() < end
+        process.terminate()
+        time.sleep(POLL_SECONDS)
 
 
 def nobody_is_left(port):
@@ -94,7 +104,7 @@ def nobody_is_left(port):
                 left.append(pid)
         if not left:
             return True
-        os.sched_yield()
+        time.sleep(POLL_SECONDS)
     return False
 
 
@@ -195,17 +205,40 @@ def test_a_process_that_dies_while_decoding_ends_the_others(who, count, tiny, to
 @pytest.mark.slow  # and, with programs still to be compiled, not reliable on two cores
 def test_a_worker_that_is_told_to_terminate_twice_ends_all(tiny, together, port):
     first, second = together(2, "run", "-c", tiny, "The answer", "--greedy", "--ignore-eos", "-n", 500)
-    assert first.stdout.read(1)
+    assert first.stdout.read(20)  # it decodes: everything is compiled, which a worker told to terminate may not await
     second.terminate()
     assert first.stdout.read(1)  # it goes on, for the sake of what process 0 may want to finish
-    end = time.monotonic() + TIMEOUT
-    while second.poll() is None:  # two at a time may come as one
-        assert time.monotonic() < end
-        second.terminate()
-        os.sched_yield()
+    wait_until_ended(second)
     assert error(first).startswith("grok1: error: process 1 (")
     assert output(second, 128 + signal.SIGTERM) == ""
     assert nobody_is_left(port)
+
+
+SLOW_COMPILER = """
+import sys, time
+from grok1 import cli
+from grok1.engine.engine import Engine
+
+compile_at_once = Engine.compile
+
+def compile_slowly(engine, key):
+    if key.kind == "prefill":
+        time.sleep(35)
+    return compile_at_once(engine, key)
+
+Engine.compile = compile_slowly
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.slow  # it waits for 35 seconds: Gloo connects processes that begin at most 30 seconds apart
+def test_a_process_may_compile_for_longer_than_another(tiny, alone, spawn, port):
+    place = ("--coordinator", f":{port}", "--num-processes", 2, "--mesh", "1,2", "--process-id")
+    words = ("-c", tiny, "The answer", "--greedy", "-n", 4)
+    first = spawn("-m", "grok1", "run", *place, 0, *words)
+    second = spawn("-c", SLOW_COMPILER, "run", *place, 1, *words)
+    assert output(first) == alone("run", *words)
+    assert output(second) == ""
 
 
 def test_a_process_that_dies_before_the_start_is_waited_for_and_named(tiny, together, port):
