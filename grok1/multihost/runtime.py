@@ -246,10 +246,10 @@ class Runtime:
 
 
 def connect_devices(mesh: Mesh) -> None:
-    """Connect the devices along each axis of a mesh, by a collective operation; its processes call this together.
+    """Connect the devices along each axis of a mesh by a collective operation, which all its processes must call.
 
-    Devices are connected by their first operation. With Gloo, on CPUs, it fails if a process starts it 30 seconds
-    after another, and compiling a step may take some of them so much longer. Later operations wait for 30 minutes.
+    Devices are connected by their first collective operation. With Gloo, on CPUs, it fails if a process starts it more
+    than 30 seconds after another, and compilation times may differ by more. Later operations wait for 30 minutes.
     """
     import jax
 
