@@ -63,9 +63,8 @@ def compare(journal: Journal | None, fingerprint: Mapping[str, Any]) -> None:
     differing = [_difference(key, before.get(key), value) for key, value in now.items() if before.get(key) != value]
     if differing:
         raise JobError(
-            f"{journal.path} belongs to another job: {'; '.join(differing)}; resume that job, choose another "
-            "output, or "
-            "start over with --restart"
+            f"{journal.path} belongs to another job: {'; '.join(differing)}; resume that job, choose another output, "
+            "or start over with --restart"
         )
 
 

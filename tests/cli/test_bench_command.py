@@ -93,7 +93,7 @@ def test_devices(grok1):
         (("--preset", "tiny", "--prompt", "x"), 2, 'expected one or more positive integers such as 64,512, got "x"'),
         (("--preset", "tiny", "--batch", "1,0"), 2, 'expected one or more positive integers such as 64,512, got "1,0"'),
         (("--preset", "tiny", "--plot", "picture.gif"), 2, "expected a name that ends in .png or .svg"),
-        (("--preset", "tiny", "--plot", "nowhere/picture.png"), 2, 'folder "nowhere" does not exist'),
+        (("--preset", "tiny", "--plot", "nowhere/picture.png"), 2, 'directory "nowhere" does not exist'),
         (("--preset", "tiny", "--mesh", "1,1", "--prompt", "100000"), 1, "lower --prompt or --decode"),
         (("--preset", "tiny", "--mesh", "2,1", "--batch", "3"), 1, "choose a multiple"),
         (("--devices", "--threads", "0"), 2, "0 is not in the range"),

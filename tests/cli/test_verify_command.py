@@ -64,7 +64,7 @@ def test_one_line_per_invalid_file(grok1, damaged):
     assert lines[0] == "tensor00003_000 is missing: download it"
     assert lines[1].startswith("tensor00025_000: ")
     assert lines[1].endswith(": download it again")
-    assert lines[2] == "tensor00026_000 is unexpected: move it out of the folder"
+    assert lines[2] == "tensor00026_000 is unexpected: move it out of the directory"
     assert lines[3:] == ["files to download again: tensor00003_000 tensor00025_000"]
     assert result.err == (
         f"grok1: error: {damaged}/ckpt-0: 3 of 26 files are missing or damaged; download or restore them\n"

@@ -281,8 +281,8 @@ def test_a_checkpoint_that_differs_is_named_with_its_host(tiny, together, tmp_pa
     changed.write_bytes(content)
     first, second = together(2, "run", "x", own=lambda process: ("-c", other if process else tiny))
     found = error(first)
-    assert f"process 1 ({socket.gethostname()}) sees another checkpoint than process 0" in found
-    assert f"{changed.name} differs" in found
+    assert f"the checkpoint of process 1 ({socket.gethostname()}) differs from that of process 0" in found
+    assert f"in {changed.name} " in found
     assert output(second, 1) == ""
     assert nobody_is_left(port)
 
