@@ -142,7 +142,8 @@ def check_mesh_shape(config: ModelConfig, shape: tuple[int, int], num_devices: i
         MeshError: if there are too few devices or the model does not divide; the message names a mesh that works.
     """
     data, model = shape
-    fallback = "{},{}".format(*default_mesh_shape(config, min(model, num_devices) if model > 0 else 1))
+    _, shards = default_mesh_shape(config, min(model, num_devices) if model > 0 else 1)
+    fallback = f"{max(1, min(data, num_devices // shards))},{shards}"
     if data < 1 or model < 1:
         raise MeshError(f"mesh is {data},{model}, expected two numbers above 0, such as {fallback}")
     reason = indivisible(config, model)
