@@ -1,1 +1,1 @@
-"""The engine: the compiled prefill and decode steps, and the loop that serves sequences with them."""
+"""Compiled prefill and decode steps, and the loops that generate and score with them."""

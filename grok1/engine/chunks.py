@@ -1,4 +1,4 @@
-"""A chunk of a prompt on its way from a slot to a step."""
+"""Prefill chunks, the pieces in which the engine processes prompts."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 from grok1.request import SamplingOptions
 
 LANE_TOKENS = 16
-"""Length of a lane, which holds one chunk in a step that reads several, and of the shortest step that reads one."""
+"""Tokens per lane. In a step with several lanes each holds one chunk; a step with one lane is at least this long."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PrefillChunk:
-    """Consecutive tokens of a prompt or text, to be read into a slot in one step.
+    """Consecutive tokens of a prompt or text that one step processes.
 
     Attributes:
         slot: index of the slot.
         tokens: token ids, int32 `[count]`.
-        start: position of the first token; the slot's cache holds all positions before it.
-        sampling: for the last chunk of a prompt to be continued, its sampling options and seed.
-        targets: for scoring, the token after each of `tokens`, int32 `[count]`.
+        start: position of the first token; the slot's cache must hold all positions before it.
+        sampling: sampling options and seed, for the last chunk of a prompt to complete.
+        targets: int32 `[count]`, the token that follows each of `tokens`, for scoring.
     """
 
     slot: int

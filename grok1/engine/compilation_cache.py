@@ -10,10 +10,10 @@ import platformdirs
 
 
 def enable_compilation_cache() -> None:
-    """Keep all compiled programs in the user's cache directory, including those that compile quickly.
+    """Store all compiled programs in the user's cache directory, including those that compile quickly.
 
-    JAX's own settings have precedence, such as `JAX_COMPILATION_CACHE_DIR` or `JAX_ENABLE_COMPILATION_CACHE=false`.
-    If the directory cannot be written, programs are compiled in every run.
+    JAX's own settings take precedence, such as `JAX_COMPILATION_CACHE_DIR` or `JAX_ENABLE_COMPILATION_CACHE=false`.
+    If the directory is not writable, every run compiles its programs.
     """
     settings: dict[str, Any] = {
         "jax_compilation_cache_dir": str(platformdirs.user_cache_path("grok1", appauthor=False) / "compiled"),

@@ -1,7 +1,7 @@
-"""Compiling the steps of `grok1.engine.programs` for a mesh, and dispatching them.
+"""Compilation and dispatch of the steps in `grok1.engine.programs` on a mesh.
 
-A step is one program over the whole mesh, compiled once for each of its shapes. It reads one chunk of a prompt, padded
-to one of a few lengths, or several chunks of a fixed length.
+A step is one SPMD program over the whole mesh, compiled once per shape. A prefill step processes one chunk, padded to
+one of a few lengths, or several chunks of a fixed length.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from grok1.ops.xla.kernels import Kernels
 from grok1.params.sharding import DATA_AXIS, MODEL_AXIS, local_devices
 from grok1.request import MAX_LOGPROBS
 
-_MAX_LANE_TOKENS = 512  # per step with several lanes: longer steps would delay the next token of every sequence
+_MAX_LANE_TOKENS = 512  # of all lanes of a step: a longer step would delay the next token of every sequence
 
-# By default XLA:CPU uses only half of 512-bit registers. Without such registers the option has no effect.
+# XLA:CPU uses only 256 bits of 512-bit registers by default. The option has no effect on CPUs without them.
 _COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"cpu": {"xla_cpu_prefer_vector_width": 512}}
 
 
@@ -48,17 +48,18 @@ class Engine:
         kernels: Kernels | None = None,
         sender: StepSender | None = None,
     ):
-        """Create an engine; nothing is compiled yet.
+        """Create an engine without compiling anything.
 
         Args:
             config: the model.
-            params: its parameters on the mesh, from `load_parameters`, or from `abstract_parameters` to lower programs
+            params: parameters on the mesh, from `load_parameters`, or from `abstract_parameters` to lower programs
                 without running them.
             mesh: a (data, model) mesh.
             dtype: dtype of activations and of the cache.
-            progress: called with "compiling" and a program's title before it is compiled, with "running" and the title
-                afterwards, and with "reading" and the tokens done and in total of a long prompt.
-            kernels: implementation of the operations, which reads the parameters' layout; by default plain JAX.
+            progress: called as `progress(stage, detail, done, total)`: with "compiling" and a program's title before it
+                is compiled, with "running" and the title afterwards, and with "reading" during the prefill of a long
+                prompt, where `done` and `total` count tokens.
+            kernels: implementation of the operations for the parameters' layout; plain JAX by default.
             sender: sends every step to the other processes of the mesh, which `replay` it.
         """
         self.config = config
@@ -81,37 +82,37 @@ class Engine:
 
     @property
     def local_devices(self) -> list[jax.Device]:
-        """The mesh's devices that are this process's."""
+        """Devices of the mesh that belong to this process."""
         return local_devices(self.mesh.devices.flat)
 
     @property
     def data_rows(self) -> int:
-        """Size of the mesh's data axis: the number of slots of a batch is a multiple of it."""
+        """Size of the mesh's data axis. The number of slots of a batch is a multiple of it."""
         return int(self.mesh.shape[DATA_AXIS])
 
     @property
     def max_chunk(self) -> int:
-        """Maximum length of a chunk."""
+        """Maximum length of a chunk in tokens."""
         return min(self.kernels.max_chunk, self.config.sequence_len)
 
     def chunk_bucket(self, count: int) -> int:
-        """The compiled length, for a step of one lane, of a chunk of `count` tokens, 1 to `max_chunk`."""
+        """Return the length to which a step with one lane pads a chunk of `count` tokens, 1 to `max_chunk`."""
         length = LANE_TOKENS
         while length < count:
             length *= 2
         return min(length, self.max_chunk)
 
     def lanes_for(self, tokens: float) -> int:
-        """Number of lanes, a power of 2, for prompts with `tokens` tokens to read on average.
+        """Return the number of lanes, a power of 2, for prompts with `tokens` tokens to process on average.
 
-        It is just enough for such a prompt, as an unused lane costs about as much as a used one.
+        There are just enough lanes for one such prompt, because an unused lane costs about as much as a used one.
         """
         lanes = self.kernels.min_lanes
         while lanes * LANE_TOKENS < min(tokens, _MAX_LANE_TOKENS):
             lanes *= 2
         return lanes
 
-    # Steps. They return when the step is dispatched, before it is done; the state that they take is donated.
+    # Steps. These methods return once the step is dispatched, before it completes. They donate the state they take.
 
     def new_cache(self, slots: int) -> KVCache:
         """Create a cache with `slots` slots, a multiple of `data_rows`."""
@@ -122,15 +123,16 @@ class Engine:
         return self._run(StepKey("new_batch", slots))[0]
 
     def logits(self, cache: KVCache, tokens: np.ndarray, start: int) -> tuple[jax.Array, KVCache]:
-        """Read tokens into a cache and return the logits at each of them.
+        """Process tokens and return the logits at each of them.
 
         Args:
-            cache: holds `start` positions of each sequence.
+            cache: cache with `start` positions of each sequence.
             tokens: int32 `[slots, n]`, with n at most `max_chunk`.
             start: position of the first token.
 
         Returns:
-            float32 `[slots, n, vocab]`, with several processes only of this one's data rows; and the cache.
+            logits, float32 `[slots, n, vocab]`, only for this process's data rows if there are several processes; and
+            the cache.
         """
         slots, count = tokens.shape
         key = StepKey("logits", slots, slots, 1 if count == 1 else self.chunk_bucket(count))
@@ -144,13 +146,13 @@ class Engine:
     def score(
         self, cache: KVCache, chunks: Sequence[PrefillChunk], lanes: int = 1, logprobs: bool = False
     ) -> tuple[KVCache, SampledTokens, list[int]]:
-        """Read chunks into their slots and compute the log-probabilities of their targets.
+        """Process chunks and compute the log-probabilities of their targets.
 
         Args:
             cache: the cache.
             chunks: as for `prefill`, each with targets.
             lanes: as for `prefill`.
-            logprobs: whether to report the 20 likeliest tokens rather than only the likeliest.
+            logprobs: whether to report the 20 most likely tokens instead of only the most likely one.
 
         Returns:
             the cache, arrays `[rows, length]` for the targets, and the row of each chunk.
@@ -166,20 +168,20 @@ class Engine:
     def prefill(
         self, state: BatchState, chunks: Sequence[PrefillChunk], lanes: int = 1, logprobs: bool = False
     ) -> tuple[BatchState, SampledTokens, list[int]]:
-        """Read chunks of prompts into their slots, and sample the first token of the prompts that end.
+        """Process chunks of prompts, and sample the first token after each prompt that ends.
 
-        A step of one lane is as long as its longest chunk needs. A step of several has `LANE_TOKENS` for each, however
-        many are used, so that the result for a chunk does not depend on the others in the step.
+        With one lane, the step is padded to the bucket of its longest chunk. With several lanes, each has `LANE_TOKENS`
+        positions and all are computed, used or not, so that a chunk's result does not depend on the other chunks.
 
         Args:
             state: the batch.
-            chunks: at most `lanes` for each data row. With one lane they have at most `max_chunk` tokens; with several,
-                at most `LANE_TOKENS`, and consecutive chunks of one prompt may be in one step.
-            lanes: number of lanes on each data row.
-            logprobs: whether to report the likeliest tokens.
+            chunks: at most `lanes` chunks per data row. With one lane a chunk has at most `max_chunk` tokens; with
+                several, at most `LANE_TOKENS`, and consecutive chunks of one prompt may share a step.
+            lanes: number of lanes per data row.
+            logprobs: whether to report the most likely tokens.
 
         Returns:
-            the batch, the first tokens `[rows]`, and the row of each chunk. Rows of chunks without `sampling` are
+            the batch, the first tokens `[rows]`, and the row of each chunk. The tokens of chunks without `sampling` are
             undefined.
         """
         top_logprobs = self._top_logprobs(logprobs)
@@ -193,10 +195,15 @@ class Engine:
         return state, sampled, rows
 
     def decode(self, state: BatchState, active: np.ndarray, logprobs: bool = False) -> tuple[BatchState, SampledTokens]:
-        """Read the last token of each `active` sequence, bool `[slots]`, and sample the next.
+        """Process the last token of each active sequence and sample the next.
 
-        Returns the batch and the new tokens `[slots]`, undefined for inactive slots; with `logprobs`, also the
-        likeliest tokens.
+        Args:
+            state: the batch.
+            active: bool `[slots]`.
+            logprobs: whether to report the most likely tokens.
+
+        Returns:
+            the batch and the new tokens `[slots]`, undefined for inactive slots.
         """
         return self._run(StepKey("decode", len(active), top_logprobs=self._top_logprobs(logprobs)), state, active)
 
@@ -205,13 +212,13 @@ class Engine:
         slots = _cache(state).keys.shape[1]
         row_slots = slots // self.data_rows
         if source // row_slots != target // row_slots:
-            raise ValueError(f"slots {source} and {target} are in different data rows")
+            raise ValueError(f"cannot copy from slot {source} to slot {target}, which is in another data row")
         pairs = np.full((self.data_rows, 2), -1, np.int32)
         pairs[source // row_slots] = source % row_slots, target % row_slots
         return self._run(StepKey("copy_prefix", slots, self.data_rows), state, pairs, np.asarray(length, np.int32))[0]
 
     def report_prefill(self, done: int, total: int) -> None:
-        """Report progress in reading a prompt of `total` tokens, if that takes several steps."""
+        """Report progress in the prefill of a prompt of `total` tokens, if it takes several steps."""
         if total > self.max_chunk:
             self._progress("reading", "prompt", done, total)
 
@@ -221,7 +228,7 @@ class Engine:
     def _pack(
         self, kind: str, chunks: Sequence[PrefillChunk], lanes: int, slots: int, top_logprobs: int
     ) -> tuple[StepKey, list[int], tuple[Any, ...]]:
-        """The step that reads chunks, the row of each, and the step's host arrays with the chunks in their rows."""
+        """Return the key of the step that processes chunks, the row of each chunk, and the step's host arrays."""
         longest = max(len(chunk.tokens) for chunk in chunks)
         length = LANE_TOKENS if lanes > 1 else self.chunk_bucket(longest)
         key = StepKey(kind, slots, self.data_rows * lanes, length, top_logprobs)
@@ -235,35 +242,37 @@ class Engine:
             row, count = data_row * lanes + used[data_row], len(chunk.tokens)
             used[data_row] += 1
             if used[data_row] > lanes or count > length:
-                raise ValueError(f"{used[data_row]} chunks of up to {longest} tokens in {lanes} lanes of {length}")
+                raise ValueError(
+                    f"{used[data_row]} chunks of up to {longest} tokens do not fit in {lanes} lanes of {length} tokens"
+                )
             tokens[row, :count] = chunk.tokens
             positions[row, :count] = np.arange(chunk.start, chunk.end)
             slot_indices[row] = slot
             rows.append(row)
         return key, rows, host
 
-    # Compiling and running
+    # Compilation and dispatch
 
     def cache_bytes(self, slots: int) -> int:
-        """Bytes of each device's part of a cache."""
+        """Return the size in bytes of a cache's shard on one device."""
         cache = jax.eval_shape(partial(CACHE_STATE.new, self._shard, slots))
         return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(cache)) // self.mesh.size
 
     def lower(self, key: StepKey) -> jax.stages.Lowered:
-        """Lower the program of a step; the engine's parameters may be abstract."""
+        """Lower the program of a step. The engine's parameters may be abstract."""
         program = PROGRAMS[key.kind]
         return program.lower(key, self._shard, self.mesh, self.params, single_process=self._single_process)
 
     def compile(self, key: StepKey) -> jax.stages.Compiled:
-        """Compile the program of a step; the engine's parameters may be abstract."""
+        """Compile the program of a step. The engine's parameters may be abstract."""
         return self.lower(key).compile(_COMPILER_OPTIONS.get(self._platform))
 
     def _run(self, key: StepKey, state: Any = None, *host: Any) -> Any:
-        """Run a step in every process of the mesh, and compile it on first use.
+        """Run a step in every process of the mesh, compiling it on first use.
 
         Args:
-            key: identifies the step.
-            state: the state that it takes; None if it creates one.
+            key: key of the step.
+            state: input state; None if the step creates one.
             host: NumPy arrays in the structure of the program's `host`.
 
         Returns:
@@ -289,9 +298,9 @@ class Engine:
         return state, outputs
 
     def replay(self, step: Step) -> None:
-        """Run a step that another process of the mesh has sent, and keep its state in `replayed`.
+        """Run a step that another process of the mesh has sent, and store its state in `replayed`.
 
-        Does nothing if no device of the mesh belongs to this process.
+        Does nothing if this process has no device in the mesh.
         """
         if not self.local_devices:
             return
@@ -302,7 +311,7 @@ class Engine:
         self.replayed[step.handle] = self._run(key, self.replayed.pop(step.handle, None), *host)[0]
 
     def _on_mesh(self, host: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Host arrays as a program takes them: with several processes, each provides those of its devices."""
+        """Return host arrays as a program takes them; with several processes, each provides its devices' shards."""
         if jax.process_count() == 1:
             return host
 

@@ -1,7 +1,7 @@
-"""The generation loop: admits prompts to free slots, dispatches steps, and hands out tokens.
+"""The generation loop, which admits prompts to free slots, dispatches steps and yields tokens.
 
-New prompts are read a chunk at a time between decoding steps. The next step is dispatched before the tokens of the
-previous one are read, so that the devices do not wait for the host.
+Prefill of new prompts alternates with decoding, one prefill step before each decode step. Each step is dispatched
+before the tokens of the previous one are fetched, so that the devices do not wait for the host.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from grok1.request import EncodedRequest, FinishReason, TokenLogprobs, fresh_see
 
 @dataclasses.dataclass(eq=False)
 class GeneratedSequence:
-    """A continuation of a prompt while it grows.
+    """A completion in progress.
 
     Attributes:
-        request: the request; stop texts are up to the reader, see `stop`.
-        request_index: index of the request among those given.
+        request: the request. The caller must check for stop texts and call `stop`.
+        request_index: index of the request in the input.
         sample: index of the sample within the request.
-        seed: of its random stream.
+        seed: seed of its random numbers.
         limit: maximum number of tokens.
-        tokens: the tokens so far, without the end-of-text token.
-        logprobs: for each of these tokens, if requested.
-        finish_reason: None until it has finished.
-        started: `time.perf_counter()` when it was admitted.
-        prompt_read: when its first token arrived.
-        finished: when its last token arrived.
-        compile_seconds: time spent compiling before its first token.
-        decode_compile_seconds: time spent compiling after it.
+        tokens: tokens generated so far, without the end-of-text token.
+        logprobs: log-probabilities of these tokens, if requested.
+        finish_reason: reason for the end, None until then.
+        started: `time.perf_counter()` at admission.
+        prompt_read: `time.perf_counter()` when its first token arrived.
+        finished: `time.perf_counter()` when its last token arrived.
+        compile_seconds: compile time before the first token.
+        decode_compile_seconds: compile time after the first token.
         dispatched: number of tokens that have arrived or are being computed.
     """
 
@@ -59,11 +59,11 @@ class GeneratedSequence:
 
     @property
     def prefill_seconds(self) -> float:
-        """Time from admission to the first token, without compiling."""
+        """Time from admission to the first token, without compile time."""
         return max(0.0, self.prompt_read - self.started - self.compile_seconds)
 
     def stop(self) -> None:
-        """Finish the sequence with the reason "stop"; its slot is free from the next step on."""
+        """Finish the sequence with the reason "stop", which frees its slot for the next step."""
         self._finish("stop")
 
     def _finish(self, reason: FinishReason) -> None:
@@ -73,17 +73,17 @@ class GeneratedSequence:
 
 @dataclasses.dataclass(frozen=True)
 class _SampledStep:
-    """A step whose tokens have not been read: its outputs, and the rows of the sequences that get a token."""
+    """A dispatched step: its outputs, and the sequences that get a token, with their rows in the outputs."""
 
     sampled: Any
     sequences: list[tuple[int, GeneratedSequence]]
 
 
 def _sequences(index: int, request: EncodedRequest, max_seq_len: int) -> list[GeneratedSequence]:
-    """The samples of a request."""
+    """Return a sequence for each sample of a request."""
     limit = min(request.options.max_tokens, max_seq_len - len(request.tokens))
     if limit < 1 or not request.tokens:
-        raise ValueError(f"a prompt of {len(request.tokens)} tokens, expected 1 to {max_seq_len - 1}")
+        raise ValueError(f"the prompt has {len(request.tokens)} tokens, expected 1 to {max_seq_len - 1}")
     seed = fresh_seed() if request.options.seed is None else request.options.seed
     return [GeneratedSequence(request, index, sample, seed + sample, limit) for sample in range(request.num_samples)]
 
@@ -97,23 +97,26 @@ def generate(
     logprobs: bool = False,
     occupancy: Occupancy | None = None,
 ) -> Iterator[GeneratedSequence]:
-    """Continue prompts, as many at a time as there are slots.
+    """Complete prompts with continuous batching.
 
-    With several lanes every step has the same shape. The result of a sequence, to the last bit of its
-    log-probabilities, then depends only on its own request and on `slots`, `lanes` and `logprobs`, provided that the
-    sums that the program computes for one row do not depend on the other rows.
+    With several lanes all steps have the same shape. Each result, to the last bit of its log-probabilities, then
+    depends only on its own request and on `slots`, `lanes` and `logprobs`, provided that the compiled program computes
+    each row independently of the others.
 
     Args:
         engine: the model.
-        requests: taken one by one, when a slot is free.
-        slots: number of sequences continued at a time; rounded up to a multiple of the mesh's data axis.
-        lanes: a step reads this many chunks of prompts, of `LANE_TOKENS` each, on each data row; with 1, one chunk, as
-            long as it needs up to the engine's `max_chunk`.
-        logprobs: computes log-probabilities in every step, rather than only for sequences that request them.
-        occupancy: kept up to date.
+        requests: requests, each consumed when a slot is free.
+        slots: number of sequences decoded together, rounded up to a multiple of the mesh's data axis.
+        lanes: number of chunks per prefill step and data row, of `LANE_TOKENS` each; with 1, one chunk of up to the
+            engine's `max_chunk` tokens.
+        logprobs: whether to compute log-probabilities in every step instead of only for sequences that request them.
+        occupancy: statistics to update.
 
     Yields:
-        a sequence, each time it has a new token or has finished. The caller may `stop()` it then.
+        a sequence each time it has a new token or has finished. The caller may then `stop()` it.
+
+    Raises:
+        ValueError: if a prompt is empty or does not fit in the model's context.
     """
     return _Loop(engine, requests, slots, lanes, logprobs, occupancy or Occupancy()).run()
 
@@ -146,28 +149,28 @@ class _Loop:
         while True:
             self._admit()
             if not self._scheduler.count_step():
-                return  # the results of the steps still running belong to finished sequences
+                return  # any step still running computes tokens of finished sequences only
             only_prefill = self._lanes == 1 and not any(slot.owner and not slot.prefilling for slot in self._slots)
             steps = self._prefill()
-            if only_prefill:  # no sequence is waiting for a token: hand out the first one before anything else
+            if only_prefill:  # nothing is being decoded: yield first tokens without waiting for another step
                 for step in steps:
-                    yield from self._hand_out(step)
+                    yield from self._yield_tokens(step)
                 steps = []
             steps += self._decode()
             for step in previous:
-                yield from self._hand_out(step)
+                yield from self._yield_tokens(step)
             previous = steps
 
     def _admit(self) -> None:
-        """Give free slots to sequences."""
+        """Assign waiting sequences to free slots."""
         while self._scheduler.has_free_slot and (sequence := next(self._waiting, None)) is not None:
             sequence.started = time.perf_counter()
             prompt = np.asarray(sequence.request.tokens, np.int32)
-            sharable = len(prompt) - 1  # the last token has to be read for its logits
+            sharable = len(prompt) - 1  # the last token must be processed for its logits
             self._scheduler.admit(sequence, prompt, sharable, sampling=(sequence.request.options, sequence.seed))
 
     def _prefill(self) -> list[_SampledStep]:
-        """Dispatch a step that reads chunks of prompts, if there are any to read."""
+        """Dispatch a prefill step if any prompt has chunks left."""
         seconds = self._engine.compile_seconds
         self._state = self._scheduler.copy_prefixes(self._state)
         prefilling = self._scheduler.prefilling
@@ -179,7 +182,7 @@ class _Loop:
         self._state, sampled, rows = self._engine.prefill(self._state, chunks, self._lanes, wanted)
         first = self._slots[chunks[0].slot]
         self._engine.report_prefill(first.read, len(first.prompt))
-        self._state = self._scheduler.copy_prefixes(self._state)  # before a slot that has been read can be reused
+        self._state = self._scheduler.copy_prefixes(self._state)  # before a source slot can be reused
         seconds = self._engine.compile_seconds - seconds
         for sequence in prefilling:
             sequence.compile_seconds += seconds
@@ -193,7 +196,7 @@ class _Loop:
         return self._logprobs or any(wanting)
 
     def _decode(self) -> list[_SampledStep]:
-        """Dispatch a step for every sequence that wants another token."""
+        """Dispatch a decode step if any sequence needs another token."""
         rows = [
             (slot.index, slot.owner)
             for slot in self._slots
@@ -213,8 +216,8 @@ class _Loop:
             sequence.decode_compile_seconds += seconds
         return [_SampledStep(sampled, rows)]
 
-    def _hand_out(self, step: _SampledStep) -> Iterator[GeneratedSequence]:
-        """Wait for a step and hand out its tokens, except those of sequences that have finished since."""
+    def _yield_tokens(self, step: _SampledStep) -> Iterator[GeneratedSequence]:
+        """Wait for a step and yield its sequences, except those that have finished since it was dispatched."""
         sampled = jax.device_get(step.sampled)
         now = time.perf_counter()
         eos = self._engine.config.eos_id

@@ -1,4 +1,4 @@
-"""Slot use of a batch. Nothing here imports JAX."""
+"""Statistics on the use of a batch's slots. Importing this does not import JAX."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import dataclasses
 
 @dataclasses.dataclass(eq=False)
 class Occupancy:
-    """Statistics about the slots of a batch.
+    """Statistics on the slots of a batch.
 
     Attributes:
         slots: number of slots.
-        busy: number of slots with a sequence now.
-        rounds: steps so far; a prefill step and the decoding step after it count as one.
-        busy_rounds: sum over these of the slots with a sequence.
-        read_tokens: prompt tokens that were read.
-        copied_tokens: prompt tokens that were copied from another slot, or were still in the slot.
-        generated_tokens: tokens handed out.
+        busy: number of slots in use.
+        rounds: number of steps; a prefill step and the decode step after it count as one.
+        busy_rounds: sum over `rounds` of the slots in use.
+        read_tokens: prompt tokens processed.
+        copied_tokens: prompt tokens reused from another slot or from the same slot.
+        generated_tokens: tokens generated.
     """
 
     slots: int = 0
@@ -29,5 +29,5 @@ class Occupancy:
 
     @property
     def mean_use(self) -> float | None:
-        """Mean fraction of the slots with a sequence; None before the first step."""
+        """Mean fraction of slots in use; None before the first step."""
         return self.busy_rounds / (self.rounds * self.slots) if self.rounds else None

@@ -1,8 +1,7 @@
-"""The steps of the engine as pure functions, and the table that lists them.
+"""The engine's steps as pure functions, and the table `PROGRAMS` that lists them.
 
-A step takes the state of a cache or a batch, which is donated, and returns it updated, together with its outputs. Each
-kind of step is a row of `PROGRAMS`; compiling, dispatching, lowering and replaying it in other processes derive from
-that row.
+A step takes a state, a cache or a batch, which is donated, and returns the updated state and its outputs. Each kind of
+step is a row of `PROGRAMS`, from which the engine derives how to lower, compile, dispatch and replay it.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ _COPY_BLOCK = 256  # positions
 
 
 class StepKey(NamedTuple):
-    """Identifies a compiled program.
+    """Key of a compiled program.
 
     Attributes:
         kind: a key of `PROGRAMS`.
         slots: number of slots of the cache or batch.
         rows: number of rows of the host arrays, over all data rows.
         length: number of tokens in a row.
-        top_logprobs: number of likeliest tokens to report.
+        top_logprobs: number of most likely tokens to report.
     """
 
     kind: str
@@ -51,13 +50,13 @@ class StepKey(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BatchState:
-    """The sequences of a batch on the devices, one in each slot.
+    """State of a batch of sequences on the devices, one per slot.
 
     Attributes:
         cache: keys and values, `[layers, slots, ...]`.
-        tokens: int32 `[slots]`, the last token of each sequence, which is not in the cache yet.
-        positions: int32 `[slots]`, the positions of those tokens.
-        sampling: the sequences' sampling options.
+        tokens: int32 `[slots]`, the last token of each sequence, not yet in the cache.
+        positions: int32 `[slots]`, positions of these tokens.
+        sampling: sampling options of each sequence.
     """
 
     cache: KVCache
@@ -67,7 +66,7 @@ class BatchState:
 
 
 State = KVCache | BatchState
-"""The donated argument of a step, which returns it updated."""
+"""The state that a step takes, donated, and returns updated."""
 
 AnyState = TypeVar("AnyState", KVCache, BatchState)
 
@@ -91,8 +90,8 @@ class StateKind(NamedTuple):
     """A kind of state.
 
     Attributes:
-        new: creates one with free slots, from a `ModelShard` and a number of slots.
-        partition: how it is split over the mesh, a tree that is a prefix of the state's.
+        new: creates a state with free slots, given a `ModelShard` and the number of slots.
+        partition: partition specs over the mesh, a tree prefix of the state.
     """
 
     new: Callable[[ModelShard, int], State]
@@ -103,15 +102,15 @@ CACHE_STATE = StateKind(_new_cache, _CACHE)
 BATCH_STATE = StateKind(_new_batch, BatchState(_CACHE, _ROWS, _ROWS, _ROWS))  # type: ignore[arg-type]
 
 
-# Steps: pure functions of a shard and a key, which are static, and of arrays. A step that reads chunks takes them as
-# int32 arrays with a chunk in each row: tokens `[rows, length]`, positions `[rows, length]`, negative for padding, and
-# slots `[rows]`, indices within the data row.
+# Steps: pure functions of a shard and a key, which are static, and of arrays. Chunks are passed as int32 arrays, one
+# chunk per row: tokens `[rows, length]`, positions `[rows, length]`, negative for padding, and slots `[rows]`, indices
+# within the data row.
 
 
 def logits_step(
     shard: ModelShard, key: StepKey, params: hk.Params, cache: KVCache, tokens: jax.Array, positions: jax.Array
 ) -> tuple[KVCache, jax.Array]:
-    """Read `tokens` `[slots, length]` and return the logits at each of them."""
+    """Process `tokens` `[slots, length]` and return the logits `[slots, length, vocab]`."""
     logits, cache = network(shard).apply(params, tokens, positions, cache, True)
     return cache, logits
 
@@ -126,7 +125,7 @@ def score_step(
     slots: jax.Array,
     targets: jax.Array,
 ) -> tuple[KVCache, SampledTokens]:
-    """Read chunks and return the log-probabilities of `targets` `[rows, length]`."""
+    """Process chunks and return the log-probabilities of `targets` `[rows, length]`."""
     logits, cache = network(shard).apply(params, tokens, positions, cache, True, slots)
     scored = token_logprobs(logits.reshape(targets.size, -1), targets.reshape(-1), key.top_logprobs)
     return cache, jax.tree.map(lambda array: array.reshape(*targets.shape, *array.shape[1:]), scored)
@@ -143,7 +142,10 @@ def prefill_step(
     ends: jax.Array,
     sampling: SamplingState,
 ) -> tuple[BatchState, SampledTokens]:
-    """Read chunks, and sample and store the first token of the prompts that end: bool `[rows]`, `sampling` by row."""
+    """Process chunks, and sample and store a token for each row where `ends`, bool `[rows]`, is true.
+
+    `sampling` has the sampling options of each row.
+    """
     logits, cache = network(shard).apply(params, tokens, positions, state.cache, False, slots)
     next_positions = jnp.max(positions, axis=1) + 1
     sampled = sample(logits, sampling, next_positions, key.top_logprobs)
@@ -163,7 +165,7 @@ def copy_prefix_step(
 ) -> tuple[KVCache, tuple[()]]:
     """Copy the first `length` positions of one slot to another.
 
-    `pairs` is int32 `[data rows, 2]`: source and target slot, negative for data rows without a copy.
+    `pairs` is int32 `[data rows, 2]`: source and target slot, negative in data rows where nothing is copied.
     """
     source, target = jnp.maximum(pairs[0, 0], 0), jnp.maximum(pairs[0, 1], 0)
     max_seq_len = shard.config.sequence_len
@@ -186,7 +188,7 @@ def copy_prefix_step(
 def decode_step(
     shard: ModelShard, key: StepKey, params: hk.Params, state: BatchState, active: jax.Array
 ) -> tuple[BatchState, SampledTokens]:
-    """Read the last token of each `active` sequence, bool `[slots]`, and sample the next."""
+    """Process the last token of each sequence where `active`, bool `[slots]`, is true, and sample the next."""
     positions = jnp.where(active, state.positions, -1)
     logits, cache = network(shard).apply(params, state.tokens[:, None], positions[:, None], state.cache, False)
     next_positions = state.positions + 1
@@ -200,7 +202,7 @@ def decode_step(
 
 
 def host_partition(arrays: tuple[Any, ...]) -> Any:
-    """How the host arrays of a step are split over the mesh: over its data rows, except for scalars."""
+    """Return the partition specs of a step's host arrays: split over the data rows, scalars replicated."""
     return jax.tree.map(lambda array: _ROWS if array.ndim else _REPLICATED, arrays)
 
 
@@ -215,13 +217,13 @@ class Program:
 
     Attributes:
         title: name in progress reports.
-        step: the step of one device, a function of the `ModelShard`, the `StepKey`, the weights if it takes them, the
-            state, and the host arrays; it returns the state and its outputs. None to create a state.
-        state: the state it takes and returns. A step on a cache also takes a batch, and updates its cache.
-        host: for a key, the arrays that come from the host, in their structure and without content. They are split
-            as `host_partition` says.
-        takes_weights: whether it takes the weights.
-        replicate_outputs: whether every process gets all outputs, rather than those of its own data rows.
+        step: per-device function of the `ModelShard`, the `StepKey`, the weights (if `takes_weights`), the state, and
+            the host arrays, that returns the state and the outputs. None for a program that creates a state.
+        state: the kind of state. A step on a cache also accepts a batch and updates its cache.
+        host: returns empty arrays in the structure of the step's host arrays, given a key. They are split as
+            `host_partition` says.
+        takes_weights: whether the step takes the weights.
+        replicate_outputs: whether every process gets the outputs of all data rows, not only of its own.
     """
 
     title: str
@@ -234,7 +236,7 @@ class Program:
     def lower(
         self, key: StepKey, shard: ModelShard, mesh: Mesh, params: hk.Params, *, single_process: bool
     ) -> jax.stages.Lowered:
-        """Lower the step, to run on every device's part of its arguments; the parameters may be abstract."""
+        """Lower the step for a mesh; the parameters may be abstract."""
 
         def shardings(specs: Any) -> Any:
             return jax.tree.map(partial(NamedSharding, mesh), specs)
@@ -263,7 +265,7 @@ def _int32(*shape: int) -> np.ndarray:
 
 
 def _chunk_arrays(key: StepKey) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens `[rows, length]`, positions `[rows, length]` and slots `[rows]` of a step's chunks."""
+    """Return empty tokens `[rows, length]`, positions `[rows, length]` and slots `[rows]` of a step's chunks."""
     return _int32(key.rows, key.length), np.full((key.rows, key.length), -1, np.int32), _int32(key.rows)
 
 
@@ -285,4 +287,4 @@ PROGRAMS: dict[str, Program] = {
     ),
     "decode": Program("decoding", decode_step, BATCH_STATE, lambda key: (np.zeros(key.slots, bool),)),
 }
-"""All kinds of steps. To add one, write its function and add a row."""
+"""All kinds of steps by name. To add one, write its function and add a row."""

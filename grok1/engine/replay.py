@@ -1,7 +1,7 @@
-"""Steps as messages, which one process of a mesh sends to the others to replay.
+"""Messages with which one process of a mesh makes the others replay its steps.
 
-A step is its key, a handle for its state, and the arrays that come from the host. As bytes it is one line of JSON
-followed by the bytes of the arrays; nothing in it is executed.
+A message has a step's key, a handle of its state, and its host arrays. It is encoded as one line of JSON followed by
+the bytes of the arrays; decoding executes no code.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One step.
+    """A step to replay.
 
     Attributes:
         key: its `StepKey`.
-        handle: of its state.
-        freed: handles of states that no longer exist.
-        arrays: the leaves of its host arrays.
+        handle: handle of its state.
+        freed: handles of states that have been freed.
+        arrays: leaves of its host arrays.
     """
 
     key: tuple[Any, ...]
@@ -57,16 +57,16 @@ class Step:
 
 
 class StepSender:
-    """Sends steps, and keeps the handles of states.
+    """Sends steps and assigns handles to states.
 
-    A state is identified by one of its arrays, its owner, which every step donates and replaces.
+    A state is identified by one of its arrays, the owner, which every step donates and replaces.
     """
 
     def __init__(self, send: Callable[[bytes], None]):
         """Create a sender; `send` delivers a message to every other process, in order."""
         self._send = send
         self._new_handles = itertools.count(1)
-        self._owners: dict[int, int] = {}  # the id of the owner by handle
+        self._owners: dict[int, int] = {}  # id() of the owner, by handle
         self._freed: list[int] = []
 
     def send(self, key: tuple[Any, ...], owner: jax.Array | None, arrays: Sequence[Any]) -> int:
@@ -74,11 +74,11 @@ class StepSender:
 
         Args:
             key: as in `Step`.
-            owner: of the state that it takes; None if it creates one.
+            owner: owner of the input state; None if the step creates a state.
             arrays: as in `Step`.
 
         Returns:
-            the handle of the state that it returns.
+            the handle of the state that the step returns.
         """
         if owner is None:
             handle = next(self._new_handles)
@@ -89,7 +89,7 @@ class StepSender:
         return handle
 
     def returned(self, handle: int, owner: jax.Array) -> None:
-        """Record the owner of the state that a step has returned."""
+        """Record the new owner of a state after a step."""
         self._owners[handle] = id(owner)
         weakref.finalize(owner, self._forget, id(owner), handle).atexit = False
 

@@ -1,4 +1,4 @@
-"""Sampling the next token of each sequence on the device, with its own options and random stream."""
+"""On-device sampling, with options and a seed per sequence."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class SamplingState:
     """The sampling options of a batch.
 
     Attributes:
-        options: `[batch]` for each field of `SamplingOptions` that has a dtype for the device.
-        seed: uint32 `[batch, 2]`, high and low word.
+        options: array `[batch]` of each field of `SamplingOptions` that has a dtype in its metadata, by name.
+        seed: uint32 `[batch, 2]`, high and low word of each seed.
     """
 
     options: OrderedDict[str, Any]
@@ -33,7 +33,7 @@ class SamplingState:
 
     @classmethod
     def empty(cls, batch: int) -> SamplingState:
-        """Greedy sampling for every sequence of a batch, as NumPy arrays."""
+        """Return NumPy arrays with greedy sampling for every sequence."""
         neutral = OrderedDict(
             (field.name, np.full(batch, field.metadata["neutral"], field.metadata["dtype"]))
             for field in _DEVICE_OPTIONS
@@ -41,7 +41,7 @@ class SamplingState:
         return cls(neutral, np.zeros((batch, 2), np.uint32))
 
     def put(self, row: int, options: SamplingOptions, seed: int) -> None:
-        """Store the options and the seed of one sequence; the arrays must be NumPy's."""
+        """Store the options and seed of one sequence in place; requires NumPy arrays."""
         for name, array in self.options.items():
             array[row] = getattr(options, name)
         self.seed[row] = seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF
@@ -50,15 +50,13 @@ class SamplingState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SampledTokens:
-    """The next token of each sequence of a batch.
-
-    Log-probabilities are those of the model's own distribution, before the transformations of the logits.
+    """The next token of each sequence of a batch, and log-probabilities under the model's unmodified distribution.
 
     Attributes:
         tokens: int32 `[batch]`.
-        logprobs: float32 `[batch]`, of the sampled tokens.
-        top_tokens: int32 `[batch, K]`, the likeliest tokens, likeliest first.
-        top_logprobs: float32 `[batch, K]`.
+        logprobs: float32 `[batch]`, log-probabilities of `tokens`.
+        top_tokens: int32 `[batch, K]`, the most likely tokens in descending order.
+        top_logprobs: float32 `[batch, K]`, log-probabilities of `top_tokens`.
     """
 
     tokens: jax.Array
@@ -67,7 +65,7 @@ class SampledTokens:
     top_logprobs: jax.Array
 
     def entry(self, index: int, top: int) -> TokenLogprobs:
-        """The log-probabilities of one token and of the `top` likeliest in its place; the arrays must be NumPy's."""
+        """Return the log-probabilities of one token and of the `top` most likely ones; requires NumPy arrays."""
         best = zip(self.top_tokens[index, :top].tolist(), self.top_logprobs[index, :top].tolist(), strict=True)
         return TokenLogprobs(float(self.logprobs[index]), tuple(best))
 
@@ -86,19 +84,19 @@ def _filter(logits: jax.Array, options: Mapping[str, jax.Array]) -> jax.Array:
 
 
 _TRANSFORMATIONS: list[Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array]] = [_apply_temperature, _filter]
-"""What sampling options do to the logits `[batch, vocab]` of sequences that are not greedy, in this order."""
+"""Transformations of the logits `[batch, vocab]` of sequences that are not greedy, applied in this order."""
 
 
 def sample(logits: jax.Array, state: SamplingState, positions: jax.Array, top_logprobs: int) -> SampledTokens:
     """Sample a token for each sequence.
 
-    The random numbers of a token depend only on the seed of its sequence and its position.
+    A token's random numbers depend only on its sequence's seed and its position.
 
     Args:
         logits: float32 `[batch, vocab]`.
-        state: the sequences' options.
+        state: sampling options of the sequences.
         positions: int32 `[batch]`, positions of the sampled tokens.
-        top_logprobs: how many of the likeliest tokens to report.
+        top_logprobs: number of most likely tokens to report.
     """
     temperature = state.options["temperature"]
 
@@ -117,12 +115,12 @@ def sample(logits: jax.Array, state: SamplingState, positions: jax.Array, top_lo
 
 
 def token_logprobs(logits: jax.Array, tokens: jax.Array, top_logprobs: int) -> SampledTokens:
-    """Log-probabilities of given tokens and of the likeliest ones.
+    """Return the log-probabilities of given tokens and of the most likely ones.
 
     Args:
         logits: float32 `[batch, vocab]`.
         tokens: int32 `[batch]`.
-        top_logprobs: how many of the likeliest tokens to report.
+        top_logprobs: number of most likely tokens to report.
     """
     normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1) - normaliser

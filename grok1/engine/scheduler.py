@@ -1,7 +1,7 @@
-"""Scheduling prompts on the slots of a batch: admission, prefix reuse, and the chunks that each step reads.
+"""Scheduler of prompts on the slots of a batch: admission, prefix reuse, and the chunks of each step.
 
-A prefix that another slot holds or will hold is copied from there instead of being read again, in multiples of
-`LANE_TOKENS`.
+A prefix that is, or will be, in the cache of another slot is copied from there instead of being processed again, in
+multiples of `LANE_TOKENS`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Slot(Generic[Owner]):
     """A slot of the batch.
 
     Attributes:
-        index: its index.
-        row: its data row.
-        owner: the sequence in it; None if it is free.
-        prompt: int32, the prompt whose keys and values its cache holds, or will hold.
-        read: how many of the prompt's tokens the cache holds once everything dispatched is done.
-        source: another slot that is still reading the shared prefix.
+        index: index of the slot.
+        row: data row of the slot.
+        owner: the sequence in the slot; None if it is free.
+        prompt: int32, the prompt whose keys and values are, or will be, in the cache.
+        read: number of the prompt's tokens in the cache after all dispatched steps.
+        source: slot from which a shared prefix is still to be copied.
         shared: length of that prefix.
         sampling: `PrefillChunk.sampling` of the prompt's last chunk.
         targets: `PrefillChunk.targets` of the whole prompt.
@@ -49,11 +49,11 @@ class Slot(Generic[Owner]):
 
     @property
     def prefilling(self) -> bool:
-        """Whether it has an owner whose prompt has not been read completely."""
+        """Whether the slot has an owner and tokens of its prompt are left to process."""
         return self.owner is not None and self.read < len(self.prompt)
 
     def next_chunk(self, length: int) -> PrefillChunk:
-        """Take the next chunk of the prompt, of at most `length` tokens, to be read now."""
+        """Return the next chunk of at most `length` tokens, and count it as read."""
         start, end = self.read, min(self.read + length, len(self.prompt))
         self.read = end
         return PrefillChunk(
@@ -66,9 +66,9 @@ class Slot(Generic[Owner]):
 
 
 class Scheduler(Generic[Owner]):
-    """The slots of a batch and what has been read into them.
+    """Assigns prompts to the slots of a batch.
 
-    The caller reads every chunk that `next_chunks` returns.
+    The caller must process every chunk that `next_chunks` returns, in order.
     """
 
     def __init__(self, engine: Engine, slots: int, lanes: int, occupancy: Occupancy):
@@ -76,9 +76,9 @@ class Scheduler(Generic[Owner]):
 
         Args:
             engine: the model.
-            slots: number of slots; rounded up to a multiple of the mesh's data axis.
-            lanes: number of chunks that a step reads on each data row.
-            occupancy: kept up to date.
+            slots: number of slots, rounded up to a multiple of the mesh's data axis.
+            lanes: maximum number of chunks per step and data row.
+            occupancy: statistics to update.
         """
         self._engine = engine
         self._lanes = lanes
@@ -97,11 +97,11 @@ class Scheduler(Generic[Owner]):
 
     @property
     def prefilling(self) -> list[Owner]:
-        """Owners whose prompts are being read."""
+        """Owners whose prompts are not completely processed."""
         return [slot.owner for slot in self._prefilling if slot.owner is not None]
 
     def count_step(self) -> int:
-        """Count a step for the statistics, and return the number of slots with an owner."""
+        """Count a step in the statistics, and return the number of slots in use."""
         occupancy = self._occupancy
         occupancy.busy = sum(slot.owner is not None for slot in self.slots)
         if occupancy.busy:
@@ -118,12 +118,15 @@ class Scheduler(Generic[Owner]):
         sampling: tuple[SamplingOptions, int] | None = None,
         targets: np.ndarray | None = None,
     ) -> None:
-        """Give a free slot to an owner.
+        """Assign a free slot to an owner.
+
+        If the slot with the longest prefix of the prompt is free, that slot is assigned; if it is busy, a free slot of
+        its data row. If no slot has a prefix, a slot of the data row with the fewest busy slots is assigned.
 
         Args:
-            owner: not None.
+            owner: the sequence, not None.
             prompt: int32, at least one token.
-            sharable: number of its first tokens that may be copied instead of being read.
+            sharable: maximum length of a prefix to copy instead of processing it.
             sampling: as in `Slot`.
             targets: as in `Slot`.
         """
@@ -146,19 +149,19 @@ class Scheduler(Generic[Owner]):
         self._prefilling.append(target)
 
     def release(self, owner: Owner) -> None:
-        """Free an owner's slot; its cache keeps what was read into it."""
+        """Free an owner's slot. Its prompt stays in the cache for reuse."""
         for slot in self.slots:
             if slot.owner is owner:
                 slot.owner = None
 
     def _longest_prefix(self, prompt: np.ndarray) -> tuple[Slot[Owner] | None, int]:
-        """The slot that holds or will hold the longest prefix of a prompt, in whole lanes, and its length."""
+        """Return the slot that has, or will have, the longest prefix of a prompt in whole lanes, and its length."""
         best, longest = None, 0
         rows_with_room = {slot.row for slot in self.slots if slot.owner is None}
         for slot in self.slots:
             if slot.row not in rows_with_room:
                 continue
-            # A free slot holds what it has read; a busy one will hold its whole prompt.
+            # A free slot has the tokens that were processed; a busy one will have its whole prompt.
             tokens = slot.prompt[: slot.read] if slot.owner is None else slot.prompt
             length = min(len(tokens), len(prompt))
             differs = np.flatnonzero(tokens[:length] != prompt[:length])
@@ -169,9 +172,9 @@ class Scheduler(Generic[Owner]):
         return best, longest
 
     def copy_prefixes(self, state: AnyState) -> AnyState:
-        """Copy every shared prefix that its source has read by now; the cache or batch is donated.
+        """Copy the shared prefixes that their source slots have processed, and return the state, which is donated.
 
-        Call it before `next_chunks`, and again before a slot that has been read is given to another owner.
+        Call it before `next_chunks`, and again before a finished slot is assigned to another owner.
         """
         for slot in self._prefilling:
             if slot.source is not None and slot.source.read >= slot.shared:
@@ -181,7 +184,7 @@ class Scheduler(Generic[Owner]):
         return state
 
     def next_chunks(self) -> list[PrefillChunk]:
-        """The chunks to read in the next step; on each data row the first admitted prompt is read first."""
+        """Return the chunks of the next step, in order of admission on each data row."""
         length = LANE_TOKENS if self._lanes > 1 else self._engine.max_chunk
         free = [self._lanes] * self._engine.data_rows
         chunks = []

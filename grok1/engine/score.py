@@ -1,4 +1,4 @@
-"""Scoring texts: they are read like prompts, many at a time."""
+"""Log-probabilities of texts, which are processed like prompts, many at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ScoringRequest:
 
     Attributes:
         tokens: 2 to `sequence_len + 1` token ids; the last is only scored, not read.
-        first: index of the first token to score, at least 1. The tokens before it may be shared with other texts.
+        first: index of the first token to score, at least 1. A prefix before it may be shared with other texts.
     """
 
     tokens: Sequence[int]
@@ -30,12 +30,12 @@ class ScoringRequest:
 
 @dataclasses.dataclass(eq=False)
 class ScoredSequence:
-    """A text that is being scored.
+    """A text being scored.
 
     Attributes:
         request: the text.
-        request_index: index of the request among those given.
-        pieces: the parts of `scored` that have arrived.
+        request_index: index of the request in the input.
+        pieces: results of the chunks that have arrived.
     """
 
     request: ScoringRequest
@@ -44,13 +44,13 @@ class ScoredSequence:
 
     @property
     def scored(self) -> SampledTokens:
-        """NumPy arrays with an entry for each token from `request.first` on."""
+        """NumPy arrays with one entry for each token from index `request.first`."""
         return jax.tree.map(lambda *arrays: np.concatenate(arrays), *self.pieces)
 
 
 @dataclasses.dataclass(frozen=True)
 class _ScoredStep:
-    """A step whose results have not been read: its outputs, the wanted part of each row, and the texts that it ends."""
+    """A dispatched step: its outputs, the part of each row to keep, and the texts that it completes."""
 
     scored: Any
     rows: list[tuple[int, ScoredSequence, slice]]
@@ -66,18 +66,21 @@ def score(
     logprobs: bool = False,
     occupancy: Occupancy | None = None,
 ) -> Iterator[ScoredSequence]:
-    """Score texts, as many at a time as there are slots, with shared prefixes read once.
+    """Score texts with continuous batching, processing shared prefixes once.
 
     Args:
         engine: the model.
-        requests: taken one by one, when a slot is free.
-        slots: number of texts read at a time; rounded up to a multiple of the mesh's data axis.
-        lanes: number of chunks in a step, as for `grok1.engine.generate.generate`.
-        logprobs: whether to report the 20 likeliest tokens at each position, rather than only the likeliest.
-        occupancy: kept up to date.
+        requests: texts, each consumed when a slot is free.
+        slots: number of texts processed together, rounded up to a multiple of the mesh's data axis.
+        lanes: number of chunks per step, as for `grok1.engine.generate.generate`.
+        logprobs: whether to report the 20 most likely tokens at each position instead of only the most likely one.
+        occupancy: statistics to update.
 
     Yields:
-        each text when it is done.
+        each text when it is scored.
+
+    Raises:
+        ValueError: if a text is too short or too long, or `first` is out of range.
     """
     scheduler: Scheduler[ScoredSequence] = Scheduler(engine, slots, lanes, occupancy or Occupancy())
     cache = engine.new_cache(len(scheduler.slots))
@@ -87,7 +90,10 @@ def score(
         while scheduler.has_free_slot and (numbered := next(waiting, None)) is not None:
             index, request = numbered
             if not 1 <= request.first < len(request.tokens) <= engine.config.sequence_len + 1:
-                raise ValueError(f"{len(request.tokens)} tokens, to be scored from {request.first} on")
+                raise ValueError(
+                    f"cannot score {len(request.tokens)} tokens from index {request.first}: expected 2 to "
+                    f"{engine.config.sequence_len + 1} tokens and an index from 1 to the last"
+                )
             tokens = np.asarray(request.tokens, np.int32)
             scheduler.admit(ScoredSequence(request, index), tokens[:-1], request.first - 1, targets=tokens[1:])
         scheduler.count_step()

@@ -102,5 +102,5 @@ def test_the_next_step_is_dispatched_before_scores_are_read(long_folder, tokens,
 
 def test_what_cannot_be_scored(long_folder, make_engine):
     for ids, first in [([1], 1), ([1, 2], 0), ([1, 2], 2), ([1] * 1102, 1)]:
-        with pytest.raises(ValueError, match="to be scored from"):
+        with pytest.raises(ValueError, match="cannot score"):
             list(score(make_engine(long_folder), [ScoringRequest(tokens=ids, first=first)], 1))
