@@ -1,4 +1,4 @@
-"""The network: Haiku modules with the names and the parameter tree of the release."""
+"""The network as Haiku modules, with the release's module and parameter names."""
 
 from grok1.network.kv_cache import KVCache
 from grok1.network.language_model import network

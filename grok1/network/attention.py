@@ -1,4 +1,4 @@
-"""Grouped-query attention over the cache."""
+"""Grouped-query attention over the KV cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from grok1.network.shard import ModelShard
 
 
 class MultiHeadAttention(hk.Module):
-    """Attention with fewer key/value heads than query heads, rotary positions and capped logits."""
+    """Grouped-query attention with rotary position embedding and soft-capped attention logits."""
 
     def __init__(self, shard: ModelShard, name: str = "multi_head_attention"):
         super().__init__(name=name)
@@ -25,17 +25,17 @@ class MultiHeadAttention(hk.Module):
         positions: jax.Array,
         slots: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """Write the keys and values of `x` to the cache, and attend to everything there up to each position.
+        """Write the keys and values of `x` to the cache, and attend to all cached positions up to each one.
 
         Args:
             x: `[batch, seq, emb]`.
-            cache: the whole model's cache.
+            cache: cache of all layers.
             layer: index of the layer.
             positions: int32 `[batch, seq]`, negative for padding.
-            slots: int32 `[batch]`, the slot of each row; by default row i belongs to slot i.
+            slots: int32 `[batch]`, slot of each row; by default row i uses slot i.
 
         Returns:
-            float32 `[batch, seq, emb]` and the cache.
+            float32 `[batch, seq, emb]`, and the updated cache.
         """
         config, shard, kernels = self.shard.config, self.shard, self.shard.kernels
         layers, emb, key_size = config.num_layers, config.emb_size, config.key_size

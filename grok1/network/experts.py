@@ -1,4 +1,4 @@
-"""The mixture of experts: the router, and the experts that it selects."""
+"""The mixture-of-experts layer: router and experts."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from grok1.network.shard import ModelShard
 
 
 class Router(hk.Module):
-    """Selects the experts of each token, in float32."""
+    """Top-k router, computed in float32."""
 
     def __init__(self, shard: ModelShard, name: str = "router"):
         super().__init__(name=name)
         self.config = shard.config
 
     def __call__(self, x: jax.Array, layer: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        """The selected experts of rows `x`, float32 `[rows, emb]`.
+        """Select the experts of each row of `x`, float32 `[rows, emb]`.
 
         Returns:
-            their probabilities among all experts, float32 `[rows, selected]`, not normalized over the selected, and
-            their indices, int32 `[rows, selected]`.
+            probabilities of the selected experts, float32 `[rows, selected]`, from a softmax over all experts and not
+            renormalized; and their indices, int32 `[rows, selected]`.
         """
         config = self.config
         shape = (config.num_layers, config.emb_size, config.num_experts)
@@ -32,9 +32,9 @@ class Router(hk.Module):
 
 
 class MixtureOfExperts(hk.Module):
-    """The selected experts' outputs, weighted by the router's probabilities and summed.
+    """Sum of the selected experts' outputs, weighted by the router's probabilities.
 
-    An expert is a gated linear unit with GELU (Shazeer, 2020): `linear_1(gelu(linear(x)) * linear_v(x))`.
+    Each expert is a gated linear unit with GELU (Shazeer, 2020): `linear_1(gelu(linear(x)) * linear_v(x))`.
     """
 
     def __init__(self, shard: ModelShard, name: str = "moe"):
@@ -49,14 +49,14 @@ class MixtureOfExperts(hk.Module):
         layer: jax.Array | int,
         valid: jax.Array,
     ) -> jax.Array:
-        """Run each row through its experts.
+        """Apply each row's experts.
 
         Args:
             x: `[rows, emb]`.
             probabilities: float32 `[rows, selected]`.
             experts: int32 `[rows, selected]`.
             layer: index of the layer.
-            valid: bool `[rows]`; no expert is computed for other rows.
+            valid: bool `[rows]`; the other rows are padding, for which no expert is computed.
 
         Returns:
             float32 `[rows, emb]`.

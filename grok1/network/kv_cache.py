@@ -14,11 +14,11 @@ _ROW_MAJOR = Layout(major_to_minor=(0, 1, 2, 3, 4))
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys (rotated) and values of every layer.
+    """Keys, after rotary embedding, and values of every layer.
 
     Attributes:
-        keys: `[layers, slots, kv_heads, max_seq_len, key]` in the activations' dtype.
-        values: the same.
+        keys: `[layers, slots, kv_heads, max_seq_len, key]` in the dtype of activations.
+        values: same shape and dtype as `keys`.
     """
 
     keys: jax.Array
@@ -33,16 +33,16 @@ class KVCache:
         slots: jax.Array | None = None,
         keep_layout: bool = False,
     ) -> KVCache:
-        """Return the cache with new keys and values of one layer.
+        """Return the cache with new keys and values written to one layer.
 
         Args:
-            layer: which layer.
+            layer: index of the layer.
             keys: `[rows, seq, kv_heads, key]`.
-            values: the same.
-            positions: int32 `[rows, seq]`; nothing is written for negative ones.
-            slots: int32 `[rows]`, the slot of each row; by default row i belongs to slot i.
-            keep_layout: whether to constrain the result to the cache's layout. The TPU compiler would otherwise choose
-                another one, and copy the whole cache to it and back.
+            values: `[rows, seq, kv_heads, key]`.
+            positions: int32 `[rows, seq]`; negative positions are not written.
+            slots: int32 `[rows]`, slot of each row; by default row i uses slot i.
+            keep_layout: whether to constrain the result to row-major layout. The TPU compiler would otherwise copy the
+                whole cache to another layout and back.
         """
         slots = (jnp.arange(positions.shape[0]) if slots is None else slots)[:, None]
         indices = jnp.where(positions < 0, self.keys.shape[3], positions)  # past the end: dropped

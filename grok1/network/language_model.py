@@ -1,8 +1,7 @@
-"""The decoder layers and the language model around them.
+"""The decoder layers and the language model.
 
-Module and parameter names are the release's, with one difference: its `decoder_layer_0` to `decoder_layer_63` are
-one module, `decoder_layer`, whose parameters have a leading axis of layers, so that the loop over the layers is
-compiled once.
+Module and parameter names match the release, except that its `decoder_layer_0` to `decoder_layer_63` are one module,
+`decoder_layer`. Its parameters have a leading layer axis, so that one layer is compiled and run in a loop.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from grok1.network.shard import ModelShard
 
 
 class DecoderLayer(hk.Module):
-    """Attention and experts, each between two norms and added to the residual stream."""
+    """Attention and experts, each with a norm before and after it, added to the residual stream."""
 
     def __init__(self, shard: ModelShard, name: str = "decoder_layer"):
         super().__init__(name=name)
@@ -35,10 +34,10 @@ class DecoderLayer(hk.Module):
         positions: jax.Array,
         slots: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """One layer over the residual stream `h`, float32 `[batch, seq, emb]`."""
+        """Apply one layer to the residual stream `h`, float32 `[batch, seq, emb]`."""
         shard, emb = self.shard, self.shard.config.emb_size
 
-        def norm(x: jax.Array) -> jax.Array:  # Haiku numbers the four: rms_norm, rms_norm_1, _2, _3
+        def norm(x: jax.Array) -> jax.Array:  # Haiku names the four calls rms_norm, rms_norm_1, _2, _3
             return RMSNorm(emb, shard.config.num_layers, name="rms_norm")(x, layer)
 
         attended, cache = MultiHeadAttention(shard)(norm(h).astype(shard.dtype), cache, layer, positions, slots)
@@ -60,7 +59,7 @@ class Transformer(hk.Module):
     def __call__(
         self, h: jax.Array, cache: KVCache, positions: jax.Array, slots: jax.Array | None = None
     ) -> tuple[jax.Array, KVCache]:
-        """All layers over the residual stream `h`, float32 `[batch, seq, emb]`."""
+        """Apply all layers to the residual stream `h`, float32 `[batch, seq, emb]`."""
         decoder_layer = DecoderLayer(self.shard)
         if hk.running_init():
             return decoder_layer(h, cache, 0, positions, slots)
@@ -72,7 +71,7 @@ class Transformer(hk.Module):
 
 
 class InOutEmbed(hk.Module):
-    """The matrix that embeds tokens and, transposed, gives the logits."""
+    """Tied embedding matrix, which embeds tokens and, transposed, computes the logits."""
 
     def __init__(self, shard: ModelShard, name: str = "in_out_embed"):
         super().__init__(name=name)
@@ -80,25 +79,25 @@ class InOutEmbed(hk.Module):
 
     @property
     def embeddings(self) -> jax.Array:
-        """`[vocab of a shard, emb]` in the activations' dtype."""
+        """The shard's rows of the matrix, `[vocab of a shard, emb]` in the dtype of activations."""
         shape = (self.shard.vocab_size, self.shard.config.emb_size)
         return hk.get_parameter("embeddings", shape, self.shard.dtype, init=jnp.zeros)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """int32 `[batch, seq]` to float32 `[batch, seq, emb]`."""
+        """Embed int32 `[batch, seq]` as float32 `[batch, seq, emb]`."""
         rows = tokens - self.shard.first_token()
         mine = (rows >= 0) & (rows < self.shard.vocab_size)
         embedded = self.embeddings[jnp.where(mine, rows, 0)].astype(jnp.float32)
         return self.shard.sum_over_shards(jnp.where(mine[..., None], embedded, 0.0))
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """float32 `[rows, emb]` to float32 `[rows, vocab]`."""
+        """Compute float32 logits `[rows, vocab]` from float32 `[rows, emb]`."""
         logits = self.shard.kernels.output_logits(x.astype(self.shard.dtype), self.embeddings)
         return self.shard.gather_vocabulary(logits)
 
 
 class LanguageModel(hk.Module):
-    """Next-token logits of a causal decoder with experts."""
+    """Causal mixture-of-experts decoder that computes next-token logits."""
 
     def __init__(self, transformer: Transformer, shard: ModelShard, name: str = "language_model"):
         super().__init__(name=name)
@@ -113,17 +112,17 @@ class LanguageModel(hk.Module):
         every_position: bool,
         slots: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """Read tokens into the cache and return the logits of the next.
+        """Process tokens and return the logits of the next ones.
 
         Args:
             tokens: int32 `[batch, seq]`.
             positions: int32 `[batch, seq]`, consecutive; negative for padding, which follows the tokens.
             cache: keys and values of all earlier positions.
-            every_position: whether to return logits for every token or for each row's last.
-            slots: int32 `[batch]`, the slot of each row; by default row i belongs to slot i.
+            every_position: whether to return logits for every token or only for the last of each row.
+            slots: int32 `[batch]`, slot of each row; by default row i uses slot i.
 
         Returns:
-            float32 logits, `[batch, seq, vocab]` or `[batch, vocab]`, undefined for padding; and the cache.
+            float32 logits, `[batch, seq, vocab]` or `[batch, vocab]`, undefined for padding; and the updated cache.
         """
         config = self.shard.config
         in_out_embed = InOutEmbed(self.shard)
@@ -140,10 +139,11 @@ class LanguageModel(hk.Module):
 
 
 def network(shard: ModelShard) -> hk.Transformed:
-    """The network of one shard as two pure functions; several shards run inside `jax.shard_map` over `shard.axis`.
+    """Return one shard's network as a pair of pure functions.
 
-    `init` takes None and the arguments of `LanguageModel.__call__`, and makes parameters of the right shapes and dtypes
-    but of no useful values; `apply` takes parameters and those arguments.
+    `init(None, *arguments)` creates placeholder parameters with the right shapes and dtypes, and
+    `apply(params, *arguments)` runs the network; `arguments` are those of `LanguageModel.__call__`. With several
+    shards, call `apply` inside `jax.shard_map` over `shard.axis`.
     """
 
     def forward(*arguments: Any) -> tuple[jax.Array, KVCache]:

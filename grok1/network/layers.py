@@ -1,4 +1,4 @@
-"""The building blocks of every layer: quantized matrices, RMS norm, rotary position embedding."""
+"""Building blocks of a decoder layer: quantized matrices, RMS norm, rotary position embedding."""
 
 from __future__ import annotations
 
@@ -14,22 +14,28 @@ from grok1.params.weights import QuantizedMatrix
 
 
 class QuantizedLinear(hk.Module):
-    """The quantized matrix of a linear map without bias; matrices of layers and experts are stacked."""
+    """Quantized matrix of a linear map without bias, stacked over layers and experts."""
 
     def __init__(self, shape: tuple[int, ...], groups: int, name: str):
-        """Args: `shape` of the matrix, `[layers, ..., input, output]`; number of scale `groups`."""
+        """Create the module.
+
+        Args:
+            shape: `[layers, ..., input, output]`.
+            groups: number of scale groups.
+            name: name of the module.
+        """
         super().__init__(name=name)
         self.shape = shape
         self.groups = groups
 
     def __call__(self) -> QuantizedMatrix:
-        """`[layers, ..., input, output]`."""
+        """Return the matrix, `[layers, ..., input, output]`."""
 
         def initialise(shape: tuple[int, ...], dtype: jnp.dtype) -> QuantizedMatrix:
             scales = (*shape[:-2], self.groups, shape[-1])
             return QuantizedMatrix(jnp.zeros(shape, dtype), jnp.ones(scales, jnp.bfloat16))
 
-        # Haiku only asks a parameter for its shape; its annotations know arrays alone.
+        # Haiku's annotations allow only arrays, but it needs no more of a parameter than its shape.
         return cast(QuantizedMatrix, hk.get_parameter("w", self.shape, Format.INT8.dtype, init=cast(Any, initialise)))
 
 
@@ -37,12 +43,18 @@ class RMSNorm(hk.Module):
     """Root mean square layer normalization (Zhang and Sennrich, 2019), in float32: `scale * x / rms(x)`."""
 
     def __init__(self, size: int, layers: int | None = None, name: str = "rms_norm"):
-        """Args: `size` of the last axis; `layers` in the stack of scales, None for a norm outside the layers."""
+        """Create the module.
+
+        Args:
+            size: size of the last axis.
+            layers: number of layers over which the scales are stacked; None for a norm outside the layers.
+            name: name of the module.
+        """
         super().__init__(name=name)
         self.shape = (size,) if layers is None else (layers, size)
 
     def __call__(self, x: jax.Array, layer: jax.Array | int | None = None) -> jax.Array:
-        """Float `[..., size]` to float32 `[..., size]`."""
+        """Normalize `x`, float `[..., size]`, to float32."""
         scale = hk.get_parameter("scale", self.shape, jnp.float32, init=jnp.ones)
         if layer is not None:
             scale = scale[layer]
@@ -52,14 +64,14 @@ class RMSNorm(hk.Module):
 
 
 def rotary_embedding(x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Rotary position embedding (Su et al., 2021), turning the two halves of a head against each other.
+    """Apply rotary position embedding (Su et al., 2021) to pairs of elements from the two halves of each head.
 
     Args:
         x: float `[batch, seq, heads, key]`.
         positions: int32 `[batch, seq]`.
 
     Returns:
-        float32, shaped as `x`.
+        float32, in the shape of `x`.
     """
     half = x.shape[-1] // 2
     frequencies = ModelConfig.rotary_base ** (-jnp.arange(half, dtype=jnp.float32) / half)

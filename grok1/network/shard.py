@@ -1,4 +1,4 @@
-"""One shard of a model: the sizes that a device of the model axis holds, and the sum over that axis."""
+"""Sizes of one model shard, and communication between shards."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _FLOAT32 = jnp.dtype(jnp.float32)
 
 @dataclasses.dataclass(frozen=True)
 class ModelShard:
-    """One of the shards that a model is divided into.
+    """One shard of a model.
 
-    Expert width and vocabulary are split over all shards; heads and scale groups over as many as there are, so that
-    with more shards neighbors hold the same ones.
+    Expert width and vocabulary are split across all shards. Heads and scale groups may be fewer than the shards; then
+    neighboring shards have copies of the same ones.
 
     Attributes:
-        config: the whole model's config.
-        shards: number of shards, 1 for an unsharded model.
+        config: config of the whole model.
+        shards: number of shards.
         axis: name of the mesh axis of the shards.
-        dtype: dtype of activations between modules and of the cache; norms, router, softmax and sums stay in float32.
+        dtype: dtype of activations between modules and of the cache; norms, router, softmax and sums use float32.
         kernels: implementation of the operations.
     """
 
@@ -37,7 +37,7 @@ class ModelShard:
     kernels: Kernels = XLA
 
     def _part(self, units: int) -> int:
-        """Number of a model's indivisible units that a shard holds."""
+        """Return the number of a model's `units`, such as heads, in each shard."""
         return shard_range(units, units, self.shards, 0).stop
 
     @property
@@ -47,7 +47,7 @@ class ModelShard:
 
     @property
     def attention_copies(self) -> int:
-        """Number of shards that hold the same query heads."""
+        """Number of shards with copies of the same query heads."""
         return self.shards * self.num_q_heads // self.config.num_q_heads
 
     @property
@@ -67,26 +67,26 @@ class ModelShard:
 
     @property
     def scale_groups(self) -> int:
-        """Scale groups of a shard, for a matrix whose input dimension is split, at least 1."""
+        """Scale groups of a shard in a matrix whose input dimension is split, at least 1."""
         return self._part(SCALE_GROUPS)
 
     def cache_shape(self, slots: int) -> tuple[int, ...]:
-        """Shape of a shard's keys, and of its values: `[layers, slots, kv_heads, max_seq_len, key]`."""
+        """Return the shape of a shard's keys and values: `[layers, slots, kv_heads, max_seq_len, key]`."""
         config = self.config
         return config.num_layers, slots, self.num_kv_heads, config.sequence_len, config.key_size
 
     def sum_over_shards(self, x: jax.Array) -> jax.Array:
-        """The sum of every shard's float32 `x`, exchanged in the activations' dtype."""
+        """Sum `x`, float32, over all shards; it is communicated in the dtype of activations."""
         if self.shards == 1:
             return x
         return lax.psum(x.astype(self.dtype), self.axis).astype(jnp.float32)
 
     def first_token(self) -> jax.Array | int:
-        """The token id of the first embedding row of this shard."""
+        """Return the token id of this shard's first embedding row."""
         return 0 if self.shards == 1 else lax.axis_index(self.axis) * self.vocab_size
 
     def gather_vocabulary(self, logits: jax.Array) -> jax.Array:
-        """Every shard's logits `[..., vocab of a shard]` side by side, `[..., vocab]`."""
+        """Concatenate the logits `[..., vocab of a shard]` of all shards to `[..., vocab]`."""
         if self.shards == 1:
             return logits
         return lax.all_gather(logits, self.axis, axis=logits.ndim - 1, tiled=True)
