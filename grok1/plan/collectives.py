@@ -1,4 +1,4 @@
-"""Count of the collective operations in the text of a compiled program."""
+"""Collective operations in the text of a compiled program."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import defaultdict
 
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast"
 
-# An asynchronous operation is counted at its end, whose result is the exchanged array alone.
+# An asynchronous operation is counted at its "-done" part, whose result is only the exchanged array.
 _EXCHANGE = re.compile(rf"= (?P<result>.*?) (?P<kind>{_KINDS})(?:-done)?\(")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.-]+) .*\{$")
 _REFERENCE = re.compile(r"%([\w.-]+)")
@@ -23,10 +23,10 @@ class Collectives:
 
     Attributes:
         kind: "all-reduce", "all-gather" or another of XLA's names.
-        per_layer: number of them in the loop over the layers.
-        layer_bytes: size of their results, on one device.
-        once: number of them outside the loop.
-        once_bytes: size of their results, on one device.
+        per_layer: number of operations in the loop over the layers.
+        layer_bytes: size of their results on one device.
+        once: number of operations outside the loop.
+        once_bytes: size of their results on one device.
     """
 
     kind: str
@@ -40,7 +40,7 @@ def collectives(text: str) -> tuple[Collectives, ...]:
     """Count the collective operations of a compiled program, by kind in alphabetical order.
 
     Args:
-        text: the program as `jax.stages.Compiled.as_text` gives it; its only loop with collective operations is the one
+        text: the program from `jax.stages.Compiled.as_text`. Its only loop with collective operations must be the loop
             over the layers.
     """
     computations = _computations(text)
@@ -57,7 +57,7 @@ def collectives(text: str) -> tuple[Collectives, ...]:
 
 
 def _computations(text: str) -> dict[str, list[str]]:
-    """Return the lines of each computation by its name."""
+    """Return the lines of each computation, by name."""
     found: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in text.splitlines():
@@ -69,7 +69,7 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _reachable(computations: dict[str, list[str]], names: set[str]) -> set[str]:
-    """Return the given computations and all that they call."""
+    """Return the given computations and all those that they call."""
     reached: set[str] = set()
     while names:
         reached |= names
@@ -79,7 +79,7 @@ def _reachable(computations: dict[str, list[str]], names: set[str]) -> set[str]:
 
 
 def _array_bytes(shape: str) -> int:
-    """Return the bytes of an array or a tuple of arrays, such as `(bf16[1,6144]{1,0}, f32[8]{0})`."""
+    """Return the size in bytes of an array or a tuple of arrays, such as `(bf16[1,6144]{1,0}, f32[8]{0})`."""
     return sum(
         _item_bytes(dtype) * math.prod(int(size) for size in sizes.split(",") if size)
         for dtype, sizes in _ARRAY.findall(shape)

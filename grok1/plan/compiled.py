@@ -1,6 +1,6 @@
-"""Compilation of the decode and prefill steps without a checkpoint or devices, and what the compiler reports.
+"""Compiler reports on the decode and prefill steps, without a checkpoint or devices.
 
-The engine's programs are lowered for abstract arrays, for virtual CPU devices or for descriptions of GPUs or TPUs.
+The engine's programs are compiled with abstract arrays, for virtual CPU devices or for descriptions of GPUs or TPUs.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ TOPOLOGIES = {
     kind: {math.prod(map(int, name.split("x"))): name for name in names}
     for kind, names in (("v5e", _SQUARE), ("v5p", _CUBE), ("v6e", _SQUARE))
 }
-"""The slices of each kind of TPU by number of chips, each of which is one JAX device.
+"""Topologies of TPU slices, by kind and number of chips. Each chip is one JAX device.
 
-TPU v4 is left out: the compiler describes two devices per chip, but JAX runs one.
+TPU v4 is excluded because the compiler describes two devices per chip, but JAX runs one.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class _GPU:
-    """What XLA must know about an NVIDIA GPU to compile for it, from the CUDA programming guide and data sheets.
+    """Properties of an NVIDIA GPU that XLA needs to compile for it, from the CUDA programming guide and data sheets.
 
     Attributes:
         name: JAX's full name of the device.
@@ -69,7 +69,7 @@ _GPUS = {
     "a100-40gb": _GPU("NVIDIA A100-SXM4-40GB", 8, 108, 64, 164 << 10, 40 << 20, 1.41),
     "a100-80gb": _GPU("NVIDIA A100-SXM4-80GB", 8, 108, 64, 164 << 10, 40 << 20, 1.41),
     "h100-80gb": _H100,
-    "h800-80gb": _H100,  # the same except for links and float64; Pallas knows its name
+    "h800-80gb": _H100,  # differs only in links and float64; Pallas recognizes the name of the H100
     "h200": dataclasses.replace(_H100, name="NVIDIA H200"),
 }
 GPUS = tuple(_GPUS)
@@ -77,7 +77,7 @@ GPUS = tuple(_GPUS)
 
 _GPUS_OF_HOST = 8
 
-# Keep libtpu from querying the host, which fails where there is no TPU, and from locking devices that are not opened.
+# Keep libtpu from querying the host, which fails without a TPU, and from locking devices.
 _LIBTPU_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -92,23 +92,23 @@ class CompiledStep:
 
     Attributes:
         name: "decode" or "prefill".
-        device: JAX's name of the kind of device that it is compiled for.
-        kernels: "xla", or the platform whose kernels it runs.
+        device: JAX's name of the target device kind.
+        kernels: "xla", or the platform of the native kernels.
         sequences: number of sequences, over all data rows.
-        tokens: number of tokens of each sequence that the step reads.
-        weight_bytes: parameters, including scales.
-        cache_bytes: keys and values.
-        argument_bytes: parameters, cache, tokens and options, as the compiler lays them out: on TPUs in tiles of
-            32 x 128 int8 or 8 x 128 bfloat16 elements, which the release's axes fill.
-        output_bytes: everything that it returns.
-        alias_bytes: the part of the output that replaces an argument.
-        temporary_bytes: what it needs in addition while it runs.
-        code_bytes: the program itself; 0 if the compiler does not report it.
-        peak_bytes: arguments, new outputs and temporaries, or the compiler's own peak if that is larger.
-        layer_seconds: the compiler's estimate of the time of one layer and everything outside the layers, together, as
-            it counts a loop once; None if it has none, as for GPUs and CPUs.
+        tokens: number of tokens per sequence in the step.
+        weight_bytes: size of the parameters, including scales.
+        cache_bytes: size of keys and values.
+        argument_bytes: size of parameters, cache, tokens and options in the compiler's layout. On TPUs it has tiles of
+            32 x 128 int8 or 8 x 128 bfloat16 elements, which the release's shapes fill without padding.
+        output_bytes: size of all outputs.
+        alias_bytes: size of outputs that reuse the memory of an argument.
+        temporary_bytes: size of temporary buffers.
+        code_bytes: size of the program; 0 if the compiler does not report it.
+        peak_bytes: arguments, new outputs and temporaries, or the peak that the compiler reports if that is larger.
+        layer_seconds: the compiler's estimate of the time of one layer plus everything outside the layers, since it
+            counts a loop once; None if it gives no estimate, as on GPUs and CPUs.
         collectives: collective operations.
-        compile_seconds: time to lower and compile; short if the compilation cache holds the program.
+        compile_seconds: time to lower and compile, short if the program is in the compilation cache.
     """
 
     name: str
@@ -142,21 +142,21 @@ def compile_steps(
 
     Args:
         config: the model.
-        mesh: a (data, model) mesh; its devices may be mere descriptions.
+        mesh: a (data, model) mesh; its devices may be descriptions.
         dtype: dtype of activations and of the cache.
         slots: number of sequences decoded together, a multiple of the mesh's data axis.
-        prefill_tokens: number of tokens that a prefill step reads for each data row; at most `Engine.max_chunk`.
+        prefill_tokens: number of tokens per data row in a prefill step, limited to `Engine.max_chunk`.
         progress: called with a step's name before it is lowered.
 
     Raises:
-        CompileError: if the compiler finds that a step needs more memory than its device has.
-        MeshError: if `slots` is not such a multiple.
+        CompileError: if a step does not fit in the memory of its device.
+        MeshError: if `slots` is not a multiple of the mesh's data axis.
     """
     kernels = kernels_without_packing(mesh.devices.flat[0].platform)
     engine = Engine(config, abstract_parameters(config, mesh, dtype), mesh, dtype, kernels=kernels)
     rows = engine.data_rows
     if slots < 1 or slots % rows:
-        raise MeshError(f"{slots} sequences cannot be divided among {rows} data rows: use a multiple of {rows}")
+        raise MeshError(f"cannot divide {slots} sequences among {rows} data rows, expected a multiple of {rows}")
     length = engine.chunk_bucket(min(prefill_tokens, engine.max_chunk))
     for key in (StepKey("decode", slots), StepKey("prefill", slots, rows, length)):
         if progress is not None:
@@ -192,7 +192,7 @@ def _compile(engine: Engine, key: StepKey) -> jax.stages.Compiled:
             raise
         reason = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ").rstrip(". ")
         raise CompileError(
-            f"the {key.kind} step does not fit its device ({reason}): use more model shards, fewer sequences "
+            f"the {key.kind} step does not fit on the device ({reason}); use more model shards, fewer sequences "
             "or a device with more memory"
         ) from None
 
@@ -200,7 +200,7 @@ def _compile(engine: Engine, key: StepKey) -> jax.stages.Compiled:
 def _estimated_seconds(program: jax.stages.Compiled) -> float | None:
     try:
         analysis: Any = program.cost_analysis()
-    except (RuntimeError, NotImplementedError):  # some compilers have none
+    except (RuntimeError, NotImplementedError):  # not every compiler has a cost analysis
         return None
     seconds = (analysis or {}).get("optimal_seconds", 0.0)
     return seconds if seconds > 0 else None
@@ -224,7 +224,7 @@ def virtual_cpu_mesh(config: ModelConfig, shape: tuple[int, int]) -> Mesh:
     """Make a (data, model) mesh of virtual CPU devices.
 
     Raises:
-        MeshError: if JAX has started with too few, or the model does not divide.
+        MeshError: if JAX has started with too few devices, or the model cannot be split across them.
     """
     count = shape[0] * shape[1]
     jax.config.update("jax_platforms", "cpu")
@@ -232,7 +232,7 @@ def virtual_cpu_mesh(config: ModelConfig, shape: tuple[int, int]) -> Mesh:
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise MeshError(
-            f"mesh {shape[0]},{shape[1]} needs {count} virtual devices, but JAX has {len(devices)}: "
+            f"mesh {shape[0]},{shape[1]} needs {count} virtual devices, but JAX has {len(devices)}; "
             f"set JAX_NUM_CPU_DEVICES={count} in the environment"
         )
     return make_mesh(config, shape, devices)
@@ -242,16 +242,16 @@ def topology_mesh(kind: str, config: ModelConfig, shape: tuple[int, int]) -> Mes
     """Make a (data, model) mesh of the devices of a described TPU slice, in the order of real ones.
 
     Raises:
-        CompileError: if the TPU compiler is not installed or refuses the slice.
-        MeshError: if there is no slice of that size and `kind` in `TOPOLOGIES`, or the model does not divide.
+        CompileError: if the TPU compiler is not installed or rejects the slice.
+        MeshError: if `TOPOLOGIES` has no such slice, or the model cannot be split across it.
     """
     name = topology_name(kind, shape[0] * shape[1])
     if importlib.util.find_spec("libtpu") is None:
-        raise CompileError("the compiler for TPUs, libtpu, is not installed: pip install '.[tpu]'")
+        raise CompileError("libtpu, the compiler for TPUs, is not installed; run pip install '.[tpu]'")
     for variable, value in _LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     bounds = {"chips_per_host_bounds": [1, 1, 1]} if name == "1x1" else {}
-    refusal = f"TPUs refuses {kind}:{name}", "end other programs that use libtpu, or install another version of it"
+    refusal = f"TPUs rejects {kind}:{name}", "end other programs that use libtpu, or install another version of it"
     return make_mesh(config, shape, _describe("tpu", f"{kind}:{name}", refusal, **bounds))
 
 
@@ -264,17 +264,18 @@ def gpu_mesh(kind: str, config: ModelConfig, shape: tuple[int, int]) -> Mesh:
     """Make a (data, model) mesh of described NVIDIA GPUs of a kind in `GPUS`, eight per host.
 
     Raises:
-        CompileError: if the GPU compiler is not installed or refuses them.
-        MeshError: if they are more than one host but not whole hosts, or the model does not divide.
+        CompileError: if the GPU compiler is not installed or rejects the GPUs.
+        MeshError: if there are more GPUs than on one host, but not whole hosts; or the model cannot be split across
+            them.
     """
     count = shape[0] * shape[1]
     if count > _GPUS_OF_HOST and count % _GPUS_OF_HOST:
         raise MeshError(f"--count is {count}, expected a multiple of {_GPUS_OF_HOST}, the number of GPUs per host")
     if not gpu_compiler_is_installed():
-        raise CompileError("the compiler for GPUs is not installed: pip install '.[cuda12]'")
+        raise CompileError("JAX's CUDA plugin, the compiler for GPUs, is not installed; run pip install '.[cuda12]'")
     hosts = max(1, count // _GPUS_OF_HOST)
     options = {"target_config": _target_config(kind), "topology": f"1x{hosts}x{count // hosts}"}
-    refusal = f"GPUs refuses {count} x {kind}", "install another version of JAX with its plugin for CUDA"
+    refusal = f"GPUs rejects {count} x {kind}", "install another version of JAX and its CUDA plugin"
     return make_mesh(config, shape, _describe("cuda", kind, refusal, **options))
 
 
@@ -282,20 +283,20 @@ def _describe(platform: str, name: str, refusal: tuple[str, str], **options: Any
     """Describe the devices of a topology to a platform's compiler.
 
     Args:
-        platform: JAX's name of it.
+        platform: JAX's name of the platform.
         name: name of the topology.
-        refusal: for the message if the compiler refuses: the rest of "the compiler for", and what to do.
+        refusal: parts of the error message: what follows "the compiler for", and the remedy.
         options: options of the topology.
 
     Raises:
-        CompileError: if the compiler refuses.
+        CompileError: if the compiler rejects the topology.
     """
     jax.config.update("jax_platforms", "cpu")
     try:
         return topologies.get_topology_desc(name, platform, **options).devices
-    except (RuntimeError, ValueError) as error:  # NotImplementedError is the first
+    except (RuntimeError, ValueError) as error:  # RuntimeError includes NotImplementedError
         reason = str(error).splitlines()[0].rstrip(". ")
-        raise CompileError(f"the compiler for {refusal[0]} ({reason}): {refusal[1]}") from None
+        raise CompileError(f"the compiler for {refusal[0]} ({reason}); {refusal[1]}") from None
 
 
 def _target_config(kind: str) -> str:
@@ -335,11 +336,11 @@ def topology_name(kind: str, count: int) -> str:
     """Return the shape of the TPU slice with `count` chips, such as "4x8".
 
     Raises:
-        MeshError: if there is no such kind or slice.
+        MeshError: if the kind or the size is unknown.
     """
     if kind not in TOPOLOGIES:
-        raise MeshError(f"unknown kind of TPU slice {kind!r}: expected one of {', '.join(TOPOLOGIES)}")
+        raise MeshError(f'unknown kind of TPU slice "{kind}", expected one of {", ".join(TOPOLOGIES)}')
     slices = TOPOLOGIES[kind]
     if count not in slices:
-        raise MeshError(f"there is no {kind} slice of {count} chips: expected one of {', '.join(map(str, slices))}")
+        raise MeshError(f"there is no {kind} slice of {count} chips, expected one of {', '.join(map(str, slices))}")
     return slices[count]

@@ -1,4 +1,4 @@
-"""Specifications of devices, and detection of those present. Importing this does not import JAX."""
+"""Specifications of devices, and detection of available ones. Importing this does not import JAX."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class DeviceKind:
         name: as `--device` takes it.
         platform: "gpu", "tpu" or "cpu".
         memory_bytes: memory of one device; of the machine for a CPU.
-        bandwidth: bytes per second that one device can read from its memory.
-        flops: dense operations per second in the default dtype of activations, bfloat16 or float32 on a CPU.
-        jax_name: part of JAX's name of such a device, in lower case.
+        bandwidth: memory bandwidth in bytes per second.
+        flops: dense operations per second in the default dtype of activations: float32 on CPUs, otherwise bfloat16.
+        jax_name: lower-case substring of JAX's name of such a device.
     """
 
     name: str
@@ -54,9 +54,9 @@ class Devices:
     """Devices of one kind.
 
     Attributes:
-        kind: their kind.
-        count: how many.
-        usable_bytes: memory that a program may take on each, or on the machine if they share it; None if not known.
+        kind: kind of the devices.
+        count: number of devices.
+        usable_bytes: usable memory per device, or of the machine if they share it; None if unknown.
     """
 
     kind: DeviceKind
@@ -66,7 +66,7 @@ class Devices:
 
 _GB, _TB, _TFLOPS = 10**9, 10**12, 10**12
 
-# A gigabyte is 10^9 bytes throughout. GPUs have somewhat more than their names say.
+# A gigabyte is 10^9 bytes throughout. GPUs have slightly more memory than their names say.
 DEVICE_KINDS = {
     kind.name: kind
     for kind in (
@@ -74,26 +74,26 @@ DEVICE_KINDS = {
         DeviceKind("a100-80gb", "gpu", 80 * _GB, 2039 * _GB, 312 * _TFLOPS, "a100-sxm4-80gb"),
         # NVIDIA A100 data sheet, 40GB SXM: 1,555 GB/s
         DeviceKind("a100-40gb", "gpu", 40 * _GB, 1555 * _GB, 312 * _TFLOPS, "a100-sxm4-40gb"),
-        # NVIDIA H100 data sheet, SXM: 80 GB, 3.35 TB/s, 1,979 TFLOPS with sparsity, which is half without
+        # NVIDIA H100 data sheet, SXM: 80 GB, 3.35 TB/s, 1,979 TFLOPS with sparsity, half of it without
         DeviceKind("h100-80gb", "gpu", 80 * _GB, 3.35 * _TB, 989.5 * _TFLOPS, "h100 80gb hbm3"),
-        # As the H100 but for the links between devices and float64
+        # Same as the H100 except for links between devices and float64
         DeviceKind("h800-80gb", "gpu", 80 * _GB, 3.35 * _TB, 989.5 * _TFLOPS, "h800"),
         # NVIDIA H200 data sheet, SXM: 141 GB, 4.8 TB/s, 1,979 TFLOPS with sparsity
         DeviceKind("h200", "gpu", 141 * _GB, 4.8 * _TB, 989.5 * _TFLOPS, "h200"),
-        # NVIDIA DGX B200 data sheet, an eighth of it: 1,440 GB, 64 TB/s, 36 PFLOPS bfloat16 with sparsity
+        # One eighth of the NVIDIA DGX B200 data sheet: 1,440 GB, 64 TB/s, 36 PFLOPS bfloat16 with sparsity
         DeviceKind("b200", "gpu", 180 * _GB, 8.0 * _TB, 2250 * _TFLOPS, "b200"),
         # AMD Instinct MI300X data sheet: 192 GB, 5.3 TB/s, bfloat16 1,307.4 TFLOPS
         DeviceKind("mi300x", "gpu", 192 * _GB, 5.3 * _TB, 1307.4 * _TFLOPS, "mi300x"),
-        # cloud.google.com/tpu/docs/v4: 32 GiB, 1,200 GB/s, 275 TFLOPS a chip
+        # cloud.google.com/tpu/docs/v4, per chip: 32 GiB, 1,200 GB/s, 275 TFLOPS
         DeviceKind("tpu-v4", "tpu", 32 * _GB, 1200 * _GB, 275 * _TFLOPS, "tpu v4"),
-        # cloud.google.com/tpu/docs/v5e: 16 GB, 819 GB/s, 197 TFLOPS a chip
+        # cloud.google.com/tpu/docs/v5e, per chip: 16 GB, 819 GB/s, 197 TFLOPS
         DeviceKind("tpu-v5e", "tpu", 16 * _GB, 819 * _GB, 197 * _TFLOPS, "tpu v5 lite"),
-        # cloud.google.com/tpu/docs/v5p: 95 GB, 2,765 GB/s, 459 TFLOPS a chip
+        # cloud.google.com/tpu/docs/v5p, per chip: 95 GB, 2,765 GB/s, 459 TFLOPS
         DeviceKind("tpu-v5p", "tpu", 95 * _GB, 2765 * _GB, 459 * _TFLOPS, "tpu v5"),
-        # cloud.google.com/tpu/docs/v6e: 32 GB, 1,638 GB/s, 918 TFLOPS a chip
+        # cloud.google.com/tpu/docs/v6e, per chip: 32 GB, 1,638 GB/s, 918 TFLOPS
         DeviceKind("tpu-v6e", "tpu", 32 * _GB, 1638 * _GB, 918 * _TFLOPS, "tpu v6 lite"),
         # ark.intel.com, Xeon Gold 6338: 8 channels of DDR4-3200 (204.8 GB/s), 32 cores at 2.0 GHz with two 512-bit FMA
-        # units, 4.1 TFLOPS float32. Such a server stands for all, as they differ by more than ten times.
+        # units, 4.1 TFLOPS float32. Only a typical server: CPUs differ by more than a factor of ten.
         DeviceKind("cpu", "cpu", None, 204.8 * _GB, 4.1 * _TFLOPS),
     )
 }
@@ -105,23 +105,24 @@ def named_devices(name: str, count: int, memory_bytes: int | None = None) -> Dev
 
     Args:
         name: a name of `DEVICE_KINDS`.
-        count: how many.
-        memory_bytes: of each, or of the machine for a CPU; by default what the kind has, and this machine's for a CPU.
+        count: number of devices.
+        memory_bytes: memory per device, or of the machine for a CPU; by default that of the kind, or of this machine
+            for a CPU.
 
     Raises:
-        DeviceKindError: if there is no such kind, or the memory is not known.
+        DeviceKindError: if the name or the memory of this machine is unknown.
     """
     kind = DEVICE_KINDS.get(name.lower())
     if kind is None:
-        raise DeviceKindError(f"unknown device kind {name!r}: expected one of {', '.join(DEVICE_KINDS)}")
+        raise DeviceKindError(f'unknown device kind "{name}", expected one of {", ".join(DEVICE_KINDS)}')
     total = memory_bytes or kind.memory_bytes or memory.total_bytes()
     if total is None:
-        raise DeviceKindError("cannot determine the memory of this machine: specify it with --memory, such as 512GB")
+        raise DeviceKindError("cannot determine the memory of this machine; specify it with --memory, such as 512GB")
     return Devices(dataclasses.replace(kind, memory_bytes=total), count, int(total * _USABLE[kind.platform]))
 
 
 def present_devices(devices: Sequence[Any]) -> Devices:
-    """Describe JAX devices of one kind and the memory that is free on them now."""
+    """Describe JAX devices of one kind and their free memory."""
     first = devices[0]
     if first.platform == "cpu":
         kind = dataclasses.replace(DEVICE_KINDS["cpu"], memory_bytes=memory.total_bytes())

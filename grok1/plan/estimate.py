@@ -1,8 +1,8 @@
-"""Memory per device, and upper bounds of speed from memory bandwidth and arithmetic.
+"""Estimates of memory per device, and upper bounds on speed.
 
-Bytes are those of the arrays that loading makes and the engine keeps. Speeds are upper bounds: a step takes as long as
-reading its bytes at full bandwidth or its operations at the peak rate, whichever is longer. Communication between
-devices is not counted.
+Memory is that of the arrays that loading creates and the engine keeps. Speed follows the roofline model: a step takes
+as long as reading its bytes at full memory bandwidth or computing its operations at the peak rate, whichever is longer.
+Communication between devices is ignored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from grok1.params.table import Kind, num_active_parameters
 from grok1.params.tree import parameter_arrays
 from grok1.plan.devices import Devices
 
-_MOST_SHARDS = 256  # that a search for a mesh looks at
+_MAX_SHARDS = 256  # limit when searching for a mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Estimate:
 
     Attributes:
         config: the model.
-        devices: the devices; the mesh may leave some idle.
+        devices: available devices; the mesh may leave some idle.
         mesh: sizes of the data and the model axis.
-        dtype: name of the dtype of activations and of the key/value cache.
-        hosts: number of devices on each host (CPUs: in each process, which has its own memory); None if all are on one.
+        dtype: name of the dtype of activations and of the KV cache.
+        hosts: number of devices per host, or on CPUs per process, each with its own memory; None for a single host.
     """
 
     config: ModelConfig
@@ -43,11 +43,11 @@ class Estimate:
     dtype: str
     hosts: tuple[int, ...] | None = None
 
-    # Memory, of one device
+    # Memory of one device
 
     @cached_property
-    def _bytes_of_kinds(self) -> Counter[Kind]:
-        """Weights of each kind on one device."""
+    def _bytes_by_kind(self) -> Counter[Kind]:
+        """Bytes of weights on one device, by kind."""
         found: Counter[Kind] = Counter()
         for array in parameter_arrays(self.config, np.dtype(self.dtype)):
             found[array.spec.kind] += math.prod(array.local_shape(self.mesh[1])) * array.dtype.itemsize
@@ -55,12 +55,12 @@ class Estimate:
 
     @property
     def weight_bytes(self) -> int:
-        """Weights on one device."""
-        return self._bytes_of_kinds.total()
+        """Size of the weights on one device."""
+        return self._bytes_by_kind.total()
 
     @property
     def cache_bytes(self) -> int:
-        """Keys and values of one sequence of full context, on one device that holds it."""
+        """Size of the KV cache of one sequence of full context, on one of its devices."""
         shape = ModelShard(self.config, self.mesh[1]).cache_shape(1)
         return 2 * math.prod(shape) * np.dtype(self.dtype).itemsize
 
@@ -70,38 +70,38 @@ class Estimate:
 
     @property
     def _chunk(self) -> int:
-        """Maximum number of tokens of a sequence that one step reads."""
+        """Maximum number of tokens of a sequence that one step processes."""
         return min(xla_kernels(self.devices.kind.platform).max_chunk, self.config.sequence_len)
 
     @property
     def workspace_bytes(self) -> int:
         """Approximate memory of the largest step on one device, in addition to weights and cache.
 
-        Scoring a chunk keeps the float32 logits of every position, and for each expert that a token selects its float32
-        activations, gate and up.
+        Scoring a chunk keeps float32 logits of every position, and float32 gate and up activations of every selected
+        expert.
         """
         config, chunk = self.config, self._chunk
         experts = 2 * config.num_selected_experts * config.ffn_size // self.mesh[1]
         return 4 * chunk * (config.vocab_size + experts + 8 * config.emb_size)
 
-    # Memory, of one device or of a machine whose devices share it
+    # Memory of one device, or of a machine whose devices share it
 
     @property
     def _memories(self) -> tuple[int, int]:
-        """Number of different shards, and of devices, that share one memory, on the host with the most."""
+        """Largest number of distinct shards, and of devices, that share one memory."""
         if not self.devices.kind.shares_memory:
             return 1, 1
-        shards: dict[int, list[int]] = defaultdict(list)  # of each host
+        shards: dict[int, list[int]] = defaultdict(list)  # by host
         for row in self.rows:
             for shard, host in enumerate(row):
                 shards[host].append(shard)
-        return max(len(set(of_host)) for of_host in shards.values()), max(map(len, shards.values()))
+        return max(len(set(on_host)) for on_host in shards.values()), max(map(len, shards.values()))
 
     # Several hosts
 
     @cached_property
     def rows(self) -> list[list[int]]:
-        """The host of each model shard, for each data row."""
+        """Host of each model shard, for each data row."""
         data, model = self.mesh
         hosts = [host for host, count in enumerate(self.hosts or (data * model,)) for _ in range(count)]
         order = mesh_device_order(self.mesh, hosts)
@@ -109,7 +109,7 @@ class Estimate:
 
     @property
     def replicated_bytes(self) -> int:
-        """Bytes of weights that a data row holds in addition to the model's, because several shards hold the same."""
+        """Size of the additional copies of weights in a data row, where several shards have the same weights."""
         return self.mesh[1] * self.weight_bytes - dataclasses.replace(self, mesh=(1, 1), hosts=None).weight_bytes
 
     @property
@@ -120,10 +120,10 @@ class Estimate:
 
     @property
     def crossing_bytes(self) -> int:
-        """Bytes that each host sends to others for each decoded token.
+        """Bytes that each host sends to others per decoded token.
 
-        Model shards sum activations twice in every layer and once for the embedding, each time in a ring, once around
-        to reduce and once to distribute; and they gather the float32 logits. Data rows exchange only sampled tokens.
+        Model shards sum activations twice per layer and once for the embedding, each with a ring all-reduce, and gather
+        the float32 logits. Data rows exchange only sampled tokens.
         """
         config, shards = self.config, self.mesh[1]
         sampled = 4 if self.mesh[0] > 1 and len({host for row in self.rows for host in row}) > 1 else 0
@@ -134,18 +134,18 @@ class Estimate:
 
     @property
     def fixed_bytes(self) -> int:
-        """Weights and workspace, in one memory."""
+        """Size of weights and workspace in one memory."""
         weights, rows = self._memories
         return weights * self.weight_bytes + rows * self.workspace_bytes
 
     def needed_bytes(self, sequences: int = 1) -> int:
-        """Return the bytes needed in one memory for `sequences` sequences of full context at a time."""
+        """Return the bytes needed in one memory for `sequences` concurrent sequences of full context."""
         rows = -(-sequences // self.mesh[0])
         return self.fixed_bytes + rows * self._memories[1] * self.cache_bytes
 
     @property
     def sequences(self) -> int | None:
-        """Number of sequences of full context that fit at a time; None if memory is not known."""
+        """Number of concurrent sequences of full context that fit; None if memory is unknown."""
         if self.devices.usable_bytes is None:
             return None
         free = self.devices.usable_bytes - self.fixed_bytes
@@ -153,29 +153,29 @@ class Estimate:
 
     @property
     def fits(self) -> bool | None:
-        """Whether a sequence of full context fits; None if memory is not known."""
+        """Whether a sequence of full context fits; None if memory is unknown."""
         return None if self.sequences is None else self.sequences > 0
 
     # Speed
 
     def decode_read_bytes(self, batch: int, context: int) -> int:
-        """Return the bytes that one device reads in a decoding step.
+        """Return the bytes that one device reads in a decode step.
 
-        Assumes that sequences select experts evenly and independently: together they select
-        `experts * (1 - (1 - selected / experts) ** sequences)` on average.
+        Assumes that sequences select experts uniformly and independently, so that on average they select
+        `experts * (1 - (1 - selected / experts) ** sequences)` distinct experts.
 
         Args:
             batch: number of sequences on the whole mesh.
-            context: number of positions that each has in the cache.
+            context: number of cached positions of each sequence.
         """
         rows = -(-batch // self.mesh[0])
         config = self.config
         unselected = (1 - config.num_selected_experts / config.num_experts) ** rows
-        weights = self.weight_bytes - unselected * self._bytes_of_kinds[Kind.EXPERTS]
+        weights = self.weight_bytes - unselected * self._bytes_by_kind[Kind.EXPERTS]
         return round(weights) + rows * context * self._cache_position_bytes
 
     def decode_seconds(self, batch: int, context: int) -> float | None:
-        """Return a lower bound in seconds for a decoding step of `batch` sequences; None if speeds are unknown."""
+        """Return a lower bound in seconds for a decode step of `batch` sequences; None if speeds are unknown."""
         operations = -(-batch // self.mesh[0]) * self.operations(1, context)
         return self._seconds(self.decode_read_bytes(batch, context), operations)
 
@@ -211,7 +211,7 @@ class Estimate:
         kind = self.devices.kind
         if kind.bandwidth is None or kind.flops is None:
             return None
-        sharing = self._memories[1]  # devices of one machine read one after the other
+        sharing = self._memories[1]  # devices of one machine share its bandwidth and arithmetic units
         return max(read_bytes * sharing / kind.bandwidth, operations * sharing / kind.flops)
 
 
@@ -221,7 +221,7 @@ def next_fit(estimate: Estimate) -> Estimate | None:
     Tries other meshes of the same devices, then bfloat16 activations on them, then more devices of the kind.
     """
     estimate = dataclasses.replace(estimate, hosts=None) if estimate.devices.kind.shares_memory else estimate
-    meshes = [(1, shards) for shards in possible_model_shards(estimate.config, _MOST_SHARDS)]
+    meshes = [(1, shards) for shards in possible_model_shards(estimate.config, _MAX_SHARDS)]
     present = estimate.devices.count
     here = [mesh for mesh in meshes if mesh[1] <= present]
     narrow = dataclasses.replace(estimate, dtype="bfloat16")
@@ -235,19 +235,24 @@ def next_fit(estimate: Estimate) -> Estimate | None:
 
 
 def smallest_fit(config: ModelConfig, devices: Devices, dtype: str) -> Estimate:
-    """Return the smallest number of such devices on which a model fits, or the largest that it can be split across.
+    """Return the estimate for the smallest number of devices on which a model fits.
 
-    The count of `devices` does not matter; `dtype` is that of activations and of the cache.
+    If it fits on none, returns the estimate for the largest number that the model can be split across.
+
+    Args:
+        config: the model.
+        devices: the kind of device and its memory; the count is ignored.
+        dtype: name of the dtype of activations and of the KV cache.
     """
     estimates = [
         Estimate(config, dataclasses.replace(devices, count=shards), (1, shards), dtype)
-        for shards in possible_model_shards(config, 1 if devices.kind.shares_memory else _MOST_SHARDS)
+        for shards in possible_model_shards(config, 1 if devices.kind.shares_memory else _MAX_SHARDS)
     ]
     return next((estimate for estimate in estimates if estimate.fits), estimates[-1])
 
 
 def widest_split(estimate: Estimate) -> Estimate:
     """Return the estimate for the largest number of devices that the model can be split across."""
-    shards = possible_model_shards(estimate.config, _MOST_SHARDS)[-1]
+    shards = possible_model_shards(estimate.config, _MAX_SHARDS)[-1]
     devices = dataclasses.replace(estimate.devices, count=max(shards, estimate.devices.count))
     return dataclasses.replace(estimate, devices=devices, mesh=(1, shards), hosts=None)

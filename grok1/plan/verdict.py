@@ -25,7 +25,7 @@ def room(estimate: Estimate) -> int | None:
         TooSmallError: if none fits; the message names the smallest change that would help.
     """
     if estimate.fits is False:
-        raise TooSmallError(f"{_shortage(estimate)}: {_remedy(estimate)}")
+        raise TooSmallError(f"{_shortage(estimate)}; {_remedy(estimate)}")
     return estimate.sequences
 
 
@@ -41,7 +41,7 @@ def _needed(estimate: Estimate) -> str:
     if estimate.devices.kind.shares_memory:
         weights, where = weights * estimate.mesh[1], " of memory"
     total = format_bytes(estimate.needed_bytes())
-    return f"{total}{where} ({format_bytes(weights)} of weights, and one sequence)"
+    return f"{total}{where} ({format_bytes(weights)} for weights, the rest for one sequence)"
 
 
 def _remedy(estimate: Estimate) -> str:

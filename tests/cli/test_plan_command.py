@@ -155,8 +155,8 @@ def test_release_that_does_not_fit_is_not_loaded(grok1, hollow_release, golden, 
     result = grok1("run", "-c", hollow_release, "--tokenizer", tokenizer, "--mesh", "1,1", "hello")
     assert result.code == 1
     assert result.err == (
-        "grok1: error: the model needs 323 GB of memory (318 GB of weights, and one sequence), but 64.0 GB is "
-        "available on this machine: use a machine with 323 GB of free memory\n"
+        "grok1: error: the model needs 323 GB of memory (318 GB for weights, the rest for one sequence), but 64.0 GB "
+        "is available on this machine; use a machine with 323 GB of free memory\n"
     )
 
 

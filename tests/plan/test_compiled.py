@@ -1,4 +1,4 @@
-"""What the compiler says of steps without weights."""
+"""Compiler reports on steps without weights."""
 
 import os
 import re
@@ -32,7 +32,7 @@ from grok1.plan.compiled import (
 
 @pytest.fixture(scope="module", autouse=True)
 def _devices():
-    assert len(jax.devices()) == 16  # started before a mesh asks for fewer
+    assert len(jax.devices()) == 16  # start JAX before a mesh asks for fewer devices
 
 
 def _steps(config, mesh, slots=None, tokens=16, dtype=np.float32):
@@ -40,7 +40,7 @@ def _steps(config, mesh, slots=None, tokens=16, dtype=np.float32):
     return {step.name: step for step in steps}
 
 
-def test_arguments_are_what_a_loaded_model_holds(make_checkpoint, make_engine, small_config):
+def test_argument_bytes_match_a_loaded_model(make_checkpoint, make_engine, small_config):
     mesh, slots = (2, 4), 4
     engine = make_engine(make_checkpoint(small_config), mesh, kernels="xla")  # packed weights are padded
     device = engine.mesh.devices.flat[0]
@@ -53,17 +53,19 @@ def test_arguments_are_what_a_loaded_model_holds(make_checkpoint, make_engine, s
     batch = engine.new_batch(slots)
     assert decode.weight_bytes == held(engine.params)
     assert decode.cache_bytes == held(batch.cache)
-    assert decode.argument_bytes == held(engine.params) + held(batch) + 2  # one byte says whether a slot is active
+    assert (
+        decode.argument_bytes == held(engine.params) + held(batch) + 2
+    )  # and one byte per slot of `active` on this device
     assert decode.alias_bytes == held(batch)
 
 
-def test_no_weight_matrix_is_among_the_temporaries():
-    expert = NEVER_LOADED.emb_size * NEVER_LOADED.ffn_size // 2  # elements of a matrix of a device
+def test_temporaries_contain_no_weight_matrix():
+    expert = NEVER_LOADED.emb_size * NEVER_LOADED.ffn_size // 2  # elements of one device's shard of an expert matrix
     for step in _steps(NEVER_LOADED, (2, 2), slots=4).values():
-        assert 0 < step.temporary_bytes < 4 * expert, step.name  # one in float32
+        assert 0 < step.temporary_bytes < 4 * expert, step.name  # less than one matrix in float32
 
 
-def test_exchanges_of_a_layer():
+def test_collectives_of_a_layer():
     steps = _steps(NEVER_LOADED, (2, 2), slots=4)
     row = 4 * NEVER_LOADED.emb_size
     logits = 4 * NEVER_LOADED.vocab_size
@@ -78,14 +80,14 @@ def test_exchanges_of_a_layer():
 
 
 @pytest.mark.parametrize("kernels", [XLA, GPU, TPU], ids=lambda kernels: kernels.backend)
-def test_two_sums_of_a_layer_are_of_bfloat16_activations(kernels):
-    # In the program that JAX hands to the compiler: those for processors exchange what is wider.
+def test_each_layer_sums_bfloat16_activations_twice(kernels):
+    # Checked before compilation, because XLA:CPU widens the exchanged arrays.
     mesh = virtual_cpu_mesh(NEVER_LOADED, (1, 8))
     dtype = ml_dtypes.bfloat16
     engine = Engine(NEVER_LOADED, abstract_parameters(NEVER_LOADED, mesh, dtype), mesh, dtype, kernels=kernels)
     for key, tokens in ((StepKey("decode", 1), 1), (StepKey("prefill", 1, 1, 16), 16)):
         text = engine.lower(key).as_text()
-        # One for the embedding of the tokens, and two in the loop over the layers.
+        # One for the token embedding, and two in the loop over the layers.
         sums = re.findall(r'"stablehlo\.all_reduce".*?\}\) : \(tensor<([\w.]+)>\)', text, re.DOTALL)
         assert sums == [*2 * [f"1x{tokens}x{NEVER_LOADED.emb_size}xbf16"], f"{tokens}x{NEVER_LOADED.emb_size}xbf16"]
         assert set(re.findall(r"stablehlo\.(all_\w+|collective_\w+|reduce_scatter)", text)) == {
@@ -94,7 +96,7 @@ def test_two_sums_of_a_layer_are_of_bfloat16_activations(kernels):
         }
 
 
-def test_a_device_alone_exchanges_nothing(small_config):
+def test_one_device_has_no_collectives(small_config):
     assert [step.collectives for step in _steps(small_config, (1, 1)).values()] == [(), ()]
 
 
@@ -115,19 +117,19 @@ def test_the_release_compiles_for_eight_devices():
         assert step.argument_bytes < step.peak_bytes < step.argument_bytes + (1 << 30)
 
 
-def test_slots_that_do_not_divide(small_config):
-    with pytest.raises(MeshError, match=r"3 sequences cannot be divided among 2 data rows: use a multiple of 2"):
+def test_slots_must_be_a_multiple_of_the_data_rows(small_config):
+    with pytest.raises(MeshError, match="cannot divide 3 sequences among 2 data rows, expected a multiple of 2"):
         list(
             compile_steps(small_config, virtual_cpu_mesh(small_config, (2, 4)), np.float32, slots=3, prefill_tokens=16)
         )
 
 
 def test_too_few_virtual_devices(small_config):
-    with pytest.raises(MeshError, match=r"needs 32 virtual devices, but JAX has 16: .*JAX_NUM_CPU_DEVICES=32"):
+    with pytest.raises(MeshError, match=r"needs 32 virtual devices, but JAX has 16; .*JAX_NUM_CPU_DEVICES=32"):
         virtual_cpu_mesh(small_config, (4, 8))
 
 
-def test_virtual_devices_are_made_when_jax_has_not_started():
+def test_virtual_devices_are_created_before_jax_starts():
     program = (
         "from grok1.config import PRESETS; from grok1.plan.compiled import virtual_cpu_mesh\n"
         "print(virtual_cpu_mesh(PRESETS['tiny'], (3, 8)).devices.size)"
@@ -142,16 +144,16 @@ def test_topology_names(kind, count, name):
     assert topology_name(kind, count) == name
 
 
-def test_unknown_slices():
-    with pytest.raises(MeshError, match=r"no v5p slice of 12 chips: expected one of 4, 8, 16, 32"):
+def test_unknown_tpu_slices():
+    with pytest.raises(MeshError, match="no v5p slice of 12 chips, expected one of 4, 8, 16, 32"):
         topology_name("v5p", 12)
-    with pytest.raises(MeshError, match=r"'v2': expected one of v5e, v5p, v6e"):
+    with pytest.raises(MeshError, match='"v2", expected one of v5e, v5p, v6e'):
         topology_name("v2", 4)
 
 
-def test_no_tpu_compiler(monkeypatch, small_config):
+def test_missing_tpu_compiler(monkeypatch, small_config):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(CompileError, match=r"libtpu, is not installed: pip install '.\[tpu\]'"):
+    with pytest.raises(CompileError, match=r"libtpu, .* is not installed; run pip install '\.\[tpu\]'"):
         topology_mesh("v6e", small_config, (1, 4))
 
 
@@ -173,7 +175,7 @@ def check(mesh, kernels, memory):
         assert held <= step.argument_bytes < 1.001 * held, step
         assert step.peak_bytes < memory, step
         exchanged = {found.kind: (found.per_layer, found.layer_bytes) for found in step.collectives}
-        # Of an asynchronous exchange some compilers show both ends; none is of more than bfloat16 activations.
+        # Some compilers report a tuple with input and output for asynchronous collectives.
         count, size = exchanged.pop("all-reduce")
         assert count == 2 and size <= 2 * 2 * 6144 * step.tokens, step
         assert all(count == 0 for count, _ in exchanged.values()), step
@@ -197,7 +199,7 @@ def test_the_release_compiles_for_tpus():
     pytest.importorskip("libtpu")
     ran = subprocess.run([sys.executable, "-c", _FOR_TPU], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    assert "the decode step does not fit its device" in ran.stdout
+    assert "the decode step does not fit on the device" in ran.stdout
 
 
 _FOR_GPU = f"""{_COMPILE}
@@ -213,12 +215,12 @@ def test_the_release_compiles_for_gpus():
     assert ran.stdout.count("NVIDIA") == 4
 
 
-def test_gpus_that_are_no_whole_hosts(small_config):
+def test_gpus_must_be_whole_hosts(small_config):
     with pytest.raises(MeshError, match=r"--count is 12, expected a multiple of 8"):
         gpu_mesh("h100-80gb", small_config, (12, 1))
 
 
-def test_no_gpu_compiler(monkeypatch, small_config):
+def test_missing_gpu_compiler(monkeypatch, small_config):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(CompileError, match=r"the compiler for GPUs is not installed: pip install '.\[cuda12\]'"):
+    with pytest.raises(CompileError, match=r"CUDA plugin, .* is not installed; run pip install '\.\[cuda12\]'"):
         gpu_mesh("h200", small_config, (1, 4))

@@ -1,4 +1,4 @@
-"""What `plan` counts, against the arrays that loading makes and against sums written another way."""
+"""Estimates, compared with loaded arrays and with independent calculations."""
 
 import dataclasses
 import itertools
@@ -42,7 +42,7 @@ def bytes_by_device(tree):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", MESHES)
-def test_bytes_are_those_of_the_arrays_on_each_device(shape, dtype, make_checkpoint):
+def test_bytes_match_the_arrays_on_each_device(shape, dtype, make_checkpoint):
     checkpoint = Checkpoint.open(make_checkpoint(TINY))
     mesh = make_mesh(TINY, shape)
     params = load_parameters(checkpoint, mesh, np.dtype(dtype))
@@ -55,7 +55,7 @@ def test_bytes_are_those_of_the_arrays_on_each_device(shape, dtype, make_checkpo
     assert cache == dict.fromkeys(mesh.devices.flat, 3 * planned.cache_bytes)
 
 
-def test_the_release_takes_its_files_bytes():
+def test_the_release_needs_the_bytes_of_its_files():
     files = sum(
         math.prod(spec.shape) * spec.dtype.itemsize + 2 * math.prod(spec.scales_shape or (0,))
         for spec in tensor_table(RELEASE)
@@ -65,7 +65,7 @@ def test_the_release_takes_its_files_bytes():
     assert estimate(mesh=(1, 1), dtype="bfloat16").weight_bytes == files - 2 * embedding
 
 
-def test_a_sequence_that_decodes_reads_two_experts_a_layer():
+def test_decoding_one_sequence_reads_two_experts_per_layer():
     read = 0
     for spec in tensor_table(RELEASE):
         size = math.prod(spec.shape) * spec.dtype.itemsize + 2 * math.prod(spec.scales_shape or (0,))
@@ -75,7 +75,7 @@ def test_a_sequence_that_decodes_reads_two_experts_a_layer():
     assert estimate(mesh=(1, 1), dtype="float32").decode_read_bytes(1, 1000) == read + 1000 * position
 
 
-def test_a_batch_reads_the_experts_that_it_selects_on_average():
+def test_decoding_a_batch_reads_the_mean_number_of_distinct_experts():
     config = dataclasses.replace(TINY, num_experts=5)
     choices = list(itertools.combinations(range(5), 2))
     distinct = [len({*a, *b, *c}) for a, b, c in itertools.product(choices, repeat=3)]
@@ -87,17 +87,17 @@ def test_a_batch_reads_the_experts_that_it_selects_on_average():
     )
     other = planned.weight_bytes - experts
     mean = sum(distinct) / len(distinct)
-    assert planned.decode_read_bytes(6, 0) == pytest.approx(other + experts * mean / 5, abs=1)  # 3 on each row
+    assert planned.decode_read_bytes(6, 0) == pytest.approx(other + experts * mean / 5, abs=1)  # 3 sequences per row
 
 
-def test_the_release_on_eight_h100_is_bound_by_their_memory():
+def test_decoding_the_release_on_eight_h100_is_memory_bound():
     planned = estimate(kind=DEVICE_KINDS["h100-80gb"], dtype="float32")
-    # 84 GB a token over 26.8 TB/s
+    # 84 GB per token at 26.8 TB/s
     assert planned.decode_tokens_per_second(1, 0) == pytest.approx(319, rel=0.03)
     assert planned.decode_tokens_per_second(1, 8192) < planned.decode_tokens_per_second(1, 0)
 
 
-def test_many_tokens_are_bound_by_arithmetic():
+def test_many_tokens_are_compute_bound():
     slow = dataclasses.replace(GPU, flops=1e12)
     planned = estimate(kind=slow)
     operations = 2 * num_active_parameters(RELEASE) * 512 + 4 * 64 * 6144 * 512 * 256
@@ -108,7 +108,7 @@ def test_many_tokens_are_bound_by_arithmetic():
 
 
 @pytest.mark.parametrize(("mesh", "usable"), [((1, 8), 60 * 10**9), ((2, 4), 90 * 10**9), ((8, 1), 340 * 10**9)])
-def test_the_sequences_that_fit_fill_the_memory(mesh, usable):
+def test_one_more_sequence_than_reported_does_not_fit(mesh, usable):
     planned = estimate(mesh=mesh, usable=usable)
     count = planned.sequences
     assert count > 0
@@ -116,32 +116,33 @@ def test_the_sequences_that_fit_fill_the_memory(mesh, usable):
     assert planned.needed_bytes(count) <= usable < planned.needed_bytes(count + 1)
 
 
-def test_data_rows_of_a_cpu_share_the_weights():
+def test_data_rows_on_a_cpu_share_the_weights():
     one, rows = estimate(mesh=(1, 2), kind=CPU), estimate(mesh=(4, 2), kind=CPU)
     caches = 3 * 2 * (one.workspace_bytes + one.cache_bytes)
     assert rows.needed_bytes(4) - one.needed_bytes(1) == caches
     assert one.fixed_bytes > 2 * one.weight_bytes
 
 
-def test_a_cpu_reads_for_all_its_devices_at_the_bandwidth_of_its_memory():
+def test_cpu_devices_share_memory_bandwidth():
     one, split = (estimate(mesh=mesh, kind=CPU, dtype="float32") for mesh in [(1, 1), (1, 8)])
-    assert split.decode_seconds(1, 0) == pytest.approx(one.decode_seconds(1, 0), rel=2e-3)  # all have norms and routers
+    # Equal except for norms and routers, which are replicated.
+    assert split.decode_seconds(1, 0) == pytest.approx(one.decode_seconds(1, 0), rel=2e-3)
 
 
-def test_without_a_bandwidth_no_speed_is_told():
+def test_speed_is_unknown_without_bandwidth():
     planned = estimate(kind=dataclasses.replace(GPU, bandwidth=None))
     assert planned.decode_tokens_per_second(1, 0) is None
     assert planned.prefill_tokens_per_second(10) is None
 
 
-def test_without_a_size_of_memory_it_is_not_known_what_fits():
+def test_fit_is_unknown_without_memory():
     planned = estimate(usable=None)
     assert planned.fits is None
     assert planned.sequences is None
 
 
 @pytest.mark.parametrize("gigabytes", [15, 21, 24, 45, 73, 100, 170, 330])
-def test_the_smallest_number_of_devices_is_found(gigabytes):
+def test_smallest_fit(gigabytes):
     devices = Devices(GPU, 1, gigabytes * 10**9)
     found = smallest_fit(RELEASE, devices, "bfloat16")
     each = {
@@ -152,7 +153,7 @@ def test_the_smallest_number_of_devices_is_found(gigabytes):
     assert found.fits == bool(fitting)
 
 
-def test_what_is_changed_first_is_the_mesh_then_the_dtype_then_the_number_of_devices():
+def test_next_fit_changes_mesh_then_dtype_then_number_of_devices():
     too_many_rows = estimate(mesh=(4, 2), usable=60 * 10**9)
     assert not too_many_rows.fits
     assert next_fit(too_many_rows).mesh == (1, 8)
@@ -171,7 +172,7 @@ def test_what_is_changed_first_is_the_mesh_then_the_dtype_then_the_number_of_dev
     assert widest_split(nowhere).mesh == (1, 256)
 
 
-def test_more_devices_of_a_cpu_are_no_more_memory():
+def test_more_cpu_devices_add_no_memory():
     assert next_fit(estimate(mesh=(1, 1), kind=CPU, usable=10**10)) is None
 
 
@@ -195,19 +196,19 @@ def fake(name, platform="gpu", **stats):
         ("TPU v6 lite", "tpu", "tpu-v6e"),
     ],
 )
-def test_devices_that_are_present_are_recognised(name, platform, kind):
+def test_present_devices_are_recognized(name, platform, kind):
     devices = [fake(name, platform, bytes_limit=70, bytes_in_use=used) for used in (10, 30, 20)]
     found = present_devices(devices)
     assert found == Devices(DEVICE_KINDS[kind], 3, 40)
 
 
-def test_an_unknown_device_has_no_figures_but_its_memory():
+def test_unknown_devices_have_only_memory():
     found = present_devices([fake("Quantum 9", bytes_limit=50)])
     assert (found.kind.name, found.kind.bandwidth, found.usable_bytes) == ("Quantum 9", None, 50)
     assert present_devices([fake("Quantum 9")]).usable_bytes is None
 
 
-def test_a_cpus_memory_is_what_is_available(monkeypatch):
+def test_present_cpu_memory_is_the_available_memory(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda: 123)
     assert present_devices(jax.devices()).usable_bytes == 123
 
@@ -216,11 +217,11 @@ def test_named_devices():
     assert named_devices("H200", 4).count == 4
     assert 0.9 * 141e9 < named_devices("h200", 1).usable_bytes < 141e9
     assert named_devices("h200", 1, 10**9).usable_bytes < 10**9
-    with pytest.raises(DeviceKindError, match="unknown device kind 'abacus': expected one of a100"):
+    with pytest.raises(DeviceKindError, match='unknown device kind "abacus", expected one of a100'):
         named_devices("abacus", 1)
 
 
-def test_a_cpu_of_unknown_memory_is_asked_for(monkeypatch):
+def test_unknown_memory_of_a_cpu_must_be_specified(monkeypatch):
     monkeypatch.setattr(memory, "total_bytes", lambda: None)
     with pytest.raises(DeviceKindError, match="specify it with --memory"):
         named_devices("cpu", 1)
