@@ -55,6 +55,7 @@ class EchoModel:
     """Generates as many tokens as its samples have numbers, and finishes the last request first."""
 
     mesh_shape = (1, 1)
+    kernels = "xla"
     max_sequences = None
     engine = SimpleNamespace(
         data_rows=1,
