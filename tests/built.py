@@ -1,4 +1,4 @@
-"""What tests need that is not everywhere."""
+"""Requirements of tests that are not available everywhere."""
 
 import pytest
 
@@ -6,6 +6,6 @@ from grok1.ops.cpu import library as cpu
 
 
 def require_kernels():
-    """Skips a test, or a module that calls it, where the native kernels were not built."""
+    """Skip the calling test or module if the native kernels have not been built."""
     if not cpu.kernel_names():
         pytest.skip("no kernels were built: no C++ compiler was there", allow_module_level=True)

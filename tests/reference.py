@@ -1,6 +1,6 @@
 """Grok-1 in float64 NumPy, written from the published architecture and independent of the package.
 
-`read_config` and `read_arrays` read a checkpoint folder, `logits` is the forward pass. Nothing here is fast.
+`read_config` and `read_arrays` read a checkpoint directory; `logits` is the forward pass. Nothing here is fast.
 """
 
 import json
@@ -35,7 +35,7 @@ _HARMLESS = {
 
 
 class Quantized:
-    """What stands in the place of the release's class: `weight` int8, `scales` bfloat16."""
+    """Replacement for the release's class, with `weight` int8 and `scales` bfloat16."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -43,17 +43,17 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("__main__", "QuantizedWeight8bit"):
             return Quantized
         if (module, name) not in _HARMLESS:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+            raise pickle.UnpicklingError(f"unexpected {module}.{name} in a checkpoint")
         return super().find_class(module, name)
 
 
 def read_config(folder):
-    """The numbers of a checkpoint's `config.json`."""
+    """Return the contents of a checkpoint's `config.json`."""
     return json.loads((Path(folder) / "config.json").read_text())
 
 
 def read_files(folder):
-    """What each file of a checkpoint holds, by parameter path: a float32 array or a `Quantized`."""
+    """Return the object in each file of a checkpoint, a float32 array or a `Quantized`, by parameter path."""
     modules = {"language_model/in_out_embed": "embeddings", "language_model/rms_norm": "scale"}
     for layer in range(read_config(folder)["num_layers"]):
         for module, name in _LAYER.items():
@@ -66,7 +66,7 @@ def read_files(folder):
 
 
 def read_arrays(folder):
-    """Every parameter of a checkpoint in float64, by parameter path."""
+    """Return all parameters of a checkpoint in float64, by parameter path."""
     return {path: _dequantised(value) for path, value in read_files(folder).items()}
 
 
@@ -77,16 +77,16 @@ def _dequantised(value):
 
 
 def dequantised(weight, scales):
-    """int8 `[..., K, N]` times its scales `[..., G, N]`, each for K / G rows, in float64."""
+    """Return int8 `[..., K, N]` times scales `[..., G, N]`, each for K / G rows, in float64."""
     rows = weight.shape[-2] // scales.shape[-2]
     return weight.astype(np.float64) * np.repeat(scales.astype(np.float64), rows, axis=-2)
 
 
 def logits(config, arrays, tokens):
-    """The next token's logits after every token, `[T, vocab]`, and the router's margins `[T]`.
+    """Return the next-token logits at every position, `[T, vocab]`, and the router's margins `[T]`.
 
-    A margin is the smallest gap over the layers between the last selected expert's probability and the next
-    one's. Where it is tiny, rounding may select another expert.
+    A margin is the smallest difference, over all layers, between the probabilities of the last selected expert and of
+    the next one. If it is tiny, rounding may change the selection.
     """
     embeddings = arrays["language_model/in_out_embed/embeddings"]
     h = embeddings[np.asarray(tokens)] * config["embedding_multiplier_scale"]
@@ -111,7 +111,7 @@ def _rms_norm(x, scale):
 
 
 def _rotate(x):
-    """Rotary embedding of `[T, heads, key]`."""
+    """Apply rotary position embedding to `[T, heads, key]`."""
     length, _, size = x.shape
     exponents = np.arange(0, size, 2) / size
     angles = np.outer(np.arange(length), 10000.0**-exponents)

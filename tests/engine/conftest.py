@@ -4,5 +4,5 @@ from configs import LONG
 
 @pytest.fixture(scope="session")
 def long_folder(make_checkpoint):
-    """A context longer than two chunks; all experts are selected, so that no rounding changes which."""
+    """Model with a context longer than two chunks; it selects all experts, so that rounding cannot change which."""
     return make_checkpoint(LONG)

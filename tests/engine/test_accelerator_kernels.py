@@ -1,4 +1,4 @@
-"""Whole steps by the kernels of accelerators, which processors interpret."""
+"""Whole steps with GPU and TPU kernels, interpreted on the CPU."""
 
 import dataclasses
 
@@ -9,8 +9,8 @@ from grok1.request import SamplingOptions
 
 
 @pytest.mark.parametrize(("backend", "mesh"), [("gpu", (2, 2)), ("tpu", (1, 1))], ids=str)
-def test_greedy_texts_are_those_of_plain_jax(backend, mesh, make_checkpoint, make_engine, small_config):
-    # On a TPU whole tiles of 128: with other sizes XLA would compute.
+def test_greedy_tokens_match_plain_jax(backend, mesh, make_checkpoint, make_engine, small_config):
+    # The TPU kernels need whole tiles of 128; other sizes would fall back to XLA.
     wide = dataclasses.replace(small_config, emb_size=128, key_size=16, widening_factor=12)
     folder = make_checkpoint(wide if backend == "tpu" else small_config)
     options = SamplingOptions(temperature=0, max_tokens=3, ignore_eos=True)

@@ -1,4 +1,4 @@
-"""What is read for prompts that share a batch, when, and that nothing of it shows in the results."""
+"""Steps of prompts that share a batch, and independence of their results from the batch."""
 
 import itertools
 from types import SimpleNamespace
@@ -19,20 +19,20 @@ def engine(long_folder, make_engine):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """What the engine does from now on: "decode", or the chunks of prompts that a step reads."""
+    """Steps of the engine from now on: "decode", or the chunks of a prefill step."""
     done = []
     prefill, decode = Engine.prefill, Engine.decode
 
-    def reading(self, state, chunks, *rest):
+    def record_prefill(self, state, chunks, *rest):
         done.append([SimpleNamespace(slot=chunk.slot, start=chunk.start, count=len(chunk.tokens)) for chunk in chunks])
         return prefill(self, state, chunks, *rest)
 
-    def decoding(self, *arguments):
+    def record_decode(self, *arguments):
         done.append("decode")
         return decode(self, *arguments)
 
-    monkeypatch.setattr(Engine, "prefill", reading)
-    monkeypatch.setattr(Engine, "decode", decoding)
+    monkeypatch.setattr(Engine, "prefill", record_prefill)
+    monkeypatch.setattr(Engine, "decode", record_decode)
     return done
 
 
@@ -50,7 +50,7 @@ def request(tokens, samples=1, **options):
 
 
 def run(engine, requests, slots, **shape):
-    """All sequences, by the indices of their requests and their samples."""
+    """Return all finished sequences by request index and sample index."""
     ended = {}
     for sequence in generate(engine, requests, slots, **shape):
         if sequence.finish_reason is not None:
@@ -59,7 +59,7 @@ def run(engine, requests, slots, **shape):
 
 
 def bits(sequence):
-    """All that a sequence got, to the last bit."""
+    """Return the complete result of a sequence."""
     return sequence.tokens, sequence.logprobs, sequence.finish_reason
 
 
@@ -76,7 +76,7 @@ def mixed_requests():
     return requests
 
 
-def test_results_are_equal_to_the_last_bit_in_any_company(engine):
+def test_results_are_bitwise_independent_of_the_batch(engine):
     requests = mixed_requests()
     shape = {"lanes": 4, "logprobs": True}
     together = run(engine, requests, 3, **shape)
@@ -87,13 +87,13 @@ def test_results_are_equal_to_the_last_bit_in_any_company(engine):
         assert bits(sequence) == bits(backwards[23 - i, sample]) == bits(alone[i][0, sample])
 
 
-def test_a_row_that_wants_no_log_probabilities_has_none(engine):
+def test_log_probabilities_are_only_returned_if_requested(engine):
     [sequence] = run(engine, [request(prompt(5))], 2, lanes=2, logprobs=True).values()
     assert sequence.logprobs == []
 
 
 @pytest.mark.parametrize("lanes", [1, 4])
-def test_a_common_beginning_is_read_once(lanes, engine, steps):
+def test_a_shared_prefix_is_processed_once(lanes, engine, steps):
     header = prompt(200)
     rows = [header + prompt(9, seed=1 + i) for i in range(100)]
     found = run(engine, (request(tokens) for tokens in rows), 8, lanes=lanes)
@@ -104,9 +104,9 @@ def test_a_common_beginning_is_read_once(lanes, engine, steps):
         assert found[i, 0].tokens == alone.tokens
 
 
-def test_samples_of_a_prompt_share_its_reading(engine, steps):
+def test_samples_share_the_prefill_of_their_prompt(engine, steps):
     samples = run(engine, [request(prompt(100), samples=5, temperature=1.5, max_tokens=9)], 3, lanes=4)
-    assert tokens_read(steps) == 100 + 4 * 4  # the last few are read for the logits that follow them
+    assert tokens_read(steps) == 100 + 4 * 4  # 96 of 100 tokens are shared, in whole lanes
     assert len({tuple(sequence.tokens) for sequence in samples.values()}) == 5
     steps.clear()
     for (_, sample), sequence in samples.items():
@@ -114,16 +114,16 @@ def test_samples_of_a_prompt_share_its_reading(engine, steps):
         assert alone.tokens == sequence.tokens
 
 
-def test_a_beginning_that_another_slot_kept_is_used_again(engine, steps):
+def test_a_prefix_left_in_a_free_slot_is_reused(engine, steps):
     rows = [prompt(64), prompt(40, seed=1), prompt(64) + prompt(10, seed=2)]
     run(engine, (request(tokens) for tokens in rows), 1, lanes=4)
-    assert tokens_read(steps) == 64 + 40 + 74  # one slot: the first prompt is no longer there
+    assert tokens_read(steps) == 64 + 40 + 74  # one slot: the first prompt has been overwritten
     steps.clear()
     run(engine, (request(tokens, max_tokens=1) for tokens in rows), 2, lanes=4)
     assert tokens_read(steps) == 64 + 40 + 10
 
 
-def test_several_prompts_are_read_in_one_step(engine, steps):
+def test_one_step_processes_several_prompts(engine, steps):
     requests = [request(prompt(10, seed=i), max_tokens=2) for i in range(8)]
     run(engine, requests, 8, lanes=8)
     assert len([step for step in steps if step != "decode"]) == 1
@@ -139,12 +139,12 @@ def test_a_long_prompt_does_not_stall_the_others(lanes, engine, steps, monkeypat
     assert len(reading) >= 300 // 32
     begun = steps.index("decode")
     between = [later - earlier for earlier, later in itertools.pairwise(reading) if earlier > begun]
-    assert between == [2] * len(between)  # a decoding step after each chunk
+    assert between == [2] * len(between)  # a decode step after each chunk
     assert len(between) > 5
 
 
-def test_the_next_step_is_dispatched_before_tokens_are_read(engine, monkeypatch):
-    """While a sequence goes on, its newest token is always on its way when an older one is handed out."""
+def test_the_next_step_is_dispatched_before_tokens_are_fetched(engine, monkeypatch):
+    """When a token of an unfinished sequence is yielded, the step of the next one is already dispatched."""
     dispatched = []
     decode = Engine.decode
     monkeypatch.setattr(Engine, "decode", lambda self, *rest: dispatched.append(1) or decode(self, *rest))
@@ -152,11 +152,11 @@ def test_the_next_step_is_dispatched_before_tokens_are_read(engine, monkeypatch)
     for sequence in generate(engine, [request(prompt(5), max_tokens=20)], 1):
         received = len(sequence.tokens)
         if 1 < received < 20:
-            assert len(dispatched) == received  # the first token is of the prompt, one step is ahead
+            assert len(dispatched) == received  # prefill gives the first token, and one step is ahead
     assert received == 20
 
 
-def test_data_rows_read_beside_each_other(long_folder, make_engine, steps):
+def test_data_rows_prefill_in_parallel(long_folder, make_engine, steps):
     rows = make_engine(long_folder, (2, 2))
     requests = [request(prompt(100, seed=i)) for i in range(2)]
     found = run(rows, requests, 2, lanes=4)
@@ -168,7 +168,7 @@ def test_data_rows_read_beside_each_other(long_folder, make_engine, steps):
         assert found[i, 0].tokens == alone.tokens
 
 
-def test_greedy_on_the_golden_checkpoint_is_one_for_every_batch_size(golden, golden_sequences, make_engine):
+def test_greedy_tokens_of_the_golden_checkpoint_do_not_depend_on_slots(golden, golden_sequences, make_engine):
     engine = make_engine(golden, (1, 1))
     requests = [
         request(sequence.tokens[:length].tolist(), max_tokens=12)
@@ -183,8 +183,8 @@ def test_greedy_on_the_golden_checkpoint_is_one_for_every_batch_size(golden, gol
         }
 
 
-def test_a_beginning_is_copied_before_its_slot_has_another_prompt(engine):
-    """One that waits for it, while the slot that reads it ends with its first token and goes to the next at once."""
+def test_a_prefix_is_copied_before_its_slot_is_reused(engine):
+    """The source slot finishes with its first token and is reused at once, while another slot waits for the prefix."""
     header = prompt(160)
     rows = [[*header, 5], [*header, 6, 7], prompt(170, seed=1), prompt(150, seed=2)]
     for lanes in (1, 2):

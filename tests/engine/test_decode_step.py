@@ -1,4 +1,4 @@
-"""What the compiled decoding step does with memory."""
+"""Memory use of the compiled decode step."""
 
 import math
 import re
@@ -13,16 +13,16 @@ from grok1.params.weights import panels_shape
 
 @pytest.fixture(scope="module", params=[1, 8], ids=lambda slots: f"{slots} slots")
 def step(request, kernels, make_checkpoint, make_engine):
-    """The compiled step and the batch that it takes."""
+    """The compiled step and its batch."""
     engine = make_engine(make_checkpoint(LARGE_MATRICES), kernels=kernels)
     state, _ = engine.decode(engine.new_batch(request.param), np.ones(request.param, bool))
     return engine.compiled[StepKey("decode", request.param)], state
 
 
-def test_no_matrix_is_held_dequantised(step):
+def test_no_matrix_is_dequantized_in_memory(step):
     program, _ = step
     expert = LARGE_MATRICES.emb_size * LARGE_MATRICES.ffn_size
-    assert 0 < program.memory_analysis().temp_size_in_bytes < 4 * expert  # one in float32
+    assert 0 < program.memory_analysis().temp_size_in_bytes < 4 * expert  # less than one matrix in float32
 
 
 def test_the_cache_is_updated_in_place(step):
@@ -32,7 +32,7 @@ def test_the_cache_is_updated_in_place(step):
     assert program.memory_analysis().output_size_in_bytes < 2 * cache
 
 
-def test_weights_stay_bytes(step, kernels):
+def test_weights_stay_int8(step, kernels):
     program, _ = step
     shape = (LARGE_MATRICES.num_layers, LARGE_MATRICES.num_experts, LARGE_MATRICES.emb_size, LARGE_MATRICES.ffn_size)
     kind, stored = ("u8", panels_shape(shape, 1)) if kernels == "native" else ("s8", shape)

@@ -1,4 +1,4 @@
-"""Continuous batching: what a sequence gets is its own, whatever shares the batch."""
+"""Continuous batching: results do not depend on the other sequences of the batch."""
 
 import itertools
 
@@ -18,7 +18,7 @@ LIMITS = [9, 1, 4, 12, 7, 3, 6]
 
 
 def requests(**options):
-    """One for each prompt, with another limit and seed each."""
+    """Return a request for each prompt, each with a different limit and seed."""
     return [
         Request(prompt=prompt, options=SamplingOptions(max_tokens=limit, ignore_eos=True, seed=70 + i, **options))
         for i, (prompt, limit) in enumerate(zip(PROMPTS, LIMITS, strict=True))
@@ -33,7 +33,7 @@ def tokens_by_request(completions):
 
 @pytest.fixture(scope="module")
 def float64_greedy(make_checkpoint, make_reference, small_config):
-    """Greedy continuations by the float64 pass, each token by a pass over everything before it."""
+    """Greedy completions by the float64 reference, with a full forward pass for each token."""
     forward = make_reference(make_checkpoint(small_config))
     continuations = []
     for prompt, limit in zip(PROMPTS, LIMITS, strict=True):
@@ -45,7 +45,7 @@ def float64_greedy(make_checkpoint, make_reference, small_config):
 
 
 @pytest.mark.parametrize(("mesh", "slots"), [((1, 1), 1), ((1, 1), 3), ((1, 1), 8), ((2, 2), 3)])
-def test_greedy_results_are_the_likeliest_tokens(mesh, slots, small_model, float64_greedy):
+def test_greedy_tokens_match_float64(mesh, slots, small_model, float64_greedy):
     model = small_model(mesh)
     found = tokens_by_request(model.complete_many(requests(temperature=0), batch_size=slots))
     assert found == float64_greedy
@@ -59,7 +59,7 @@ def test_sampled_results_do_not_depend_on_the_batch(small_model):
         assert tokens_by_request(found) == alone
 
 
-def test_neighbours_with_other_options_change_nothing(small_model, float64_greedy):
+def test_options_apply_to_their_own_sequence_only(small_model, float64_greedy):
     mixed = [
         Request(
             prompt=prompt,
@@ -79,7 +79,7 @@ def test_neighbours_with_other_options_change_nothing(small_model, float64_greed
             assert [len(entry.top) for entry in completion.logprobs] == [3] * len(completion.tokens)
 
 
-def test_samples_have_the_seeds_that_follow(small_model):
+def test_samples_have_consecutive_seeds(small_model):
     options = SamplingOptions(max_tokens=6, temperature=1.5, seed=2**32 - 2, ignore_eos=True)
     request = Request(prompt=PROMPTS[1], options=options, num_samples=5)
     samples = sorted(small_model().complete_many([request], batch_size=3), key=lambda done: done.sample)
@@ -106,7 +106,7 @@ def test_no_requests_give_no_completions(small_model):
     assert list(small_model().complete_many([])) == []
 
 
-def test_requests_are_taken_when_there_is_room(small_model):
+def test_requests_are_consumed_when_a_slot_is_free(small_model):
     taken = itertools.count()
 
     def endless():
@@ -138,13 +138,13 @@ def test_the_end_of_text_token_ends_a_sequence(small_model, float64_greedy, monk
         done = small_model().complete(prompt, max_tokens=12, greedy=True)
         assert done.tokens == tokens[: tokens.index(eos)]
         assert done.finish_reason == "eos"
-        going_on = small_model().complete(prompt, max_tokens=12, greedy=True, ignore_eos=True)
-        assert going_on.tokens == tokens
-        assert going_on.finish_reason == "max_tokens"
+        ignored = small_model().complete(prompt, max_tokens=12, greedy=True, ignore_eos=True)
+        assert ignored.tokens == tokens
+        assert ignored.finish_reason == "max_tokens"
 
 
-def test_slots_of_ended_sequences_go_to_others(small_model, float64_greedy, monkeypatch):
-    """Sequences end at different steps, by end of text, while their next step is already on its way."""
+def test_slots_of_finished_sequences_are_reused(small_model, float64_greedy, monkeypatch):
+    """Sequences reach the end of text in different steps, when their next step is already dispatched."""
     monkeypatch.setattr(ModelConfig, "eos_id", float64_greedy[3][2])
     wanted = [
         Request(prompt=prompt, options=SamplingOptions(max_tokens=limit, temperature=0))
@@ -156,7 +156,7 @@ def test_slots_of_ended_sequences_go_to_others(small_model, float64_greedy, monk
     assert cut != float64_greedy
 
 
-def test_the_end_of_the_context(small_model, small_config):
+def test_sequences_end_at_the_end_of_the_context(small_model, small_config):
     room = 5
     prompt = [int(token) for token in np.random.default_rng(0).integers(3, 64, small_config.sequence_len - room)]
     options = SamplingOptions(max_tokens=100, ignore_eos=True, temperature=0, logprobs=0)
@@ -164,7 +164,7 @@ def test_the_end_of_the_context(small_model, small_config):
     assert (len(done.tokens), done.finish_reason) == (room, "context")
     exact = small_model().complete(prompt, max_tokens=room, ignore_eos=True, greedy=True)
     assert (exact.tokens, exact.finish_reason) == (done.tokens, "max_tokens")
-    score = small_model().score(prompt + done.tokens)  # the very last position is read rightly
+    score = small_model().score(prompt + done.tokens)  # the last position is computed correctly
     np.testing.assert_allclose(
         [entry.logprob for entry in done.logprobs],
         [entry.logprob for entry in score.logprobs[-room:]],
@@ -172,7 +172,7 @@ def test_the_end_of_the_context(small_model, small_config):
     )
 
 
-def test_data_rows_continue_to_the_end_of_the_context(small_model, small_config):
+def test_data_rows_reach_the_end_of_the_context(small_model, small_config):
     prompt = [int(token) for token in np.random.default_rng(1).integers(3, 64, small_config.sequence_len - 1)]
     options = SamplingOptions(max_tokens=3, temperature=0, ignore_eos=True)
     done = list(small_model((2, 2)).complete_many([Request(prompt=prompt, options=options)] * 3, batch_size=3))
@@ -187,6 +187,6 @@ def test_an_abandoned_completion_leaves_the_model_usable(small_model, float64_gr
     completions = model.complete_many(requests(temperature=0), batch_size=3)
     next(completions)
     assert model.complete(PROMPTS[3], max_tokens=12, greedy=True, ignore_eos=True).tokens == float64_greedy[3]
-    # The two that were left go on as if nothing had happened.
+    # The two interrupted iterators resume.
     assert "".join(stream) == "".join(chr(token + 48) for token in float64_greedy[0][1:])
     assert len(list(completions)) == len(PROMPTS) - 1

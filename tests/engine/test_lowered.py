@@ -1,4 +1,4 @@
-"""The programs that are lowered for abstract parameters are those that run."""
+"""Programs compiled with abstract parameters are the ones that run."""
 
 import re
 
@@ -13,7 +13,7 @@ from grok1.params.tree import abstract_parameters
 
 
 def _computation(program):
-    """The program's text without what differs from one place in the source to the next."""
+    """Return the program's text without source locations."""
     text = program.as_text()
     if "\nFileNames" in text:
         text = text[re.search(r"\n\n(ENTRY )?%", text).start() :]
@@ -36,7 +36,7 @@ def _check(engine, abstract, key):
 
 @pytest.fixture(scope="module", params=[(1, 1), (2, 4)], ids=str)
 def engines(request, make_checkpoint, make_engine, small_config):
-    """An engine with weights and one without, on the same mesh."""
+    """An engine with weights and one with abstract parameters, on the same mesh."""
     mesh = make_mesh(small_config, request.param)
     engine = make_engine(make_checkpoint(small_config), request.param)
     params = abstract_parameters(small_config, mesh, packed=engine.kernels.packs_weights)

@@ -13,7 +13,7 @@ L = LANE_TOKENS
 
 
 class Engine:
-    """Records the copies that it is asked for."""
+    """Records requested copies."""
 
     def __init__(self, data_rows=1, max_chunk=4 * L):
         self.data_rows = data_rows
@@ -31,7 +31,7 @@ def make(slots, lanes=1, **options):
 
 
 def prompt(*runs):
-    """A prompt of runs `(token, length)`."""
+    """Return a prompt made of runs `(token, length)`."""
     return np.concatenate([np.full(length, token, np.int32) for token, length in runs])
 
 
@@ -62,7 +62,7 @@ def test_prefixes_are_shared_in_whole_lanes():
     assert engine.copies == [(0, 1, L)]
 
 
-def test_no_more_than_the_sharable_part_is_copied():
+def test_only_the_sharable_part_is_copied():
     engine, scheduler = make(2)
     for owner in range(2):
         scheduler.admit(owner, prompt((7, 3 * L)), 2 * L)
@@ -71,7 +71,7 @@ def test_no_more_than_the_sharable_part_is_copied():
     assert engine.copies == [(0, 1, 2 * L)]
 
 
-def test_a_free_slot_with_the_prefix_is_used_again_without_a_copy():
+def test_a_free_slot_with_the_prefix_is_reused_without_a_copy():
     engine, scheduler = make(3)
     for owner in range(2):
         scheduler.admit(owner, prompt((owner, 2 * L), (9, 3)), 2 * L)
@@ -83,7 +83,7 @@ def test_a_free_slot_with_the_prefix_is_used_again_without_a_copy():
     assert engine.copies == []
 
 
-def test_a_prefix_is_copied_only_once_its_source_has_read_it():
+def test_a_prefix_is_copied_only_after_its_source_has_processed_it():
     engine, scheduler = make(2, max_chunk=L)
     scheduler.admit(0, prompt((7, 2 * L), (1, 1)), 2 * L)
     scheduler.admit(1, prompt((7, 2 * L), (2, 1)), 2 * L)
@@ -112,7 +112,7 @@ def test_chunks_fill_the_lanes_of_a_row(lanes, expected):
     assert [(chunk.slot, len(chunk.tokens)) for chunk in scheduler.next_chunks()] == expected
 
 
-def test_only_the_last_chunk_samples_and_targets_are_cut_alike():
+def test_only_the_last_chunk_samples_and_each_has_its_targets():
     _, scheduler = make(1, max_chunk=L)
     sampling, targets = SimpleNamespace(), np.arange(L + 2)
     scheduler.admit("a", prompt((5, L + 2)), 0, sampling=sampling, targets=targets)

@@ -1,4 +1,4 @@
-"""Scores of many texts at a time, against the float64 pass over each."""
+"""Batched scores, compared with the float64 reference."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def log_probabilities(long_folder, make_reference):
-    """float64 log-probabilities `[T, vocab]` of what follows each token."""
+    """Function that returns float64 log-probabilities `[T, vocab]` of the token after each position."""
 
     def log_probabilities(tokens):
         logits = make_reference(long_folder)(tokens)[0]
@@ -25,7 +25,7 @@ def log_probabilities(long_folder, make_reference):
 
 
 def check(sequence, exact, first, ids):
-    """The scores of `ids[first:]` against log-probabilities `[T, vocab]`."""
+    """Compare the scores of `ids[first:]` with log-probabilities `[T, vocab]`."""
     expected = exact[first - 1 : len(ids) - 1]
     scored = sequence.scored
     np.testing.assert_array_equal(scored.tokens, ids[first:])
@@ -49,7 +49,7 @@ def test_one_text(length, first, lanes, long_folder, tokens, log_probabilities, 
 
 
 @pytest.mark.parametrize(("mesh", "slots", "lanes"), [((1, 1), 3, 1), ((1, 1), 4, 4), ((2, 2), 4, 3)])
-def test_many_texts_that_begin_alike(
+def test_many_texts_with_a_shared_prefix(
     mesh, slots, lanes, long_folder, tokens, log_probabilities, make_engine, monkeypatch
 ):
     rng = np.random.default_rng(1)
@@ -67,10 +67,10 @@ def test_many_texts_that_begin_alike(
     rows = mesh[0]
     read = sum(len(ids) - 1 for ids in texts)
     assert occupancy.read_tokens + occupancy.copied_tokens == read
-    assert occupancy.copied_tokens == (12 - rows) * 144  # whole lanes of the 149 that need no score
+    assert occupancy.copied_tokens == (12 - rows) * 144  # 149 tokens need no score, 144 of them in whole lanes
 
 
-def test_scores_are_equal_to_the_last_bit_in_any_company(long_folder, make_engine):
+def test_scores_are_bitwise_independent_of_the_batch(long_folder, make_engine):
     rng = np.random.default_rng(2)
     header = rng.integers(0, 64, 50).tolist()
     requests = [
@@ -88,7 +88,7 @@ def test_scores_are_equal_to_the_last_bit_in_any_company(long_folder, make_engin
             np.testing.assert_array_equal(found, expected)
 
 
-def test_the_next_step_is_dispatched_before_scores_are_read(long_folder, tokens, make_engine, monkeypatch):
+def test_the_next_step_is_dispatched_before_scores_are_fetched(long_folder, tokens, make_engine, monkeypatch):
     steps = []
     step = Engine.score
     monkeypatch.setattr(Engine, "score", lambda self, *rest: steps.append(1) or step(self, *rest))
@@ -100,7 +100,7 @@ def test_the_next_step_is_dispatched_before_scores_are_read(long_folder, tokens,
     assert next(taken).request_index == 4
 
 
-def test_what_cannot_be_scored(long_folder, make_engine):
+def test_invalid_requests_are_rejected(long_folder, make_engine):
     for ids, first in [([1], 1), ([1, 2], 0), ([1, 2], 2), ([1] * 1102, 1)]:
         with pytest.raises(ValueError, match="cannot score"):
             list(score(make_engine(long_folder), [ScoringRequest(tokens=ids, first=first)], 1))

@@ -1,4 +1,4 @@
-"""Steps that one engine sends and another replays."""
+"""Steps sent by one engine and replayed by another."""
 
 import gc
 
@@ -21,7 +21,7 @@ ARRAYS = hnp.arrays(st.sampled_from([np.int32, np.bool_, np.float32, np.uint32])
     st.lists(st.integers(0, 99), max_size=3),
     st.lists(ARRAYS, max_size=4),
 )
-def test_a_message_is_the_step(key, handle, freed, arrays):
+def test_encoded_steps_decode_to_the_same_step(key, handle, freed, arrays):
     step = Step.decode(Step(tuple(key), handle, freed, arrays).encode())
     assert (step.key, step.handle, step.freed) == (tuple(key), handle, freed)
     assert [array.dtype for array in step.arrays] == [array.dtype for array in arrays]
@@ -29,7 +29,7 @@ def test_a_message_is_the_step(key, handle, freed, arrays):
         np.testing.assert_array_equal(found, expected)
 
 
-def test_an_engine_that_replays_steps_has_the_states_of_the_first(make_checkpoint, small_config, make_engine):
+def test_replayed_steps_give_the_same_states(make_checkpoint, small_config, make_engine):
     original = make_engine(make_checkpoint(small_config), (2, 2))
     messages = []
     parts = (original.config, original.params, original.mesh)
@@ -41,7 +41,7 @@ def test_an_engine_that_replays_steps_has_the_states_of_the_first(make_checkpoin
     model.logits([4, 5, 6])
     batch = first.copy_prefix(first.new_batch(4), 0, 1, 16)
     gc.collect()
-    kept = first.new_cache(2)  # tells what is free by now
+    kept = first.new_cache(2)  # sends the handles freed so far
     for message in messages:
         second.replay(Step.decode(message))
     assert len(second.replayed) == 2

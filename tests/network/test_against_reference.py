@@ -1,4 +1,4 @@
-"""The network of models unlike the release against float64, on many meshes."""
+"""Networks of various shapes on many meshes, compared with the float64 reference."""
 
 import dataclasses
 
@@ -7,11 +7,11 @@ import pytest
 
 from grok1.config import ModelConfig
 
-FLOAT32_ERROR = 3e-5  # about 2e-6 is usual
+FLOAT32_ERROR = 3e-5  # relative error; typically 2e-6
 LENGTH = 20
 
 CONFIGS = {
-    # A key/value head for each query head, four experts of eight, 11 layers, experts 88 wide.
+    # One key/value head per query head, 4 of 8 experts, 11 layers, expert width 88.
     "own-heads": ModelConfig(
         vocab_size=72,
         emb_size=48,
@@ -25,7 +25,7 @@ CONFIGS = {
         sequence_len=40,
         attn_output_multiplier=0.5,
     ),
-    # Six query heads a key/value head, 12 layers, experts 1000 wide in groups of 125 rows, a key of 6.
+    # Six query heads per key/value head, 12 layers, expert width 1000 in scale groups of 125 rows, key size 6.
     "six-to-one": ModelConfig(
         vocab_size=100,
         emb_size=60,
@@ -40,7 +40,7 @@ CONFIGS = {
         embedding_multiplier_scale=10,
         output_multiplier_scale=2,
     ),
-    # Divides into 16 shards, which then share key/value heads and scale groups; 13 layers.
+    # Splits into 16 shards, which share key/value heads and scale groups; 13 layers.
     "wide": ModelConfig(
         vocab_size=96,
         emb_size=48,
@@ -48,12 +48,12 @@ CONFIGS = {
         num_q_heads=16,
         num_kv_heads=8,
         num_layers=13,
-        widening_factor=4.5,  # experts 144 wide: 9 columns a shard, groups of 18 rows
+        widening_factor=4.5,  # expert width 144: 9 columns per shard, scale groups of 18 rows
         num_experts=8,
         sequence_len=64,
         attn_output_multiplier=0.5,
     ),
-    # The least of everything: one key/value head, one expert, one layer.
+    # Minimum of everything: one key/value head, one expert, one layer.
     "least": ModelConfig(
         vocab_size=40,
         emb_size=16,
@@ -69,7 +69,7 @@ CONFIGS = {
     ),
 }
 
-# In 16 shards two hold the same query head and four the same key/value head.
+# With 16 shards, two share each query head and four each key/value head.
 CONFIGS["few-heads"] = dataclasses.replace(CONFIGS["wide"], num_q_heads=8, num_kv_heads=4, num_layers=3)
 
 CASES = [
@@ -91,19 +91,19 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "mesh"), CASES)
-def test_logits_are_those_of_float64(name, mesh, make_checkpoint, make_engine, clear_sequences, relative_error):
+def test_logits_match_float64(name, mesh, make_checkpoint, make_engine, clear_sequences, relative_error):
     folder = make_checkpoint(CONFIGS[name])
     engine = make_engine(folder, mesh)
     tokens, expected = clear_sequences(folder, mesh[0], LENGTH)
-    rows = engine.data_rows  # another sequence on each
+    rows = engine.data_rows  # a different sequence on each
     logits, _ = engine.logits(engine.new_cache(rows), tokens.astype(np.int32), 0)
     for row in range(rows):
         assert relative_error(logits[row], expected[row]) < FLOAT32_ERROR
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 8)])
-def test_bfloat16_differs_by_rounding_only(mesh, make_checkpoint, make_engine, clear_sequences, relative_error):
-    # All experts are selected: where rounding picks another, as in any model, it is no small difference.
+def test_bfloat16_differs_only_by_rounding(mesh, make_checkpoint, make_engine, clear_sequences, relative_error):
+    # Selects all experts, because rounding that changes the selection would change logits a lot.
     folder = make_checkpoint(dataclasses.replace(CONFIGS["wide"], num_experts=2))
     engine = make_engine(folder, mesh, "bfloat16")
     tokens, expected = clear_sequences(folder, mesh[0], LENGTH)
@@ -112,7 +112,7 @@ def test_bfloat16_differs_by_rounding_only(mesh, make_checkpoint, make_engine, c
     assert cache.keys.dtype == "bfloat16"
     assert logits.dtype == np.float32
     error = relative_error(logits, expected)
-    assert FLOAT32_ERROR < error < 0.1  # about 4 % is usual
+    assert FLOAT32_ERROR < error < 0.1  # typically 4 %
     alone = make_engine(folder, (1, 1), "bfloat16")
     for row in range(rows):
         single, _ = alone.logits(alone.new_cache(1), tokens[row : row + 1].astype(np.int32), 0)

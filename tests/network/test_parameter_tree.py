@@ -1,4 +1,4 @@
-"""The tree of parameters that the network asks for is the tree that a checkpoint is loaded into."""
+"""The network's parameter tree is the one that a checkpoint is loaded into."""
 
 import functools
 
@@ -22,7 +22,7 @@ def checkpoint(make_checkpoint):
 
 
 def initialise(shard):
-    """The network's own parameters of one shard."""
+    """Return the parameters that the network creates for one shard."""
     config = shard.config
     cache = jnp.zeros((config.num_layers, 1, shard.num_kv_heads, config.sequence_len, config.key_size), shard.dtype)
     tokens = jnp.zeros((1, 2), jnp.int32)
@@ -34,7 +34,7 @@ def describe(tree):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_network_asks_for_what_is_loaded(dtype, checkpoint):
+def test_network_parameters_match_loaded_parameters(dtype, checkpoint):
     asked = jax.eval_shape(functools.partial(initialise, ModelShard(SHARDED, dtype=jnp.dtype(dtype))))
     loaded = load_parameters(checkpoint, make_mesh(SHARDED, (1, 1)), np.dtype(dtype))
     assert jax.tree.structure(asked) == jax.tree.structure(loaded)
@@ -42,7 +42,7 @@ def test_the_network_asks_for_what_is_loaded(dtype, checkpoint):
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (2, 8), (1, 16)])
-def test_each_shard_asks_for_its_part_of_what_is_loaded(shape, checkpoint):
+def test_network_parameters_of_a_shard_match_loaded_shards(shape, checkpoint):
     mesh = make_mesh(SHARDED, shape)
     loaded = load_parameters(checkpoint, mesh)
     specs = jax.tree.map(lambda array: array.sharding.spec, loaded)
@@ -55,7 +55,7 @@ def test_each_shard_asks_for_its_part_of_what_is_loaded(shape, checkpoint):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 8), (1, 16)])
-def test_the_abstract_tree_is_of_what_is_loaded(shape, dtype, checkpoint):
+def test_abstract_parameters_match_loaded_parameters(shape, dtype, checkpoint):
     mesh = make_mesh(SHARDED, shape)
     loaded = load_parameters(checkpoint, mesh, np.dtype(dtype))
     abstract = abstract_parameters(SHARDED, mesh, np.dtype(dtype))
@@ -64,7 +64,7 @@ def test_the_abstract_tree_is_of_what_is_loaded(shape, dtype, checkpoint):
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.sharding == b.sharding, abstract, loaded)))
 
 
-def test_modules_and_parameters_have_the_releases_names():
+def test_names_match_the_release():
     asked = jax.eval_shape(functools.partial(initialise, ModelShard(SHARDED)))
     names = {f"{module}/{name}" for module, parameters in asked.items() for name in parameters}
     assert names == {spec.path for spec in parameter_table(SHARDED)}
