@@ -1,4 +1,4 @@
-"""The sample checkpoint: our logits against the release's own code and against float64."""
+"""Results for the sample checkpoint, compared with the release's code and with float64."""
 
 import dataclasses
 
@@ -14,13 +14,13 @@ from grok1.model import Model
 from grok1.params.sharding import make_mesh
 from grok1.request import SamplingOptions
 
-FLOAT32_ERROR = 1e-4  # about 2e-6 is usual
+FLOAT32_ERROR = 1e-4  # relative error; typically 2e-6
 
 
 def test_reference_agrees_with_published_float64_logits(golden, golden_sequences, make_reference):
     for sequence in golden_sequences:
         found, _ = make_reference(golden)(sequence.tokens)
-        # They are stored in float32: what differs is the rounding of that.
+        # The published logits are rounded to float32.
         np.testing.assert_allclose(found, sequence.float64, rtol=1e-7, atol=1e-12)
 
 
@@ -37,7 +37,7 @@ def test_logits_are_closer_to_float64_than_the_releases_code(
 ):
     model = Model(make_engine(golden, mesh, kernels=kernels), None)
     for sequence in golden_sequences:
-        # One length for all: what follows a token has no part in its logits.
+        # Pad to one length, so that programs compile once; later tokens do not affect earlier logits.
         padded = np.concatenate([sequence.tokens, np.full(64 - len(sequence.tokens), 7)])
         found = model.logits(padded)[: len(sequence.tokens)]
         error = relative_error(found, sequence.float64)
@@ -46,7 +46,7 @@ def test_logits_are_closer_to_float64_than_the_releases_code(
 
 
 @pytest.mark.parametrize("mesh", [(1, 8), (2, 4)])
-def test_greedy_text_does_not_depend_on_the_mesh(mesh, golden, golden_sequences, make_engine):
+def test_greedy_tokens_do_not_depend_on_the_mesh(mesh, golden, golden_sequences, make_engine):
     prompt = golden_sequences[1].tokens.tolist()
     texts = [
         Model(make_engine(golden, shape), None).complete(prompt, greedy=True, max_tokens=12, ignore_eos=True).tokens
@@ -55,13 +55,13 @@ def test_greedy_text_does_not_depend_on_the_mesh(mesh, golden, golden_sequences,
     assert texts[0] == texts[1]
 
 
-def test_interpreted_kernels_of_a_gpu(golden, golden_sequences, make_engine, relative_error):
+def test_interpreted_gpu_kernels(golden, golden_sequences, make_engine, relative_error):
     model = Model(make_engine(golden, (1, 2), kernels="gpu"), None)
     sequence = golden_sequences[0]
     assert relative_error(model.logits(sequence.tokens), sequence.float64) < FLOAT32_ERROR
 
 
-def test_load_reads_the_whole_path(golden, golden_sequences, relative_error):
+def test_load_end_to_end(golden, golden_sequences, relative_error):
     stages = []
     model = grok1.load(golden, mesh=(1, 8), progress=stages.append)
     sequence = golden_sequences[3]
@@ -72,7 +72,7 @@ def test_load_reads_the_whole_path(golden, golden_sequences, relative_error):
     assert {stage.stage for stage in stages} == {"checking", "loading", "compiling", "running"}
 
 
-def test_single_token_reads_continue_a_prompt(golden, golden_sequences, make_engine, relative_error):
+def test_logits_token_by_token(golden, golden_sequences, make_engine, relative_error):
     engine = make_engine(golden, (1, 1))
     sequence = golden_sequences[3]
     half = len(sequence.tokens) // 2
@@ -84,7 +84,7 @@ def test_single_token_reads_continue_a_prompt(golden, golden_sequences, make_eng
     assert relative_error(np.concatenate(parts), sequence.float64) < FLOAT32_ERROR
 
 
-def test_decoding_given_tokens_matches_the_whole_pass(golden, golden_sequences, make_engine):
+def test_decoding_given_tokens_matches_a_full_forward_pass(golden, golden_sequences, make_engine):
     engine = make_engine(golden, (2, 4))
     sequence = golden_sequences[3]
     half = len(sequence.tokens) // 2
@@ -108,19 +108,19 @@ def test_decoding_given_tokens_matches_the_whole_pass(golden, golden_sequences, 
         row = slot
 
 
-def test_greedy_completion_has_the_log_probabilities_of_its_score(golden, golden_sequences, make_engine):
+def test_log_probabilities_of_completion_and_score_match(golden, golden_sequences, make_engine):
     model = Model(make_engine(golden, (1, 1)), None)
     prompt = golden_sequences[2].tokens.tolist()
     done = model.complete(prompt, greedy=True, max_tokens=15, logprobs=5, ignore_eos=True)
     score = model.score(prompt + done.tokens, top_logprobs=5)
     scored = score.logprobs[-len(done.tokens) :]
-    for generated, read in zip(done.logprobs, scored, strict=True):
-        assert generated.logprob == pytest.approx(read.logprob, abs=1e-4)
-        assert [token for token, _ in generated.top] == [token for token, _ in read.top]
+    for generated, reference in zip(done.logprobs, scored, strict=True):
+        assert generated.logprob == pytest.approx(reference.logprob, abs=1e-4)
+        assert [token for token, _ in generated.top] == [token for token, _ in reference.top]
         assert generated.top[0][1] == generated.logprob
 
 
-def test_a_mesh_of_16_is_refused_with_one_that_works(golden):
+def test_the_error_for_an_unsupported_mesh_suggests_another(golden):
     config = Checkpoint.open(golden).config
     with pytest.raises(MeshError, match=r"344 .* 16; use --mesh 1,8"):
         make_mesh(config, (1, 16))
@@ -128,8 +128,8 @@ def test_a_mesh_of_16_is_refused_with_one_that_works(golden):
     assert make_mesh(config).devices.shape == (1, 8)
 
 
-def test_bfloat16_stays_near_float64(golden, golden_sequences, make_engine, relative_error):
-    # Measured 1 to 7 %: about what the release's code has, whose activations are bfloat16 too.
+def test_bfloat16_error_is_small(golden, golden_sequences, make_engine, relative_error):
+    # Typically 1 to 7 %, like the release's code, whose activations are also bfloat16.
     model = Model(make_engine(golden, (1, 8), "bfloat16"), None)
     for sequence in golden_sequences[-2:]:
         error = relative_error(model.logits(sequence.tokens), sequence.float64)

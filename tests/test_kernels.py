@@ -48,7 +48,7 @@ def test_accelerators_have_native_kernels(platform, backend, name):
 
 
 @pytest.mark.usefixtures("gpu_runs")
-def test_the_variable_overrides_auto(monkeypatch):
+def test_the_environment_variable_overrides_auto(monkeypatch):
     monkeypatch.setenv("GROK1_KERNELS", "xla")
     assert choose_kernels(RELEASE, mesh("gpu")).kernels.backend == "xla"
     assert choose_kernels(RELEASE, mesh("gpu"), "native").kernels.backend == "gpu"
@@ -65,8 +65,8 @@ def test_an_unsupported_gpu_falls_back_with_a_reason(monkeypatch):
 
 
 @pytest.mark.usefixtures("gpu_runs")
-def test_stacks_that_pallas_cannot_address_fall_back():
-    # On one GPU, the experts of 2 layers take 3.2 GB: too much for 31-bit offsets, too little for 64-bit ones.
+def test_stacks_too_large_for_pallas_fall_back():
+    # On one GPU, the experts of 2 layers take 3.2 GB: too much for 31-bit offsets, too little for 64-bit offsets.
     config = dataclasses.replace(RELEASE, num_layers=2)
     chosen = choose_kernels(config, mesh("gpu", 1))
     assert chosen.kernels.backend == "xla"
@@ -80,7 +80,7 @@ def test_unknown_platforms_have_no_kernels(monkeypatch):
 
 
 def test_kernels_are_tested_before_use(monkeypatch):
-    device = jax.devices()[0]  # interprets them
+    device = jax.devices()[0]  # interprets the kernels
     assert gpu.why_not.__wrapped__(device) is None
     right = gpu.multiply
     monkeypatch.setattr(gpu, "multiply", lambda *arguments: [1.1 * product for product in right(*arguments)])
@@ -102,7 +102,7 @@ def test_kernels_are_tested_before_use(monkeypatch):
         ("jax.ffi.register_ffi_target = refuse", "the kernels were built for another version of jaxlib than"),
     ],
 )
-def test_cpu_kernels_that_cannot_be_loaded_are_not_used(change, reason):
+def test_missing_or_incompatible_cpu_kernels_fall_back(change, reason):
     if "refuse" in change:
         require_kernels()
     code = f"""

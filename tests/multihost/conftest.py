@@ -1,3 +1,5 @@
+"""Fixtures that start several processes."""
+
 import os
 import signal
 import socket
@@ -9,7 +11,7 @@ import pytest
 
 @pytest.fixture
 def port():
-    """A port of the loopback address that nobody listens on."""
+    """An unused port of the loopback address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -17,7 +19,7 @@ def port():
 
 @pytest.fixture
 def environment(monkeypatch):
-    """What gives a process so many devices of the processor."""
+    """Function that returns environment variables for a process with the given number of CPU devices."""
 
     def environment(devices=1):
         flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=16", "").strip()
@@ -28,7 +30,7 @@ def environment(monkeypatch):
 
 @pytest.fixture
 def spawn(environment):
-    """Starts Python with arguments; whatever still runs at the end is killed, with all that it has started."""
+    """Function that starts Python with arguments. Teardown kills running processes and their children."""
     started = []
 
     def spawn(*arguments, devices=1, **options):
@@ -54,13 +56,13 @@ def spawn(environment):
 
 @pytest.fixture
 def together(spawn, port):
-    """Starts a command of grok1 as several processes, by hand; gives them in order."""
+    """Function that starts a grok1 command as several processes without `launch`, and returns them in order."""
 
     def together(count, *arguments, devices=1, own=lambda process: (), **options):
         name, *rest = arguments
-        place = ("--coordinator", f":{port}", "--num-processes", count)
+        cluster = ("--coordinator", f":{port}", "--num-processes", count)
         return [
-            spawn("-m", "grok1", name, *place, "--process-id", i, *rest, *own(i), devices=devices, **options)
+            spawn("-m", "grok1", name, *cluster, "--process-id", i, *rest, *own(i), devices=devices, **options)
             for i in range(count)
         ]
 

@@ -1,4 +1,4 @@
-"""The sample checkpoint on meshes over several processes, against float64 and against one device."""
+"""The sample checkpoint on meshes over several processes, compared with float64 and with one device."""
 
 import json
 import math
@@ -11,8 +11,8 @@ from grok1.model import Model
 from grok1.params.sharding import MESH_AXES
 from grok1.params.tree import parameter_arrays
 
-DEVICES = 4  # of all processes together
-MESHES = [(1, 2), (1, 4), (2, 2)]  # on one process of two, on both, and with a data row on each
+DEVICES = 4  # in all processes
+MESHES = [(1, 2), (1, 4), (2, 2)]  # with 2 processes: on one, on both, and with a data row on each
 FLOAT32_ERROR = 1e-4
 
 WORKER = """
@@ -37,7 +37,7 @@ from grok1.model import load
 if not runtime.leads:
     worker_loop(runtime, Path(folder), DEFAULT_LOAD_MEMORY, None)
 found = {}
-told = {}
+reports = {}
 with np.load(Path(folder) / "logits.npz") as stored:
     sequences = [stored[f"tokens_{i}"] for i in (1, 2)]
 for mesh in json.loads(meshes):
@@ -47,14 +47,14 @@ for mesh in json.loads(meshes):
     for i, tokens in enumerate(sequences):
         found[f"{name} {i}"] = model.logits(tokens)
     done = model.complete(sequences[0].tolist(), greedy=True, max_tokens=12, ignore_eos=True)
-    told[name] = {"text": done.tokens, "loads": model.loads, "idle": len(model.idle)}
-np.savez(out, told=json.dumps(told), **found)
+    reports[name] = {"text": done.tokens, "loads": model.loads, "idle": len(model.idle)}
+np.savez(out, reports=json.dumps(reports), **found)
 runtime.leave()
 """
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_logits_and_greedy_text_do_not_depend_on_processes(
+def test_logits_and_greedy_tokens_do_not_depend_on_processes(
     count, golden, golden_sequences, make_engine, relative_error, spawn, port, tmp_path
 ):
     out = tmp_path / "found.npz"
@@ -64,27 +64,27 @@ def test_logits_and_greedy_text_do_not_depend_on_processes(
         errors = process.communicate(timeout=300)[1]
         assert process.returncode == 0, errors
     with np.load(out) as found:
-        told = json.loads(str(found["told"]))
-        for mesh in told:
+        reports = json.loads(str(found["reports"]))
+        for mesh in reports:
             for i, sequence in enumerate(golden_sequences[1:3]):
                 assert relative_error(found[f"{mesh} {i}"], sequence.float64) < FLOAT32_ERROR
     alone = Model(make_engine(golden, (1, 1)), None)
     expected = alone.complete(golden_sequences[1].tokens.tolist(), greedy=True, max_tokens=12, ignore_eos=True)
     checkpoint = Checkpoint.open(golden)
     for mesh in MESHES:
-        here = told["{},{}".format(*mesh)]
-        assert here["text"] == expected.tokens
-        assert here["idle"] == DEVICES - mesh[0] * mesh[1]
-        check_bytes_read(checkpoint, mesh, count, [load["bytes_read"] for load in here["loads"]])
+        report = reports["{},{}".format(*mesh)]
+        assert report["text"] == expected.tokens
+        assert report["idle"] == DEVICES - mesh[0] * mesh[1]
+        check_bytes_read(checkpoint, mesh, count, [load["bytes_read"] for load in report["loads"]])
 
 
 def check_bytes_read(checkpoint, mesh, count, found):
-    """Each process has read what its own model shards hold, once, whatever the number of its data rows."""
+    """Check that each process has read its model shards once, whatever the number of its data rows."""
     data, shards = mesh
     per_process = DEVICES // count
     for process in range(count):
-        places = range(process * per_process, (process + 1) * per_process)
-        held = {place % shards for place in places if place < data * shards}
+        devices = range(process * per_process, (process + 1) * per_process)
+        held = {device % shards for device in devices if device < data * shards}
         expected = 0
         for array in parameter_arrays(checkpoint.config):
             divided = [axis for axis in array.file_axes if axis.name in MESH_AXES]

@@ -1,4 +1,4 @@
-"""Commands as several real processes on this machine, against the same command as one."""
+"""Commands as several processes on this machine, compared with the same command as one process."""
 
 import json
 import os
@@ -14,12 +14,12 @@ from grok1.text.train_tokenizer import train_small_tokenizer
 
 PROMPTS = [f"Prompt number {i} is" for i in range(8)]
 TIMEOUT = 120
-POLL_SECONDS = 0.05  # polling without a pause would take a core from the processes that are waited for
+POLL_SECONDS = 0.05  # polling without a pause would occupy a core
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A checkpoint of the preset `tiny`, with its tokenizer."""
+    """A checkpoint of the preset `tiny` with its tokenizer."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
     write_checkpoint(folder, PRESETS["tiny"], seed=1)
     (folder / "tokenizer.model").write_bytes(train_small_tokenizer(PRESETS["tiny"].vocab_size))
@@ -35,7 +35,7 @@ def prompts(tmp_path):
 
 @pytest.fixture
 def launch(spawn):
-    """Starts a command by `grok1 launch`."""
+    """Function that starts a command with `grok1 launch`."""
 
     def launch(count, *arguments, devices=None, **options):
         return spawn("-m", "grok1", "launch", "-n", count, "--", *arguments, devices=devices or count, **options)
@@ -45,7 +45,7 @@ def launch(spawn):
 
 @pytest.fixture
 def alone(grok1):
-    """The output of a command in one process, by default on one device."""
+    """Function that returns the output of a command in one process, by default on one device."""
 
     def alone(name, *arguments):
         result = grok1(name, "--mesh", "1,1", *arguments)
@@ -56,14 +56,14 @@ def alone(grok1):
 
 
 def output(process, code=0):
-    """What a process has printed; it is silent otherwise."""
+    """Return the standard output of a process, and check that stderr is empty."""
     out, errors = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, errors) == (code, "")
     return out
 
 
 def error(process, code=1):
-    """The one line that a process fails with."""
+    """Return the one-line error message of a process."""
     errors = process.communicate(timeout=TIMEOUT)[1]
     assert process.returncode == code, errors
     assert errors.startswith("grok1: error: ")
@@ -72,7 +72,7 @@ def error(process, code=1):
 
 
 def wait_until(happened, *processes):
-    """Waits for something that running processes do."""
+    """Wait until `happened()` is true while processes run."""
     end = time.monotonic() + TIMEOUT
     while not happened():
         assert time.monotonic() < end
@@ -81,7 +81,7 @@ def wait_until(happened, *processes):
 
 
 def wait_until_ended(process):
-    """Tells a process to terminate until it has ended: two signals at a time may arrive as one."""
+    """Send SIGTERM until the process has ended, because two signals in quick succession may be merged."""
     end = time.monotonic() + TIMEOUT
     while process.poll() is None:
         assert time.monotonic() < end
@@ -89,8 +89,8 @@ def wait_until_ended(process):
         time.sleep(POLL_SECONDS)
 
 
-def nobody_is_left(port):
-    """Whether no process, the coordinator among them, has this port on its command line; those that end may end."""
+def all_have_ended(port):
+    """Wait until no process, including the coordinator, has this port on its command line; return False on timeout."""
     end = time.monotonic() + 30
     while time.monotonic() < end:
         left = []
@@ -108,7 +108,7 @@ def nobody_is_left(port):
     return False
 
 
-def test_a_completion_is_that_of_one_process(tiny, alone, launch):
+def test_completions_match_one_process(tiny, alone, launch):
     words = ("run", "-c", tiny, "The answer", "--greedy", "-n", 12)
     assert output(launch(4, *words, "--mesh", "2,2")) == alone(*words)
 
@@ -122,28 +122,26 @@ def test_only_process_0_reads_and_prints(tiny, alone, together, port):
         process.stdin = None
     expected = alone(*words[:3], "The answer", *words[3:])
     assert (output(first), output(second)) == (expected, "")
-    assert nobody_is_left(port)
+    assert all_have_ended(port)
 
 
-@pytest.mark.slow  # and, with programs still to be compiled, not reliable on two cores
-def test_a_job_is_that_of_one_process_and_resumes_after_a_worker_was_killed(
-    tiny, prompts, tmp_path, alone, together, port
-):
+@pytest.mark.slow  # and unreliable on two cores while programs compile
+def test_jobs_match_one_process_and_resume_after_a_worker_was_killed(tiny, prompts, tmp_path, alone, together, port):
     words = ("batch", "-c", tiny, prompts, "-n", 40, "--seed", 3, "--ignore-eos", "--batch-size", 2, "--mesh", "1,2")
     out, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.journal"
     first, second = together(2, *words, "-o", out)
-    wait_until(lambda: journal.exists() and journal.read_bytes().count(b"\n") > 2, first, second)  # rows are done
+    wait_until(lambda: journal.exists() and journal.read_bytes().count(b"\n") > 2, first, second)  # some rows are done
     second.kill()
     assert error(first).startswith("grok1: error: process 1 (")
     assert not out.exists()
-    assert nobody_is_left(port)
+    assert all_have_ended(port)
     for process in together(2, *words, "-o", out):
         output(process)
     assert [json.loads(line)["prompt"] for line in out.read_text().splitlines()] == PROMPTS
     assert out.read_text() == alone(*words)
 
 
-def test_scores_are_those_of_one_process(tiny, prompts, alone, launch):
+def test_scores_match_one_process(tiny, prompts, alone, launch):
     words = ("score", "-c", tiny, prompts, "--format", "txt", "--per-token")
     found = [json.loads(line) for line in output(launch(2, *words, "--mesh", "2,1")).splitlines()]
     expected = [json.loads(line) for line in alone(*words).splitlines()]
@@ -165,14 +163,14 @@ def test_speed_is_measured_over_all_processes(count, mesh, launch):
     assert line["decode_tokens_per_second"] > 0
 
 
-def test_devices_of_all_processes_are_told(launch):
+def test_devices_of_all_processes_are_listed(launch):
     devices = [json.loads(line) for line in output(launch(2, "bench", "--devices", "--json")).splitlines()]
     assert [line["process"] for line in devices] == [0, 1]
     table = output(launch(2, "bench", "--devices"))
     assert f"1        {socket.gethostname()}" in table
 
 
-def test_jobs_over_the_golden_checkpoint_are_those_of_one_process(golden, golden_sequences, tmp_path, alone, launch):
+def test_jobs_on_the_golden_checkpoint_match_one_process(golden, golden_sequences, tmp_path, alone, launch):
     rows = tmp_path / "rows.jsonl"
     ids = [sequence.tokens.tolist()[:20] for sequence in golden_sequences]
     rows.write_text("".join(json.dumps({"prompt_token_ids": row}) + "\n" for row in ids))
@@ -180,38 +178,34 @@ def test_jobs_over_the_golden_checkpoint_are_those_of_one_process(golden, golden
     assert output(launch(2, *words, "--mesh", "2,2", devices=4)) == alone(*words)
 
 
-def test_devices_that_the_mesh_leaves_out_stay_idle(tiny, launch):
-    told = json.loads(output(launch(2, "run", "-c", tiny, "x", "-n", 2, "--mesh", "1,1", "--json")))
-    assert [load["bytes_read"] > 0 for load in told["processes"]] == [True, False]
-
-
-def killed(process):
-    process.send_signal(signal.SIGKILL)
+def test_processes_outside_the_mesh_load_nothing(tiny, launch):
+    result = json.loads(output(launch(2, "run", "-c", tiny, "x", "-n", 2, "--mesh", "1,1", "--json")))
+    assert [load["bytes_read"] > 0 for load in result["processes"]] == [True, False]
 
 
 @pytest.mark.parametrize(("who", "count"), [(0, 2), (1, 3)])
 def test_a_process_that_dies_while_decoding_ends_the_others(who, count, tiny, together, port):
     processes = together(count, "run", "-c", tiny, "The answer", "--greedy", "--ignore-eos", "-n", 500)
     assert processes[0].stdout.read(1)
-    killed(processes[who])
-    speaker = processes[0 if who else 1]
-    assert error(speaker).startswith(f"grok1: error: process {who} (")
+    processes[who].kill()
+    reporter = processes[0 if who else 1]
+    assert error(reporter).startswith(f"grok1: error: process {who} (")
     for process in processes:
-        if process not in (processes[who], speaker):
+        if process not in (processes[who], reporter):
             assert output(process, 1) == ""
-    assert nobody_is_left(port)
+    assert all_have_ended(port)
 
 
-@pytest.mark.slow  # and, with programs still to be compiled, not reliable on two cores
-def test_a_worker_that_is_told_to_terminate_twice_ends_all(tiny, together, port):
+@pytest.mark.slow  # and unreliable on two cores while programs compile
+def test_terminating_a_worker_twice_ends_all_processes(tiny, together, port):
     first, second = together(2, "run", "-c", tiny, "The answer", "--greedy", "--ignore-eos", "-n", 500)
-    assert first.stdout.read(20)  # it decodes: everything is compiled, which a worker told to terminate may not await
+    assert first.stdout.read(20)  # decoding: all programs are compiled, for which a terminated worker does not wait
     second.terminate()
-    assert first.stdout.read(1)  # it goes on, for the sake of what process 0 may want to finish
+    assert first.stdout.read(1)  # the first signal lets process 0 continue
     wait_until_ended(second)
     assert error(first).startswith("grok1: error: process 1 (")
     assert output(second, 128 + signal.SIGTERM) == ""
-    assert nobody_is_left(port)
+    assert all_have_ended(port)
 
 
 SLOW_COMPILER = """
@@ -219,34 +213,34 @@ import sys, time
 from grok1 import cli
 from grok1.engine.engine import Engine
 
-compile_at_once = Engine.compile
+compile_step = Engine.compile
 
 def compile_slowly(engine, key):
     if key.kind == "prefill":
         time.sleep(35)
-    return compile_at_once(engine, key)
+    return compile_step(engine, key)
 
 Engine.compile = compile_slowly
 sys.exit(cli.main())
 """
 
 
-@pytest.mark.slow  # it waits for 35 seconds: Gloo connects processes that begin at most 30 seconds apart
-def test_a_process_may_compile_for_longer_than_another(tiny, alone, spawn, port):
-    place = ("--coordinator", f":{port}", "--num-processes", 2, "--mesh", "1,2", "--process-id")
+@pytest.mark.slow  # sleeps for 35 seconds; Gloo waits for only 30 seconds
+def test_a_process_may_compile_longer_than_another(tiny, alone, spawn, port):
+    cluster = ("--coordinator", f":{port}", "--num-processes", 2, "--mesh", "1,2", "--process-id")
     words = ("-c", tiny, "The answer", "--greedy", "-n", 4)
-    first = spawn("-m", "grok1", "run", *place, 0, *words)
-    second = spawn("-c", SLOW_COMPILER, "run", *place, 1, *words)
+    first = spawn("-m", "grok1", "run", *cluster, 0, *words)
+    second = spawn("-c", SLOW_COMPILER, "run", *cluster, 1, *words)
     assert output(first) == alone("run", *words)
     assert output(second) == ""
 
 
-def test_a_process_that_dies_before_the_start_is_waited_for_and_named(tiny, together, port):
+def test_a_process_that_dies_before_the_start_is_reported_after_the_timeout(tiny, together, port):
     first, second, third = together(3, "run", "-c", tiny, "x", "--start-timeout", 4)
     third.kill()
     assert error(first).startswith("grok1: error: process 2 of 3 did not connect within 4 seconds")
     assert output(second, 1) == ""
-    assert nobody_is_left(port)
+    assert all_have_ended(port)
 
 
 STUCK_READER = """
@@ -262,17 +256,17 @@ sys.exit(cli.main())
 
 
 def test_a_process_that_dies_while_loading_ends_the_others(tiny, spawn, tmp_path, port):
-    place = ("--coordinator", f":{port}", "--num-processes", 2, "--process-id")
+    cluster = ("--coordinator", f":{port}", "--num-processes", 2, "--process-id")
     loading = tmp_path / "loading"
-    first = spawn("-m", "grok1", "run", *place, 0, "-c", tiny, "x")
-    second = spawn("-c", STUCK_READER, "run", *place, 1, "-c", tiny, "x", loading)
+    first = spawn("-m", "grok1", "run", *cluster, 0, "-c", tiny, "x")
+    second = spawn("-c", STUCK_READER, "run", *cluster, 1, "-c", tiny, "x", loading)
     wait_until(loading.exists, first, second)
     second.kill()
     assert error(first).startswith("grok1: error: process 1 (")
-    assert nobody_is_left(port)
+    assert all_have_ended(port)
 
 
-def test_a_checkpoint_that_differs_is_named_with_its_host(tiny, together, tmp_path, port):
+def test_a_different_checkpoint_is_reported_with_its_host(tiny, together, tmp_path, port):
     other = tmp_path / "other"
     write_checkpoint(other, PRESETS["tiny"], seed=1)
     changed = sorted((other / "ckpt-0").iterdir())[3]
@@ -284,37 +278,37 @@ def test_a_checkpoint_that_differs_is_named_with_its_host(tiny, together, tmp_pa
     assert f"the checkpoint of process 1 ({socket.gethostname()}) differs from that of process 0" in found
     assert f"in {changed.name} " in found
     assert output(second, 1) == ""
-    assert nobody_is_left(port)
+    assert all_have_ended(port)
 
 
-def test_the_first_process_reports_what_another_cannot_do(tiny, together, tmp_path, port):
+def test_process_0_reports_the_error_of_another(tiny, together, tmp_path, port):
     first, second = together(2, "run", "x", own=lambda process: ("-c", tmp_path / "nowhere" if process else tiny))
     found = error(first)
     assert "process 1 (" in found
     assert "nowhere does not exist" in found
     assert output(second, 1) == ""
-    assert nobody_is_left(port)
+    assert all_have_ended(port)
 
 
-def test_differing_options_are_refused_at_the_start(tiny, together, port):
+def test_different_options_are_rejected(tiny, together, port):
     first, second = together(2, "run", "-c", tiny, "x", own=lambda process: ("--top-k", 3) if process else ())
     assert "--top-k differs: '3' in process 1 (" in error(first)
     assert output(second, 1) == ""
-    assert nobody_is_left(port)
+    assert all_have_ended(port)
 
 
 def test_a_port_in_use_is_reported(tiny, spawn, port):
-    place = ("--coordinator", f":{port}", "--num-processes", 2, "--process-id", 0)
+    cluster = ("--coordinator", f":{port}", "--num-processes", 2, "--process-id", 0)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", port))
         taken.listen()
-        found = error(spawn("-m", "grok1", "run", *place, "-c", tiny, "x"))
+        found = error(spawn("-m", "grok1", "run", *cluster, "-c", tiny, "x"))
     assert f"the coordinator cannot listen at 127.0.0.1, port {port}" in found
 
 
 def test_a_missing_process_0_is_reported(tiny, spawn, port):
-    place = ("--coordinator", f":{port}", "--num-processes", 2, "--process-id", 1, "--start-timeout", 1)
-    found = error(spawn("-m", "grok1", "run", *place, "-c", tiny, "x"))
+    cluster = ("--coordinator", f":{port}", "--num-processes", 2, "--process-id", 1, "--start-timeout", 1)
+    found = error(spawn("-m", "grok1", "run", *cluster, "-c", tiny, "x"))
     assert f"cannot connect to process 0 at 127.0.0.1:{port}" in found
 
 
@@ -339,7 +333,7 @@ def test_options_for_several_processes_need_a_cluster(tiny, spawn, words, senten
         (("-n", 2, "--", "run", "--nonsense"), 2, "No such option"),
     ],
 )
-def test_commands_that_cannot_be_launched_are_refused(spawn, words, code, sentence):
+def test_invalid_launches_are_rejected(spawn, words, code, sentence):
     process = spawn("-m", "grok1", "launch", *words, devices=2)
     assert sentence in process.communicate(timeout=TIMEOUT)[1]
     assert process.returncode == code
@@ -353,9 +347,9 @@ def test_an_interrupt_ends_all_processes(tiny, launch):
     assert process.returncode == 130
 
 
-def test_launch_dying_ends_its_processes(tiny, spawn, port):
+def test_killing_launch_ends_its_processes(tiny, spawn, port):
     words = ("--", "run", "-c", tiny, "The answer", "--greedy", "--ignore-eos", "-n", 500)
     process = spawn("-m", "grok1", "launch", "-n", 2, "--port", port, *words, devices=2)
     assert process.stdout.read(1)
     process.kill()
-    assert nobody_is_left(port)
+    assert all_have_ended(port)

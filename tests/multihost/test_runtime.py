@@ -1,4 +1,4 @@
-"""What processes tell each other, with a store of values in memory."""
+"""Communication between processes, with an in-memory store."""
 
 import threading
 
@@ -10,7 +10,7 @@ from grok1.multihost.runtime import Runtime
 
 
 class Store:
-    """The key-value store of JAX's coordination service, as far as it is used."""
+    """In-memory replacement for the key-value store of JAX's coordination service."""
 
     def __init__(self):
         self.values = {}
@@ -25,7 +25,7 @@ class Store:
     def blocking_key_value_get_bytes(self, key, timeout_in_ms):
         with self.changed:
             if not self.changed.wait_for(lambda: key in self.values, timeout_in_ms / 1000):
-                raise RuntimeError("DEADLINE_EXCEEDED: it is not there")
+                raise RuntimeError("DEADLINE_EXCEEDED: no such key")
             return self.values[key]
 
     def key_value_delete(self, directory):
@@ -35,7 +35,7 @@ class Store:
 
 
 class SilentLink:
-    """A connection to a coordinator that says nothing."""
+    """A connection to a coordinator that sends nothing."""
 
     def send(self, message):
         pass
@@ -46,7 +46,7 @@ class SilentLink:
 
 @pytest.fixture
 def store(monkeypatch):
-    """The store that processes connect to when they start."""
+    """The store to which processes connect when they start."""
     store = Store()
     monkeypatch.setattr(jax_private, "connect", lambda *_: store)
     monkeypatch.setattr(jax_private, "use_gloo", lambda *_: None)
@@ -83,13 +83,13 @@ def test_processes_know_their_hosts(processes):
     assert [runtime.leads for runtime in processes] == [True, False, False]
 
 
-def test_everybody_learns_what_everybody_tells_each_time(processes):
+def test_exchange_gives_every_process_the_values_of_all(processes):
     for number in range(2):
         works = [lambda r=runtime, i=i, n=number: r.exchange("x", [i, n]) for i, runtime in enumerate(processes)]
         assert in_threads(works) == [[[0, number], [1, number], [2, number]]] * 3
 
 
-def test_messages_come_in_order_and_are_not_kept_for_ever(processes, store):
+def test_messages_arrive_in_order_and_are_deleted(processes, store):
     count = 2600
 
     def send():
@@ -104,7 +104,7 @@ def test_messages_come_in_order_and_are_not_kept_for_ever(processes, store):
     assert max(kept) < 1100
 
 
-def test_the_slowest_is_who_has_the_smallest_share(processes):
+def test_the_slowest_process_has_loaded_the_smallest_fraction(processes):
     processes[0].report_loading(50, 100)
     processes[0].loading = [(0, 0), (0, 0), (0, 0)]
     assert processes[0].slowest() == (0, 50, 100)

@@ -1,5 +1,5 @@
-// Checks every set of kernels that this processor can run against sums in double precision, without JAX: so it also
-// runs for other processors under an emulator, and under sanitizers.
+// Compares every set of kernels that this CPU can run with sums in double precision. Does not need JAX, so that it can
+// also run under an emulator or with sanitizers.
 
 #include <cmath>
 #include <cstdint>
@@ -53,14 +53,14 @@ void CheckProducts(const Kernels& kernels, int64_t rows, int64_t group_rows, int
   Matrix matrix = {nullptr, scales.data(), columns, groups, group_rows};
   const int64_t size = matrix.num_panels() * matrix.panel_bytes();
   std::vector<uint8_t> panels(size);
-  const int64_t cut = inner / 3;  // two boxes whose border may lie inside a quad
+  const int64_t cut = inner / 3;  // two boxes, split at a row that may be inside a quad
   const auto* bytes = reinterpret_cast<const uint8_t*>(weight.data());
   Grok1Pack(bytes, columns, 0, cut, 0, columns, panels.data(), groups, group_rows);
   Grok1Pack(bytes + cut * columns, columns, cut, inner - cut, 0, columns, panels.data(), groups, group_rows);
   matrix.panels = panels.data();
 
   const int64_t row_bytes = kernels.row_bytes(matrix);
-  std::vector<uint8_t> data(rows * row_bytes);  // no more than a kernel may read, for the address sanitizer
+  std::vector<uint8_t> data(rows * row_bytes);  // exact size, so that the address sanitizer detects reads beyond it
   std::vector<float> step(rows);
   std::vector<double> bias(rows * groups);
   for (int64_t row = 0; row < rows; ++row)
@@ -150,7 +150,7 @@ void CheckTransposed(const Kernels& kernels, int64_t rows, int64_t entries, int6
       double expected = 0;
       for (int64_t d = 0; d < size; ++d) expected += static_cast<double>(x[row * size + d]) * table[n * size + d];
       Expect(std::fabs(found[row * entries + n] - expected) <= 1e-5 * static_cast<double>(size), kernels,
-             "a product with a table",
+             "a transposed product",
              std::to_string(rows) + " x " + std::to_string(entries) + " x " + std::to_string(size));
     }
 }

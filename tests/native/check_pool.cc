@@ -1,4 +1,4 @@
-// Several threads call the pool at a time, as several devices do, for a thread sanitizer to watch.
+// Calls the pool from several threads, as several devices do, to be run with the thread sanitizer.
 
 #include <atomic>
 #include <cstdint>
@@ -19,7 +19,7 @@ int main() {
     for (int caller = 0; caller < 3; ++caller)
       callers.emplace_back([&] {
         for (int64_t count = 0; count < 200; ++count) {
-          std::vector<int64_t> done(count);  // each written by one thread, read by this one afterwards
+          std::vector<int64_t> done(count);  // each element is written by one thread, then read by this one
           pool.ForEach(count, [&](int64_t i) {
             const int64_t now = ++working;
             for (int64_t seen = most; seen < now && !most.compare_exchange_weak(seen, now);) {

@@ -1,3 +1,5 @@
+"""Attention kernels, compared with float64."""
+
 import functools
 
 import jax
@@ -18,7 +20,7 @@ CAP = 30.0
     params=["reference", XLA, GPU, *cpu.kernel_names()], ids=lambda kernels: getattr(kernels, "backend", kernels)
 )
 def attend(request):
-    """Attention by one of the kernels, or the reference implementation."""
+    """Attention by one implementation: the reference, XLA, or native kernels."""
     if request.param == "reference":
         attention = functools.partial(reference_attention, cap=CAP)
     elif isinstance(request.param, Kernels):
@@ -34,7 +36,7 @@ def attend(request):
 
 
 def exact(query, keys, values, positions, multiplier):
-    """Attention in float64, query by query; `keys` and `values` are of one layer."""
+    """Compute attention in float64, one query at a time. `keys` and `values` are those of one layer."""
     query, keys, values = (array.astype(np.float64) for array in (query, keys, values))
     out = np.zeros(query.shape)
     batch, seq, heads, _ = query.shape
@@ -48,16 +50,16 @@ def exact(query, keys, values, positions, multiplier):
     return out
 
 
-def random_case(batch, seq, heads, kv_heads, capacity, size, dtype=np.float32, seed=0):
+def random_case(batch, seq, heads, kv_heads, max_seq_len, size, dtype=np.float32, seed=0):
     rng = np.random.default_rng(seed)
     query = rng.standard_normal((batch, seq, heads, size)).astype(dtype)
-    keys = rng.standard_normal((2, batch, kv_heads, capacity, size)).astype(dtype)
-    values = rng.standard_normal((2, batch, kv_heads, capacity, size)).astype(dtype)
+    keys = rng.standard_normal((2, batch, kv_heads, max_seq_len, size)).astype(dtype)
+    values = rng.standard_normal((2, batch, kv_heads, max_seq_len, size)).astype(dtype)
     return query, keys, values
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "capacity", "size", "positions"),
+    ("heads", "kv_heads", "max_seq_len", "size", "positions"),
     [
         (1, 1, 1, 2, [[0]]),
         (4, 2, 16, 6, [[0], [15], [7]]),
@@ -70,11 +72,11 @@ def random_case(batch, seq, heads, kv_heads, capacity, size, dtype=np.float32, s
         (4, 2, 600, 4, [[254, 255, 256, 257], [-1, -1, -1, -1], [597, 598, 599, -1]]),
     ],
 )
-def test_each_query_sees_the_cache_up_to_its_position(heads, kv_heads, capacity, size, positions, attend):
+def test_queries_attend_to_the_cache_up_to_their_positions(heads, kv_heads, max_seq_len, size, positions, attend):
     positions = np.asarray(positions, np.int32)
     batch, seq = positions.shape
-    query, keys, values = random_case(batch, seq, heads, kv_heads, capacity, size)
-    for row in range(batch):  # what an earlier sequence left behind its end
+    query, keys, values = random_case(batch, seq, heads, kv_heads, max_seq_len, size)
+    for row in range(batch):  # left by an earlier, longer sequence
         keys[:, row, :, positions[row].max() + 1 :] = 50
         values[:, row, :, positions[row].max() + 1 :] = 1e4
     expected = exact(query, keys[1], values[1], positions, size**-0.5)
@@ -83,17 +85,17 @@ def test_each_query_sees_the_cache_up_to_its_position(heads, kv_heads, capacity,
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-def test_rows_attend_to_the_sequences_that_they_belong_to(attend):
+def test_rows_attend_to_their_own_slots(attend):
     positions = np.asarray([[3, 4], [298, 299], [5, 6], [-1, -1]], np.int32)
-    slots = np.asarray([2, 0, 2, 1], np.int32)  # two rows of one sequence
+    slots = np.asarray([2, 0, 2, 1], np.int32)  # two rows of the same sequence
     query, keys, values = random_case(4, 2, 4, 2, 300, 4)
     expected = exact(query, keys[1][slots], values[1][slots], positions, 0.5)
     np.testing.assert_allclose(attend(query, keys, values, 1, positions, 0.5, slots), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_logits_at_the_cap(sign, attend):
-    """With all logits at +30 or -30 the attention is even over what is seen."""
+def test_logits_saturate_at_the_cap(sign, attend):
+    """If all logits are at +30 or -30, attention is uniform over the visible positions."""
     query = np.ones((1, 1, 2, 4), np.float32)
     keys = np.full((1, 1, 1, 300, 4), sign * 100, np.float32)
     values = random_case(1, 1, 2, 1, 300, 4)[2][:1]
@@ -101,7 +103,7 @@ def test_logits_at_the_cap(sign, attend):
     np.testing.assert_allclose(found[0, 0, 1], values[0, 0, 0, :280].mean(axis=0), atol=1e-5)
 
 
-def test_one_key_at_the_cap_wins_against_all_others(attend):
+def test_one_key_at_the_cap_dominates(attend):
     query = np.ones((1, 1, 1, 4), np.float32)
     keys = np.full((1, 1, 1, 300, 4), -100, np.float32)
     keys[0, 0, 0, 3] = 100
@@ -115,5 +117,5 @@ def test_bfloat16_cache(attend):
     query, keys, values = random_case(2, 1, 4, 2, 300, 8, ml_dtypes.bfloat16)
     found = attend(query, keys, values, 1, positions, 8**-0.5)
     assert found.dtype == jnp.float32
-    # Only the weights are rounded, by up to 1/256 of each.
+    # Only the attention weights are rounded, with a relative error of up to 1/256.
     np.testing.assert_allclose(found, exact(query, keys[1], values[1], positions, 8**-0.5), atol=4e-3)

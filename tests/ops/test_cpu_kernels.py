@@ -1,4 +1,4 @@
-"""The kernels for processors against products in float64."""
+"""CPU kernels, compared with products in float64."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ SHAPES = [  # inner, columns, groups, matrices
 
 
 def pack(weight, groups):
-    """Packs matrices `[matrices, inner, columns]` value by value; what stands beside them is junk."""
+    """Pack matrices `[matrices, inner, columns]` one value at a time, with random padding."""
     packed = np.random.default_rng(9).integers(0, 256, panels_shape(weight.shape, groups), dtype=np.uint8)
     group_rows = weight.shape[1] // groups
     quads = -(-group_rows // 4)
@@ -41,7 +41,7 @@ def pack(weight, groups):
 
 @functools.cache
 def random_weight(inner, columns, groups, matrices):
-    """A packed stack, the values it was made from, and what it stands for in float64."""
+    """Return a packed stack, its int8 values, and its dequantized values in float64."""
     rng = np.random.default_rng(inner + columns)
     weight = rng.integers(-128, 128, (matrices, inner, columns), dtype=np.int8)
     scales = jnp.asarray(rng.uniform(0.5, 2, (matrices, groups, columns)) / 100, jnp.bfloat16)
@@ -61,7 +61,7 @@ multiply_gated = jax.jit(cpu.multiply_gated, static_argnames="kernels")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_unpacking_gives_what_was_packed(shape):
+def test_unpacking_reverses_packing(shape):
     packed, weight, exact = random_weight(*shape)
     np.testing.assert_array_equal(packed.unpack().values, weight)
     np.testing.assert_allclose(packed.dequantize(), exact, rtol=1e-6)
@@ -69,34 +69,34 @@ def test_unpacking_gives_what_was_packed(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_boxes_of_any_size_are_packed(shape):
+def test_packing_in_boxes_of_any_size(shape):
     inner, columns, groups, matrices = shape
     packed, weight, _ = random_weight(*shape)
     rng = np.random.default_rng(0)
     for _ in range(4):
         found = np.zeros(packed.values.shape, np.uint8)
         rows = sorted({0, inner, *rng.integers(0, inner + 1, 3).tolist()})
-        places = sorted({0, columns, *rng.integers(0, columns + 1, 2).tolist()})
+        bounds = sorted({0, columns, *rng.integers(0, columns + 1, 2).tolist()})
         for m in range(matrices):
             for top, bottom in itertools.pairwise(rows):
-                for left, right in itertools.pairwise(places):
+                for left, right in itertools.pairwise(bounds):
                     box = weight[m, top:bottom, left:right]
                     cpu.pack_box(box, found[m], top, left, groups, inner // groups)
         unpacked = QuantizedMatrix(jnp.asarray(found), packed.scales, layout=packed.layout).unpack().values
         np.testing.assert_array_equal(unpacked, weight)
         is_value = pack(np.zeros_like(weight), groups) == pack(np.full_like(weight, 1), groups)
-        assert not found[is_value].any()  # nothing was written beside the matrix
+        assert not found[is_value].any()  # padding was not written
 
 
 @pytest.mark.parametrize(("row", "column"), [(-1, 0), (1, 0), (0, -1), (0, 16)])
-def test_a_box_outside_of_the_matrix_is_refused(row, column):
+def test_a_box_outside_the_matrix_is_rejected(row, column):
     with pytest.raises(ValueError, match="does not fit panels"):
         cpu.pack_box(np.zeros((8, 16), np.int8), np.zeros((1, 2, 64), np.uint8), row, column, 1, 8)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 11, 140])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_each_row_gets_its_matrix(shape, rows, kernels):
+def test_each_row_is_multiplied_by_its_matrix(shape, rows, kernels):
     rng = np.random.default_rng(rows)
     weight, _, exact = random_weight(*shape)
     x = rng.standard_normal((rows, shape[0])).astype(np.float32)
@@ -112,7 +112,7 @@ def test_each_row_gets_its_matrix(shape, rows, kernels):
             assert not found[row].any()
 
 
-def test_kernels_that_multiply_integers_give_the_same_bits():
+def test_integer_kernels_are_bitwise_equal():
     weight, _, _ = random_weight(1200, 100, 8, 2)
     rng = np.random.default_rng(1)
     x = rng.standard_normal((37, 1200)).astype(np.float32)
@@ -141,7 +141,7 @@ def test_all_threads_treat_denormals_alike(kernels):
 
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_several_matrices_for_each_row(rows, kernels):
-    """Rows of the result share rows of `x`, as the experts of a token do."""
+    """Several rows of the result use the same row of `x`, like the experts of a token."""
     weight, _, _ = random_weight(100, 70, 4, 3)
     rng = np.random.default_rng(rows)
     x = rng.standard_normal((rows, 100)).astype(np.float32)
@@ -170,7 +170,7 @@ def test_gated_product(rows, kernels):
         np.testing.assert_allclose(found[row], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_row_gives_the_same_bits_in_any_company(kernels):
+def test_rows_are_bitwise_independent_of_each_other(kernels):
     rng = np.random.default_rng(0)
     weight, _, _ = random_weight(100, 70, 4, 3)
     x = rng.standard_normal((40, 100)).astype(np.float32)
@@ -193,7 +193,7 @@ def test_extreme_weights_do_not_overflow(kernels):
             np.testing.assert_allclose(found, 32768 * 3.0 * sign * value, rtol=1e-5)
 
 
-def test_zeros_and_what_is_no_number(kernels):
+def test_zeros_denormals_and_non_finite_values(kernels):
     weight, _, _ = random_weight(16, 64, 1, 1)
     x = np.zeros((5, 16), np.float32)
     x[1, 3], x[2, 4], x[3, 5], x[4, 5] = np.nan, np.inf, 1, 1e-42
@@ -215,7 +215,7 @@ def test_bfloat16_activations(kernels):
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize(("rows", "inner", "entries"), [(1, 3, 1), (1, 64, 500), (5, 100, 33), (16, 1000, 2000)])
-def test_product_with_a_table(rows, inner, entries, dtype, kernels):
+def test_transposed_product(rows, inner, entries, dtype, kernels):
     rng = np.random.default_rng(rows)
     x = rng.standard_normal((rows, inner)).astype(np.float32)
     table = rng.standard_normal((entries, inner)).astype(dtype)
@@ -229,14 +229,14 @@ def test_product_with_a_table(rows, inner, entries, dtype, kernels):
 @pytest.mark.parametrize(
     ("inputs", "inner", "group_rows"), [(2, 99, 25), (3, 100, 25), (2, 100, 24), (2, 100, 0), (2, 100, 40000)]
 )
-def test_shapes_that_do_not_fit_are_refused(inputs, inner, group_rows):
+def test_inconsistent_shapes_are_rejected(inputs, inner, group_rows):
     weight, _, _ = random_weight(100, 70, 4, 3)
     broken = QuantizedMatrix(weight.values, weight.scales, layout=Panels(group_rows))
     with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
         jax.block_until_ready(cpu.multiply(jnp.zeros((inputs, inner)), broken, jnp.zeros(2, int)))
 
 
-def test_kernels_of_another_processor_are_refused():
+def test_unknown_kernels_are_rejected():
     weight, _, _ = random_weight(100, 70, 4, 3)
     with pytest.raises(jax.errors.JaxRuntimeError, match="no such kernels"):
         jax.block_until_ready(cpu.multiply(jnp.zeros((2, 100)), weight, jnp.zeros(2, int), kernels="abacus"))

@@ -1,3 +1,5 @@
+"""Expert layers, compared with float64."""
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -33,22 +35,22 @@ def pack(weight):
 
 
 def exact(x, weights, layer, experts, factors):
-    """In float64, expert by expert; rows that go nowhere give 0."""
+    """Compute the layer in float64, one expert at a time. Rows without experts give 0."""
     gate, value, project = (
         reference.dequantised(np.asarray(w.values[layer]), np.asarray(w.scales[layer])) for w in weights
     )
     out = np.zeros((len(x), project.shape[-1]))
-    for row, place in np.ndindex(experts.shape):
-        expert = experts[row, place]
+    for row, choice in np.ndindex(experts.shape):
+        expert = experts[row, choice]
         if expert < EXPERTS:
             u = x[row].astype(np.float64) @ gate[expert]
             gelu = 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3)))
             output = (gelu * (x[row].astype(np.float64) @ value[expert])) @ project[expert]
-            out[row] += factors[row, place] * output
+            out[row] += factors[row, choice] * output
     return out
 
 
-CASES = [  # rows, width, width of an expert, dtype
+CASES = [  # rows, embedding size, expert width, dtype
     (1, 24, 48, np.float32),
     (3, 40, 88, ml_dtypes.bfloat16),
     (16, 128, 1024, np.float32),
@@ -59,7 +61,7 @@ CASES = [  # rows, width, width of an expert, dtype
 
 @pytest.mark.parametrize("kernels", [XLA, CPU, GPU, TPU], ids=lambda kernels: kernels.backend)
 @pytest.mark.parametrize(("rows", "inner", "ffn", "dtype"), CASES)
-def test_each_row_goes_through_its_experts(rows, inner, ffn, dtype, kernels):
+def test_each_row_uses_its_experts(rows, inner, ffn, dtype, kernels):
     check_gated_experts(rows, inner, ffn, dtype, kernels.gated_experts, kernels.packs_weights)
 
 
@@ -86,7 +88,7 @@ def check_gated_experts(rows, inner, ffn, dtype, gated_experts, packed, toleranc
 
 
 @pytest.mark.parametrize("rows", [1, 17])
-def test_packed_and_other_weights_do_not_mix(rows):
+def test_mixed_layouts_are_rejected(rows):
     rng = np.random.default_rng(0)
     gate, value, project = random_weight(rng, 8, 16, 1), random_weight(rng, 8, 16, 1), random_weight(rng, 16, 8, 8)
     x, experts, factors = jnp.zeros((rows, 8)), jnp.zeros((rows, 2), int), jnp.ones((rows, 2))
@@ -96,7 +98,7 @@ def test_packed_and_other_weights_do_not_mix(rows):
 
 
 @pytest.mark.parametrize("kernels", [XLA, CPU, GPU, TPU], ids=lambda kernels: kernels.backend)
-def test_products_refuse_the_other_layout(kernels):
+def test_products_reject_the_wrong_layout(kernels):
     weight = random_weight(np.random.default_rng(0), 8, 16, 1)
     with pytest.raises(TypeError, match=r"kernels need (un)?packed matrices"):
         kernels.matmul(jnp.zeros((1, 8)), weight if kernels.packs_weights else pack(weight), (0, 0))

@@ -11,7 +11,7 @@ VOCAB = 24
 
 
 def kept(logits, top_k=0, top_p=1.0, min_p=0.0):
-    """Which tokens of one row stay; those that do keep their logits."""
+    """Return the tokens of one row that the filters keep, and check that their logits are unchanged."""
     logits = np.asarray(logits, np.float32)[None]
     options = (np.asarray([top_k], np.int32), np.asarray([top_p], np.float32), np.asarray([min_p], np.float32))
     filtered = np.asarray(jitted(logits, *options))[0]
@@ -21,7 +21,7 @@ def kept(logits, top_k=0, top_p=1.0, min_p=0.0):
 
 
 def expected(logits, top_k=0, top_p=1.0, min_p=0.0):
-    """The same in float64, one filter after the other; None where a sum is too near to p to tell."""
+    """Compute `kept` in float64, one filter after the other; None if rounding could change the result."""
     logits = np.asarray(logits, np.float64)
     ranked = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
     if top_k:
@@ -38,14 +38,14 @@ def expected(logits, top_k=0, top_p=1.0, min_p=0.0):
     return {token for token, mass in zip(ranked, masses, strict=False) if mass >= min_p * masses[0]}
 
 
-# Steps of a half make many equal logits.
+# Multiples of 1/2, so that many logits are equal.
 some_logits = st.lists(st.integers(-12, 12).map(lambda n: n / 2), min_size=VOCAB, max_size=VOCAB)
 shares = st.floats(0.01, 0.99)
 
 
 @settings(max_examples=150, deadline=None)
 @given(some_logits, shares)
-def test_top_p_keeps_the_smallest_set_whose_mass_reaches_p(logits, top_p):
+def test_top_p_keeps_the_smallest_set_with_probability_p(logits, top_p):
     tokens = expected(logits, top_p=top_p)
     assume(tokens is not None)
     assert kept(logits, top_p=top_p) == tokens
@@ -53,13 +53,13 @@ def test_top_p_keeps_the_smallest_set_whose_mass_reaches_p(logits, top_p):
 
 @settings(max_examples=50, deadline=None)
 @given(some_logits, st.integers(1, VOCAB + 5))
-def test_top_k_keeps_the_k_likeliest_and_of_equal_ones_the_first(logits, top_k):
+def test_top_k_keeps_the_first_k_most_likely_tokens(logits, top_k):
     assert kept(logits, top_k=top_k) == expected(logits, top_k=top_k)
 
 
 @settings(max_examples=50, deadline=None)
 @given(some_logits, shares)
-def test_min_p_keeps_those_likely_enough_beside_the_likeliest(logits, min_p):
+def test_min_p_is_relative_to_the_most_likely_token(logits, min_p):
     tokens = expected(logits, min_p=min_p)
     assume(tokens is not None)
     assert kept(logits, min_p=min_p) == tokens
@@ -67,33 +67,33 @@ def test_min_p_keeps_those_likely_enough_beside_the_likeliest(logits, min_p):
 
 @settings(max_examples=150, deadline=None)
 @given(some_logits, st.integers(0, VOCAB), shares, st.just(0.0) | shares)
-def test_filters_apply_one_after_the_other(logits, top_k, top_p, min_p):
+def test_filters_apply_in_order(logits, top_k, top_p, min_p):
     tokens = expected(logits, top_k, top_p, min_p)
     assume(tokens is not None)
     assert kept(logits, top_k, top_p, min_p) == tokens
 
 
-def test_nothing_is_filtered_with_all_filters_off():
+def test_disabled_filters_keep_everything():
     logits = [-1e4, 5.0, *[0.0] * (VOCAB - 2)]
     assert kept(logits) == set(range(VOCAB))
     assert kept(logits, top_k=VOCAB) == set(range(VOCAB))
 
 
-def test_a_mass_of_exactly_p_is_enough():
-    logits = [0.0] * 16 + [-1e4] * (VOCAB - 16)  # shares of 1/16, exact in float32
+def test_a_probability_of_exactly_p_is_enough():
+    logits = [0.0] * 16 + [-1e4] * (VOCAB - 16)  # probabilities of 1/16, exact in float32
     assert kept(logits, top_p=0.5) == set(range(8))
     assert kept(logits, top_p=0.25) == set(range(4))
 
 
-def test_the_likeliest_token_always_stays():
+def test_the_most_likely_token_is_always_kept():
     logits = np.linspace(0, 1, VOCAB)
     assert kept(logits, top_p=1e-6) == {VOCAB - 1}
     assert kept(logits, top_p=1e-50) == {VOCAB - 1}  # 0 in float32
     assert kept(logits, min_p=1.0) == {VOCAB - 1}
-    assert kept([2.0] * VOCAB, min_p=1.0) == set(range(VOCAB))  # all of them are
+    assert kept([2.0] * VOCAB, min_p=1.0) == set(range(VOCAB))  # all are equally likely
 
 
-def test_rows_have_options_of_their_own():
+def test_each_row_has_its_own_options():
     logits = np.asarray(jax.random.normal(jax.random.key(0), (4, VOCAB)))
     options = [(3, 1.0, 0.0), (0, 0.4, 0.0), (0, 1.0, 0.3), (0, 1.0, 0.0)]
     top_k, top_p, min_p = (np.asarray(column, np.float32) for column in zip(*options, strict=True))
@@ -104,7 +104,7 @@ def test_rows_have_options_of_their_own():
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 3.0])
 def test_top_p_over_the_releases_vocabulary(spread):
-    """131072 float32 probabilities are summed well enough to cut at the right place."""
+    """The float32 sum of 131072 probabilities is accurate enough for top-p."""
     logits = spread * np.random.default_rng(0).standard_normal(131072).astype(np.float32)
     tokens = kept(logits, top_p=0.95)
     masses = np.sort(np.exp(logits.astype(np.float64)))[::-1]

@@ -1,3 +1,5 @@
+"""Grouping of rows by expert, and grouped products compared with float64."""
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -21,19 +23,19 @@ def check_blocks(expert, num_experts):
     size = blocks.block_rows
     sent = expert < num_experts
     slots = blocks.slot[sent]
-    assert len(set(slots.tolist())) == len(slots)  # none shares a place
-    assert np.all((slots >= 0) & (slots < blocks.used * size))  # none is dropped
+    assert len(set(slots.tolist())) == len(slots)  # no two rows share a slot
+    assert np.all((slots >= 0) & (slots < blocks.used * size))  # no row is dropped
     np.testing.assert_array_equal(blocks.expert[slots // size], expert[sent])
-    np.testing.assert_array_equal(blocks.slot[~sent], blocks.num_slots)  # outside of all blocks
+    np.testing.assert_array_equal(blocks.slot[~sent], blocks.num_slots)  # padding is outside all blocks
     counts = np.bincount(expert[sent], minlength=num_experts)
     assert blocks.used == np.sum(-(-counts // size))
-    for i in range(num_experts):  # the order inside an expert stays
+    for i in range(num_experts):  # the order within an expert is preserved
         assert np.all(np.diff(blocks.slot[expert == i]) > 0)
     return blocks
 
 
 @pytest.mark.parametrize(("rows", "num_experts"), [(1, 8), (4, 3), (17, 1), (64, 8)])
-def test_every_row_has_one_place_in_a_block_of_its_expert(rows, num_experts):
+def test_every_row_has_one_slot_in_a_block_of_its_expert(rows, num_experts):
     @settings(max_examples=25, deadline=None)
     @given(st.lists(st.integers(0, num_experts), min_size=rows, max_size=rows))
     def check(experts):

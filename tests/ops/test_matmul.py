@@ -1,3 +1,5 @@
+"""Products with quantized matrices, compared with float64."""
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -15,7 +17,7 @@ from grok1.params.weights import QuantizedMatrix
 
 @pytest.fixture
 def multiply(request):
-    """The product of some kernels, XLA's by default, or the reference implementation."""
+    """`matmul` of some kernels, by default XLA, or the reference implementation."""
     kernels = getattr(request, "param", XLA)
     return jax.jit(reference_matmul if kernels == "reference" else kernels.matmul)
 
@@ -34,7 +36,7 @@ def random_case(rows, inner, columns, groups, lead, dtype=np.float32, seed=0):
         (1, 1, 1, 1, np.float32),
         (1, 8, 3, 8, ml_dtypes.bfloat16),
         (1, 344, 33, 8, np.float32),  # groups of 43 rows
-        (3, 600, 20, 1, ml_dtypes.bfloat16),  # two blocks and a rest
+        (3, 600, 20, 1, ml_dtypes.bfloat16),  # two blocks and a remainder
         (7, 344, 16, 8, ml_dtypes.bfloat16),
         (16, 256, 16, 1, np.float32),
         (40, 1000, 6, 8, np.float32),
@@ -49,7 +51,7 @@ def test_product_with_a_matrix_of_a_stack(rows, inner, columns, groups, dtype, m
     assert found.dtype == jnp.float32
     matrix = reference.dequantised(weight[1], scales[1])
     exact = x.astype(np.float64) @ matrix
-    # Rounding of float32 sums is far below this part of the terms' size; a row left out is far above.
+    # Rounding of float32 sums is far below this bound; omitting a row is far above it.
     bound = 1e-5 * (np.abs(x.astype(np.float64)) @ np.abs(matrix))
     assert np.all(np.abs(found - exact) <= bound)
 
@@ -66,7 +68,7 @@ def test_product_with_a_matrix_of_a_stack(rows, inner, columns, groups, dtype, m
     ],
 )
 @pytest.mark.parametrize("multiply", [TPU], indirect=True)
-def test_product_in_tiles_of_a_tpu(rows, inner, columns, groups, dtype, multiply):
+def test_tpu_product_in_whole_tiles(rows, inner, columns, groups, dtype, multiply):
     x, weight, scales = random_case(rows, inner, columns, groups, (3,), dtype)
     quantized = QuantizedMatrix(jnp.asarray(weight), jnp.asarray(scales))
     assert can_multiply(quantized)
@@ -77,7 +79,7 @@ def test_product_in_tiles_of_a_tpu(rows, inner, columns, groups, dtype, multiply
 
 
 @pytest.mark.parametrize("multiply", [TPU], indirect=True)
-def test_matrices_that_are_no_whole_tiles_of_a_tpu(multiply):
+def test_tpu_product_of_partial_tiles_falls_back(multiply):
     x, weight, scales = random_case(3, 120, 130, 8, (2,))
     quantized = QuantizedMatrix(jnp.asarray(weight), jnp.asarray(scales))
     assert not can_multiply(quantized)
@@ -87,7 +89,7 @@ def test_matrices_that_are_no_whole_tiles_of_a_tpu(multiply):
 
 
 @pytest.mark.parametrize("kernels", [XLA, GPU, TPU], ids=lambda kernels: kernels.backend)
-def test_several_stacks_at_once(kernels):
+def test_products_with_several_stacks(kernels):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((5, 256)).astype(np.float32)
     stacks = [random_case(5, 256, columns, 1, (2,), seed=columns)[1:] for columns in (384, 128, 130)]
@@ -97,7 +99,7 @@ def test_several_stacks_at_once(kernels):
         np.testing.assert_allclose(product, x @ reference.dequantised(weight[1], scales[1]), rtol=1e-4, atol=1e-2)
 
 
-def test_index_may_be_traced_and_of_several_axes(multiply):
+def test_the_index_may_be_traced_and_have_several_axes(multiply):
     x, weight, scales = random_case(4, 48, 10, 8, (2, 3))
     quantized = QuantizedMatrix(jnp.asarray(weight), jnp.asarray(scales))
     for layer in range(2):
