@@ -1,7 +1,7 @@
 # Create the virtual environment .venv in the repository root and add it to PATH. Sourced by the other scripts.
 #
 # Packages are pinned by version and hash in requirements.lock. PYTHON selects the interpreter (3.11 or later), VENV the
-# folder of the environment (default: .venv).
+# directory of the environment (default: .venv).
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 VENV=${VENV:-.venv}

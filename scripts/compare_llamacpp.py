@@ -2,7 +2,7 @@
 """Compare the speed of grok1 and llama.cpp on the same random weights.
 
 The two programs run alternately; medians and ratios are printed. The first run compiles llama.cpp, which takes minutes,
-and creates a checkpoint in the release's format and its GGUF conversion (Q8_0), all in --folder.
+and creates a checkpoint in the release's format and its GGUF conversion (Q8_0), all in --directory.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements to FILE")
     options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    python = options.python or _environment(options.folder / "venv")
-    checkpoint, model = _models(options.folder, python)
+    options.directory.mkdir(parents=True, exist_ok=True)
+    python = options.python or _environment(options.directory / "venv")
+    checkpoint, model = _models(options.directory, python)
     tokens = len(_json([sys.executable, "-m", "grok1", "tokenize", "-c", checkpoint, "--json", PROMPT])["token_ids"])
     buffers = _buffers(python, model, options.threads, tokens)
 

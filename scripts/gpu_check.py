@@ -151,16 +151,16 @@ def check_experts(
 
 def check_attention(report: Report, config: ModelConfig, tried: tuple[Kernels, ...], limits: Limits) -> None:
     """Check attention of the last queries of a full context."""
-    heads, kv_heads, size, capacity = config.num_q_heads, config.num_kv_heads, config.key_size, config.sequence_len
+    heads, kv_heads, size, max_seq_len = config.num_q_heads, config.num_kv_heads, config.key_size, config.sequence_len
     options = {"multiplier": config.attn_output_multiplier, "cap": config.attn_logit_cap}
     exact = jax.jit(reference_attention, static_argnames=("multiplier", "cap"))
-    for batch, seq in ((1, 1), (8, 1), (1, min(512, capacity))):
-        shape = (1, batch, kv_heads, capacity, size)
+    for batch, seq in ((1, 1), (8, 1), (1, min(512, max_seq_len))):
+        shape = (1, batch, kv_heads, max_seq_len, size)
         keys, values = (jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(seq)))
         query = jax.random.normal(jax.random.key(batch), (batch, seq, heads, size), jnp.float32)
-        positions = jnp.broadcast_to(jnp.arange(capacity - seq, capacity, dtype=jnp.int32), (batch, seq))
+        positions = jnp.broadcast_to(jnp.arange(max_seq_len - seq, max_seq_len, dtype=jnp.int32), (batch, seq))
         expected = exact(query, keys, values, 0, positions, **options)
-        amount, flops = 2 * keys.nbytes, 4 * batch * seq * heads * size * capacity
+        amount, flops = 2 * keys.nbytes, 4 * batch * seq * heads * size * max_seq_len
         for kernels in tried:
             attend = jax.jit(kernels.attention, static_argnames=("multiplier", "cap"))
             work = functools.partial(attend, query, keys, values, 0, positions, **options)

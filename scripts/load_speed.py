@@ -67,7 +67,7 @@ def measure(what: str, arguments: argparse.Namespace) -> dict[str, float]:
     """
     results = []
     for each in ("read", what):
-        command = [sys.executable, __file__, str(arguments.folder), "--mesh", arguments.mesh, "--only", each]
+        command = [sys.executable, __file__, str(arguments.directory), "--mesh", arguments.mesh, "--only", each]
         results.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
     return results[-1]
 
@@ -82,9 +82,9 @@ def main() -> None:
     arguments = parser.parse_args()
     data, model = (int(size) for size in arguments.mesh.split(","))
     if arguments.only:
-        print(json.dumps(measure_here(arguments.only, arguments.folder, (data, model))))
+        print(json.dumps(measure_here(arguments.only, arguments.directory, (data, model))))
         return
-    size = sum(path.stat().st_size for path in (arguments.folder / "ckpt-0").iterdir())
+    size = sum(path.stat().st_size for path in (arguments.directory / "ckpt-0").iterdir())
     reads, loads = [], []
     for number in range(arguments.rounds + 1):
         read, loaded = measure("read", arguments), measure("load", arguments)

@@ -12,14 +12,14 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # for bard_train
 
 @pytest.fixture(scope="session")
 def archive():
-    """Path of the archive of bard in the package."""
+    """Path of bard's archive in the package."""
     with importlib.resources.as_file(importlib.resources.files("grok1").joinpath(TRAINED["bard"])) as path:
         yield path
 
 
 @pytest.fixture(scope="session")
 def bard(archive, tmp_path_factory):
-    """Folder of the unpacked checkpoint of bard; read-only by convention."""
+    """Directory of the unpacked checkpoint of bard, which tests must not modify."""
     folder = tmp_path_factory.mktemp("bard") / "bard"
     unpack_checkpoint(archive, folder)
     return folder
