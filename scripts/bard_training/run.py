@@ -146,7 +146,7 @@ class Run:
     """A training run that saves its state in a directory and resumes from it.
 
     Args:
-        directory: an existing directory for `state.npz` and `log.jsonl`.
+        folder: an existing directory for `state.npz` and `log.jsonl`.
         recipe: settings of the run.
         tokens: the training text, int32 `[tokens]`.
         measured: texts to evaluate during training: (tokens, number of bytes) by name.
