@@ -27,6 +27,7 @@ _NAMES = {
 }
 _HASHES = {"input", "checkpoint", "tokenizer"}  # values that mean nothing to a reader
 _IF_ABSENT = {"result_version": 1}  # values for journals that predate the key
+_UNKNOWN_IF_ABSENT = {"kernels"}  # keys that older journals lack, with any value
 
 
 def job_fingerprint(
@@ -58,8 +59,8 @@ def compare(journal: Journal | None, fingerprint: Mapping[str, Any]) -> None:
     """
     if journal is None or journal.job is None:
         return
-    before = _IF_ABSENT | journal.job
     now = json.loads(json.dumps(dict(fingerprint)))  # lists for tuples, as in the journal
+    before = _IF_ABSENT | {key: now.get(key) for key in _UNKNOWN_IF_ABSENT} | journal.job
     differing = [_difference(key, before.get(key), value) for key, value in now.items() if before.get(key) != value]
     if differing:
         raise JobError(

@@ -296,15 +296,14 @@ class JobRunner(Generic[AnyTask]):
                 f"--batch-size is {size}, but only {model.max_sequences} sequences fit in memory; "
                 f"use --batch-size {model.max_sequences}, or --dtype bfloat16"
             )
-        settings: dict[str, Any] = {
+        settings = {
             "mesh": list(model.mesh_shape),
             "dtype": engine.dtype.name,
             "device": engine.mesh.devices.flat[0].device_kind,
             "batch_size": size,
             "lanes": begun.get("lanes") or engine.lanes_for(validation.mean_new_tokens),
+            "kernels": model.kernels,
         }
-        if not begun or "kernels" in begun:  # not in journals of version 0.1.0
-            settings["kernels"] = model.kernels
         compare(self.journal, settings)
         return settings
 

@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from configs import TEXT
 
 from grok1.checkpoint.writer import write_checkpoint
 from grok1.text.train_tokenizer import train_small_tokenizer
@@ -75,7 +76,7 @@ def folder(tmp_path_factory, checkpoint):
     variant("other-tokenizer", tokenizer_model=train_small_tokenizer(400))
     variant("config-nan", config_json=changed(attn_output_multiplier=float("nan")))
     (folder / "empty").mkdir()
-    write_checkpoint(folder / "hollow", dataclasses.replace(_config(model), num_layers=1), hollow=True)
+    write_checkpoint(folder / "hollow", dataclasses.replace(TEXT, num_layers=1), hollow=True)
     for name, content in {
         "unknown-field.jsonl": '{"prompt": "A", "temperatur": 1}\n{"prompt": "B"}\n',
         "invalid.jsonl": '{"prompt": "A"\n',
@@ -106,12 +107,6 @@ def folder(tmp_path_factory, checkpoint):
     (folder / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9"}\n')
     (folder / "broken.jsonl.gz").write_bytes(b"\x1f\x8b\x08")
     return folder
-
-
-def _config(model):
-    from grok1.checkpoint.reader import Checkpoint
-
-    return Checkpoint.open(model).config
 
 
 def _run(command, grok1, monkeypatch):

@@ -259,11 +259,11 @@ def test_conflicting_options(grok1, checkpoint, tmp_path, arguments, code, words
     assert words in result.err
 
 
-def without_result_version(journal):
-    """Return the lines of a journal without "result_version" in the first one, as written by an older version."""
+def without(key, journal):
+    """Return the lines of a journal without a key in the first one, as written by an older version."""
     first, *rows = journal.read_bytes().splitlines(keepends=True)
     job = json.loads(first[9:])
-    del job["result_version"]
+    del job[key]
     text = json.dumps(job).encode() + b"\n"
     return b"%08x " % zlib.crc32(text) + text + b"".join(rows)
 
@@ -283,11 +283,14 @@ def test_killed_job_resumes(score, start, checkpoint, rows_file, tmp_path):
     kept = journal.read_bytes().count(b"\n") - 1
     assert kept >= 19
     old = tmp_path / "old.jsonl"
-    old.with_name("old.jsonl.journal").write_bytes(without_result_version(journal))
+    old.with_name("old.jsonl.journal").write_bytes(without("result_version", journal))
     refused = score(rows_file, "-o", old)
     assert (refused.code, old.exists()) == (1, False)
     assert "the version of the result lines was 1 and is now 2" in refused.err
     assert "--restart" in refused.err
+    older = tmp_path / "older.jsonl"  # its kernels are unknown
+    older.with_name("older.jsonl.journal").write_bytes(without("kernels", journal))
+    assert score(rows_file, "-o", older, "--kernels", "xla").code == 0
     resumed = score(rows_file, "-o", output, "--json")
     assert resumed.code == 0, resumed.err
     assert resumed.lines[0]["rows"] == 40 * len(ROWS)

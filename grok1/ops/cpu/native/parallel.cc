@@ -50,10 +50,10 @@ void Pool::Run(int64_t count, const void* body, void (*call)(const void*, int64_
   job->count = count;
   job->body = body;
   job->call = call;
-  std::fegetenv(&job->environment);
   const bool shared = count > 1 && [&] {
     std::lock_guard<std::mutex> lock(mutex_);
     if (threads_ == 1) return false;
+    std::fegetenv(&job->environment);
     jobs_.push_back(job);
     posted_.fetch_add(1);
     return true;
