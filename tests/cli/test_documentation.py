@@ -20,14 +20,6 @@ BLOCK = re.compile(r"(<!-- not tested: .+? -->\n)?^```(sh|python|console)\n(.*?)
 PREPARE = f'set -euo pipefail\ngrok1() {{ "{sys.executable}" -m grok1 "$@"; }}\n'
 """`grok1` in the examples is the program under test."""
 
-INPUTS = {
-    "scene.txt": "ROMEO.\nBut, soft! what light through yonder window breaks?\n"
-    "It is the east, and Juliet is the sun.\nArise, fair sun, and kill the envious moon,\n"
-    "Who is already sick and pale with grief.\n",
-    "bad.jsonl": '{"prompt": "ROMEO.", "temperatur": 1}\n{"prompt": "JULIET."}\n',
-}
-"""Files that the examples use without writing them."""
-
 
 def _name(path):
     return str(path.relative_to(ROOT))
@@ -54,8 +46,6 @@ def _pattern(expected):
 @pytest.mark.parametrize("document", [path for path in DOCUMENTS if BLOCK.search(path.read_text())], ids=_name)
 def test_examples_run(document, tmp_path):
     text = document.read_text(encoding="utf-8")
-    for name, content in INPUTS.items():
-        (tmp_path / name).write_text(content)
     if "grok1 init bard" not in text:
         assert _run(["bash", "-c", PREPARE + "grok1 init bard --preset bard"], tmp_path)[0] == 0
     for excluded, language, block in BLOCK.findall(text):
